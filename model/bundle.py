@@ -1,0 +1,245 @@
+"""The exported directory: all that passes from training to the service.
+
+``manifest.json`` says what the weights were trained for and carries the sha256 of every other file; the bundle's digest
+is the sha256 of the manifest's canonical JSON, so it names weights, graphs, recipe, classes and calibration at once.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import BundleError
+from model.images import ImageRecipe
+from model.predictions import EmbeddingReference
+from model.statistics import BatchNormStatistics, TrainingStatistics, canonical_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CLASSIFY = "classify.onnx"
+MEASURE = "measure.onnx"
+WEIGHTS = "weights.bin"
+TRAINING_STATISTICS = "training_statistics.npz"
+GOLDEN = "golden.npz"
+FILES = (CLASSIFY, MEASURE, WEIGHTS, TRAINING_STATISTICS, GOLDEN)
+
+INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE = "images", "bn_mean", "bn_var"
+OUTPUT_LOGITS, OUTPUT_EMBEDDING = "logits", "embedding"
+OUTPUT_MEAN, OUTPUT_VARIANCE = "bn_mean", "bn_var"
+
+SERVED_CONTEXTS = ("controls", "union", "source")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is.
+
+    ``context`` is the one its network was meta-trained for (``source`` for an ERM network); ``features`` the length of
+    its statistics; ``minimum_control_wells`` the fewest that adapt a batch; ``max_context_sites`` the most sites that are
+    measured in one pass; ``network`` and ``training`` are provenance.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    recipe: ImageRecipe
+    method: str
+    context: str
+    features: int
+    embedding_dim: int
+    minimum_control_wells: int
+    max_context_sites: int
+    temperature: float = 1.0
+    network: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Channel names in the order of the network's input."""
+        return self.recipe.channels
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Manifest":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            BundleError: another format, or a field missing, unknown or malformed.
+        """
+        if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+            found = value.get("format_version") if isinstance(value, dict) else None
+            raise BundleError(f"the manifest is of format {found}; this version reads {FORMAT_VERSION}")
+        unknown = set(value) - {item.name for item in fields(cls)}
+        if unknown:
+            raise BundleError(f"the manifest has unknown fields: {', '.join(sorted(unknown))}")
+        try:
+            manifest = cls(**{**value, "classes": tuple(value["classes"]), "recipe": recipe_from_json(value["recipe"])})
+        except (TypeError, KeyError, ValueError) as error:
+            raise BundleError(f"the manifest is malformed: {error}") from None
+        if manifest.context not in SERVED_CONTEXTS:
+            raise BundleError(f"context {manifest.context!r} is not served; expected one of {', '.join(SERVED_CONTEXTS)}")
+        return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up."""
+
+    images: NDArray[np.float32]
+    bn_mean: NDArray[np.float32]
+    bn_var: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A verified bundle directory; large arrays are read on first use."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    ARRAYS: ClassVar[tuple[str, ...]] = (
+        "source_mean", "source_variance", "source_sites", "source_wells",
+        "mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances",
+        "whitening", "class_centres", "control_distance", "class_distance",
+    )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> "Bundle":
+        """Read a bundle and check every file against the manifest.
+
+        Raises:
+            BundleError: a file is missing, changed, or of another format.
+        """
+        manifest_path = path / MANIFEST
+        if not manifest_path.is_file():
+            raise BundleError(f"{path} holds no {MANIFEST}: it is not a bundle")
+        try:
+            content = json.loads(manifest_path.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{manifest_path} is not valid JSON: {error}") from None
+        manifest = Manifest.from_json(content)
+        for name in FILES:
+            _check_file(path / name, manifest.files.get(name))
+        return cls(path=path, manifest=manifest, digest=manifest_digest(manifest))
+
+    @cached_property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        with np.load(self.path / TRAINING_STATISTICS, allow_pickle=False) as stored:
+            missing = set(self.ARRAYS) - set(stored.files)
+            if missing:
+                raise BundleError(f"{TRAINING_STATISTICS} lacks {', '.join(sorted(missing))}")
+            return {name: stored[name] for name in self.ARRAYS}
+
+    @cached_property
+    def training_statistics(self) -> TrainingStatistics:
+        """What the training plates' control statistics look like."""
+        arrays = self._arrays
+        source = BatchNormStatistics(
+            mean=arrays["source_mean"],
+            variance=arrays["source_variance"],
+            sites=int(arrays["source_sites"]),
+            wells=int(arrays["source_wells"]),
+        )
+        names = ("mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances")
+        return TrainingStatistics(source=source, **{name: arrays[name] for name in names})
+
+    @cached_property
+    def embedding_reference(self) -> EmbeddingReference:
+        """How embeddings of wells vary."""
+        arrays = self._arrays
+        return EmbeddingReference(
+            whitening=arrays["whitening"],
+            class_centres=arrays["class_centres"],
+            control_distance=float(arrays["control_distance"]),
+            class_distance=float(arrays["class_distance"]),
+        )
+
+    @cached_property
+    def golden(self) -> Golden:
+        """The images to replay."""
+        with np.load(self.path / GOLDEN, allow_pickle=False) as stored:
+            return Golden(**{item.name: stored[item.name] for item in fields(Golden)})
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Name a bundle: sha256 of its manifest's canonical JSON."""
+    return hashlib.sha256(canonical_json(manifest.to_json())).hexdigest()
+
+
+def finish_bundle(
+    path: Path,
+    manifest: Manifest,
+    training_statistics: TrainingStatistics,
+    embedding_reference: EmbeddingReference,
+    golden: Golden,
+) -> Bundle:
+    """Complete a directory that already holds the graphs and weights: arrays, checksums, manifest; then load it.
+
+    Raises:
+        BundleError: a graph or the weights are missing.
+    """
+    source = training_statistics.source
+    summary = {name: value for name, value in vars(training_statistics).items() if name in Bundle.ARRAYS}
+    np.savez_compressed(
+        path / TRAINING_STATISTICS,
+        source_mean=source.mean,
+        source_variance=source.variance,
+        source_sites=source.sites,
+        source_wells=source.wells,
+        **summary,
+        **{item.name: getattr(embedding_reference, item.name) for item in fields(EmbeddingReference)},
+    )
+    np.savez_compressed(path / GOLDEN, **vars(golden))
+    digests = {name: _file_sha256(path / name) for name in FILES if (path / name).is_file()}
+    complete = Manifest(**{**vars(manifest), "files": digests})
+    (path / MANIFEST).write_text(json.dumps(complete.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Bundle.load(path)
+
+
+def recipe_json(recipe: ImageRecipe) -> dict[str, Any]:
+    """Return a recipe as plain JSON values."""
+    return _plain(asdict(recipe))
+
+
+def recipe_digest(recipe: ImageRecipe) -> str:
+    """Name a recipe: sha256 of its canonical JSON. Network input kept under it is good for every bundle that has it."""
+    return hashlib.sha256(canonical_json(recipe_json(recipe))).hexdigest()
+
+
+def recipe_from_json(value: Mapping[str, Any]) -> ImageRecipe:
+    """Read what ``recipe_json`` made."""
+    arguments: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+    return ImageRecipe(**arguments)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _check_file(path: Path, expected: str | None) -> None:
+    if expected is None or not re.fullmatch(r"[0-9a-f]{64}", expected):
+        raise BundleError(f"the manifest has no sha256 for {path.name}")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing")
+    found = _file_sha256(path)
+    if found != expected:
+        raise BundleError(f"{path} was changed: its sha256 is {found[:12]}…, the manifest says {expected[:12]}…")
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""What can be wrong with a plate, an image, a context or a bundle.
+
+AnchorwellError                  everything below
+├── PlateError                   the plate's description does not hold together
+│   ├── WellNameError            a name that is no well of any plate format
+│   ├── LayoutError              a file whose well, site or channel is not known, or a table that cannot be read
+│   ├── UnknownChannelError      a channel that the bundle does not have
+│   ├── MissingChannelError      a site without one of the bundle's channels
+│   └── DuplicatePlaneError      two files for one well, site and channel
+├── ImageError                   one file is no usable plane
+│   ├── NotATiffError            the bytes are not a TIFF
+│   ├── TruncatedImageError      the file ends before its pixels do
+│   ├── ImageTooLargeError       the header declares more pixels than are allowed
+│   ├── ImageTooSmallError       fewer pixels than the network's input needs
+│   ├── UnsupportedImageError    a TIFF of a kind that is not read: pages, colours, type, compression
+│   ├── NonFiniteImageError      NaN or infinity among the pixels
+│   ├── BlankImageError          every pixel has the same value
+│   ├── SaturatedImageError      too many pixels at the top of the range
+│   └── MixedSizesError          planes of one site that differ in size
+├── ContextError                 the controls cannot give statistics
+│   ├── NoControlsError          no control site at all
+│   └── TooFewControlsError      fewer control wells than the bundle's minimum
+└── BundleError                  the exported directory is not what its manifest says
+"""
+
+Member = str | int | float | bool | list[str]
+
+
+class AnchorwellError(Exception):
+    """Something is wrong with what was given; ``members`` name the well, site, channel or file."""
+
+    def __init__(self, detail: str, **members: Member) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+
+    def about(self, **members: Member) -> "AnchorwellError":
+        """Return this error with more members and, in its detail, the place they name."""
+        self.members = {**members, **self.members}
+        place = " ".join(f"{name} {value}" for name, value in members.items())
+        self.detail = f"{place}: {self.detail}"
+        self.args = (self.detail,)
+        return self
+
+
+class PlateError(AnchorwellError):
+    """The plate's description does not hold together."""
+
+
+class WellNameError(PlateError):
+    """A name that is no well of any plate format."""
+
+
+class LayoutError(PlateError):
+    """A file whose well, site or channel is not known, or a table that cannot be read."""
+
+
+class UnknownChannelError(PlateError):
+    """A channel that the bundle does not have."""
+
+
+class MissingChannelError(PlateError):
+    """A site without one of the bundle's channels."""
+
+
+class DuplicatePlaneError(PlateError):
+    """Two files for one well, site and channel."""
+
+
+class ImageError(AnchorwellError):
+    """One file is no usable plane."""
+
+
+class NotATiffError(ImageError):
+    """The bytes are not a TIFF."""
+
+
+class TruncatedImageError(ImageError):
+    """The file ends before its pixels do."""
+
+
+class ImageTooLargeError(ImageError):
+    """The header declares more pixels than are allowed."""
+
+
+class ImageTooSmallError(ImageError):
+    """Fewer pixels than the network's input needs."""
+
+
+class UnsupportedImageError(ImageError):
+    """A TIFF of a kind that is not read: pages, colours, type, compression."""
+
+
+class NonFiniteImageError(ImageError):
+    """NaN or infinity among the pixels."""
+
+
+class BlankImageError(ImageError):
+    """Every pixel has the same value."""
+
+
+class SaturatedImageError(ImageError):
+    """Too many pixels at the top of the range."""
+
+
+class MixedSizesError(ImageError):
+    """Planes of one site that differ in size."""
+
+
+class ContextError(AnchorwellError):
+    """The controls cannot give statistics."""
+
+
+class NoControlsError(ContextError):
+    """No control site at all."""
+
+
+class TooFewControlsError(ContextError):
+    """Fewer control wells than the bundle's minimum."""
+
+
+class BundleError(AnchorwellError):
+    """The exported directory is not what its manifest says."""

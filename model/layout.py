@@ -1,0 +1,352 @@
+"""Where an image belongs: wells, sites, channels, roles, and the file names and tables that say so.
+
+Knows nothing of pixels. Every function takes text and returns values; no file is opened here.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath, PureWindowsPath
+
+from model.errors import DuplicatePlaneError, LayoutError, MissingChannelError, UnknownChannelError, WellNameError
+
+PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
+    6: (2, 3),
+    12: (3, 4),
+    24: (4, 6),
+    48: (6, 8),
+    96: (8, 12),
+    384: (16, 24),
+    1536: (32, 48),
+}
+"""Wells of a plate → (rows, columns), after ANSI/SLAS 4."""
+
+MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
+
+
+class Role(StrEnum):
+    """What a well is for: a negative control, or anything with a perturbation (positive controls too)."""
+
+    CONTROL = "control"
+    TREATED = "treated"
+
+
+@dataclass(frozen=True, order=True)
+class SiteKey:
+    """One field of view of a well."""
+
+    well: str
+    site: int
+
+
+@dataclass(frozen=True, order=True)
+class PlaneKey:
+    """One channel of one site."""
+
+    well: str
+    site: int
+    channel: str
+
+    @property
+    def site_key(self) -> SiteKey:
+        """The site this plane belongs to."""
+        return SiteKey(self.well, self.site)
+
+
+# --- wells -----------------------------------------------------------------------------------------------------------
+
+_WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9][0-9]?)", re.ASCII)
+
+
+def row_name(row: int) -> str:
+    """Name a zero-based row: 0 → "A", 25 → "Z", 26 → "AA"."""
+    return chr(ord("A") + row) if row < 26 else "A" + chr(ord("A") + row - 26)  # noqa: PLR2004
+
+
+def well_name(row: int, column: int) -> str:
+    """Name the well at a zero-based row and column: (0, 0) → "A01".
+
+    Raises:
+        WellNameError: outside a 1536-well plate.
+    """
+    if not (0 <= row < MAX_ROWS and 0 <= column < MAX_COLUMNS):
+        raise WellNameError(f"row {row}, column {column} is outside a 1536-well plate (A01 to AF48)")
+    return f"{row_name(row)}{column + 1:02d}"
+
+
+def well_position(well: str) -> tuple[int, int]:
+    """Return the zero-based (row, column) of a well named like "A01", "a1" or "AF48".
+
+    Raises:
+        WellNameError: the text names no well.
+    """
+    match = _WELL.fullmatch(well.strip())
+    if match:
+        letters, column = match[1].upper(), int(match[2]) - 1
+        row = ord(letters[-1]) - ord("A") + (26 if len(letters) > 1 else 0)
+        if (len(letters) == 1 or letters[0] == "A") and row < MAX_ROWS and column < MAX_COLUMNS:
+            return row, column
+    raise WellNameError(f"{well[:40]!r} is not a well: expected A01 to AF48", well=well[:40])
+
+
+def parse_well(text: str) -> str:
+    """Return the zero-padded name of a well: "a1" → "A01"."""
+    return well_name(*well_position(text))
+
+
+def parse_site(text: str | int) -> int:
+    """Return a site number, 1 or more (0 is taken too: some microscopes count from it)."""
+    digits = str(text).strip()
+    if not digits.isascii() or not digits.isdecimal() or len(digits) > 6:  # noqa: PLR2004
+        raise LayoutError(f"site {digits[:40]!r} is not a whole number")
+    return int(digits)
+
+
+# --- file names ------------------------------------------------------------------------------------------------------
+
+_TIFF = r"\.(?:ome\.)?tiff?"
+_CONVENTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "Opera Phenix / Operetta",
+        re.compile(rf"r(?P<row>\d{{2}})c(?P<column>\d{{2}})f(?P<site>\d+)p\d+-ch(?P<number>\d+)sk\d+\S*{_TIFF}"),
+    ),
+    (
+        "Yokogawa CV8000",
+        re.compile(rf".*_(?P<well>[A-Z]{{1,2}}\d{{2}})_T\d{{4}}F(?P<site>\d{{3}})L\d+A\d+Z\d+C(?P<number>\d{{2}}){_TIFF}"),
+    ),
+    (
+        "ImageXpress",
+        re.compile(
+            rf".*_(?P<well>[A-Z]{{1,2}}\d{{2}})(?:_s(?P<site>\d+))?_w(?P<number>\d)(?P<thumb>_thumb)?[0-9A-F-]*{_TIFF}"
+        ),
+    ),
+    (
+        "<well>_<site>_<channel>",
+        re.compile(rf"(?P<well>[A-Za-z]{{1,2}}\d{{1,2}})_(?P<site>\d+)_(?P<channel>[A-Za-z][A-Za-z0-9+-]*){_TIFF}"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ParsedName:
+    """What a file name says: well, site, and a channel by name or by number; ``thumbnail`` files carry no data."""
+
+    well: str
+    site: int
+    channel: str | int
+    thumbnail: bool
+    convention: str
+
+
+def file_name(path: str) -> str:
+    """Return the last part of a path written on Windows or POSIX."""
+    return PurePosixPath(PureWindowsPath(path).as_posix()).name
+
+
+def parse_file_name(path: str) -> ParsedName:
+    """Read well, site and channel from a file's name by the known conventions.
+
+    Raises:
+        LayoutError: no convention fits. WellNameError: one fits, but the well does not exist.
+    """
+    name = file_name(path)
+    for convention, pattern in _CONVENTIONS:
+        match = pattern.fullmatch(name)
+        if match:
+            return _parsed(match.groupdict(), convention)
+    known = ", ".join(convention for convention, _ in _CONVENTIONS)
+    raise LayoutError(
+        f"the name {name[:80]!r} does not say well, site and channel; send a layout part, or name files as one of: {known}",
+        file=name[:200],
+    )
+
+
+def _parsed(parts: Mapping[str, str | None], convention: str) -> ParsedName:
+    row, column, well = parts.get("row"), parts.get("column"), parts.get("well")
+    name = well_name(int(row) - 1, int(column) - 1) if row and column else parse_well(well or "")
+    number = parts.get("number")
+    return ParsedName(
+        well=name,
+        site=int(parts.get("site") or 1),
+        channel=int(number) if number else str(parts["channel"]),
+        thumbnail=parts.get("thumb") is not None,
+        convention=convention,
+    )
+
+
+def plane_key(parsed: ParsedName, channels: Sequence[str], numbered: Sequence[str] | None = None) -> PlaneKey:
+    """Give a parsed name its channel: by name among ``channels``, or by number (from 1) in ``numbered``.
+
+    ``numbered`` defaults to ``channels``: the bundle's own order.
+
+    Raises:
+        UnknownChannelError: the channel is not one of the bundle's.
+    """
+    if isinstance(parsed.channel, str):
+        return PlaneKey(parsed.well, parsed.site, match_channel(parsed.channel, channels))
+    names = numbered if numbered is not None else channels
+    if not 1 <= parsed.channel <= len(names):
+        raise UnknownChannelError(
+            f"channel number {parsed.channel} has no name: {len(names)} are named ({', '.join(names)})",
+            channel=str(parsed.channel),
+        )
+    return PlaneKey(parsed.well, parsed.site, match_channel(names[parsed.channel - 1], channels))
+
+
+def match_channel(name: str, channels: Sequence[str]) -> str:
+    """Return the bundle's spelling of a channel's name, ignoring case.
+
+    Raises:
+        UnknownChannelError: the bundle has no such channel.
+    """
+    for channel in channels:
+        if channel.casefold() == name.strip().casefold():
+            return channel
+    raise UnknownChannelError(f"channel {name[:40]!r} is not one of the bundle's: {', '.join(channels)}", channel=name[:40])
+
+
+# --- layout tables ---------------------------------------------------------------------------------------------------
+
+
+def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
+    """Read a layout: which file is which well, site and channel.
+
+    Takes CSV with the columns ``file,well,site,channel``; JSON, a list of objects with the same keys; or a JUMP
+    LoadData CSV (``Metadata_Well``, ``Metadata_Site`` and, per channel, ``FileName_Orig…``; channels that the bundle
+    does not have are left out). Files are keyed by their last path component.
+
+    Raises:
+        LayoutError: not such a table. WellNameError, UnknownChannelError, DuplicatePlaneError: as they say.
+    """
+    rows = _table(text)
+    columns = set(rows[0])
+    if {"file", "well", "site", "channel"} <= columns:
+        pairs = [
+            (
+                file_name(row["file"]),
+                PlaneKey(parse_well(row["well"]), parse_site(row["site"]), match_channel(row["channel"], channels)),
+            )
+            for row in rows
+        ]
+    elif {"Metadata_Well", "Metadata_Site"} <= columns:
+        pairs = _load_data_pairs(rows, channels)
+    else:
+        raise LayoutError(
+            "a layout needs the columns file, well, site, channel (or JUMP's Metadata_Well, Metadata_Site and "
+            f"FileName_Orig…); it has {', '.join(sorted(columns))[:200]}"
+        )
+    return _unique_files(pairs)
+
+
+def _load_data_pairs(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> list[tuple[str, PlaneKey]]:
+    columns = {
+        channel: next((f"{kind}_Orig{channel}" for kind in ("FileName", "URL") if f"{kind}_Orig{channel}" in rows[0]), None)
+        for channel in channels
+    }
+    missing = [channel for channel, column in columns.items() if column is None]
+    if missing:
+        raise MissingChannelError(
+            f"the LoadData table has no FileName_Orig… column for {', '.join(missing)}", channels=missing
+        )
+    return [
+        (file_name(row[column]), PlaneKey(parse_well(row["Metadata_Well"]), parse_site(row["Metadata_Site"]), channel))
+        for row in rows
+        for channel, column in columns.items()
+        if column is not None
+    ]
+
+
+def _unique_files(pairs: Iterable[tuple[str, PlaneKey]]) -> dict[str, PlaneKey]:
+    layout: dict[str, PlaneKey] = {}
+    seen: dict[PlaneKey, str] = {}
+    for name, key in pairs:
+        if name in layout:
+            raise LayoutError(f"the layout names the file {name[:80]!r} twice", file=name[:200])
+        if key in seen:
+            raise duplicate_plane(key, seen[key], name)
+        layout[name] = key
+        seen[key] = name
+    return layout
+
+
+def duplicate_plane(key: PlaneKey, first: str, second: str) -> DuplicatePlaneError:
+    """Say that two files claim one well, site and channel."""
+    return DuplicatePlaneError(
+        f"well {key.well} site {key.site} channel {key.channel} is given twice: {first[:80]!r} and {second[:80]!r}",
+        well=key.well,
+        site=key.site,
+        channel=key.channel,
+    )
+
+
+def _table(text: str) -> list[dict[str, str]]:
+    """Read a CSV, TSV or JSON table as rows of text."""
+    body = text.lstrip("\ufeff").strip()
+    rows = _json_rows(body) if body.startswith(("[", "{")) else _csv_rows(body)
+    if not rows:
+        raise LayoutError("the table has no rows")
+    return rows
+
+
+def _json_rows(body: str) -> list[dict[str, str]]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise LayoutError(f"the layout is not valid JSON: {error}") from None
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise LayoutError("a JSON layout is a list of objects with file, well, site, channel")
+    return [{str(name): str(cell) for name, cell in row.items()} for row in value]
+
+
+def _csv_rows(body: str) -> list[dict[str, str]]:
+    delimiter = "\t" if "\t" in body.partition("\n")[0] else ","
+    try:
+        rows = list(csv.DictReader(io.StringIO(body), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise LayoutError(f"the table is not valid CSV: {error}") from None
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise LayoutError(f"line {number} of the table does not have the header's {len(rows[0])} columns")
+    return rows
+
+
+# --- plate maps ------------------------------------------------------------------------------------------------------
+
+_WELL_COLUMNS = ("well", "Metadata_Well", "well_position")
+_NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control"})
+
+
+def parse_platemap(text: str) -> dict[str, Role]:
+    """Read a plate map's roles: which wells are negative controls.
+
+    Takes CSV or TSV with a well column (``well``, ``Metadata_Well`` or ``well_position``) and one that tells the role:
+    ``role`` (control | treated), ``pert_type``/``control_type``/``Metadata_pert_type`` (negcon), or, as on JUMP plate
+    maps, ``broad_sample`` that is empty in DMSO wells.
+
+    Raises:
+        LayoutError: no such columns, or a well named twice.
+    """
+    rows = _table(text)
+    well_column = next((name for name in _WELL_COLUMNS if name in rows[0]), None)
+    if well_column is None:
+        raise LayoutError(f"a plate map needs one of the columns {', '.join(_WELL_COLUMNS)}")
+    roles: dict[str, Role] = {}
+    for row in rows:
+        well = parse_well(row[well_column])
+        if well in roles:
+            raise LayoutError(f"the plate map names well {well} twice", well=well)
+        roles[well] = Role.CONTROL if _is_control(row) else Role.TREATED
+    return roles
+
+
+def _is_control(row: Mapping[str, str]) -> bool:
+    for column in ("role", "control_type", "pert_type", "Metadata_pert_type"):
+        if column in row:
+            return row[column].strip().casefold() in _NEGATIVE
+    if "broad_sample" in row:
+        return row["broad_sample"].strip() in ("", "DMSO")
+    raise LayoutError("a plate map needs a role, pert_type, control_type or broad_sample column")

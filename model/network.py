@@ -1,0 +1,262 @@
+"""The ResNet whose batch-normalisation layers take their statistics from a chosen context or from given values (torch).
+
+A forward pass is told, by a ``Normaliser``, where statistics come from. Nothing is switched by ``train()``/``eval()``, no
+state is kept: the same network serves every context of the method.
+
+Architectures: He et al. 2016 (ResNet-18/34/50), with anti-aliased downsampling as specified by Sanchez-Fernandez et al.
+2026 where asked for: 3 x 3 convolutions keep stride 1 and a 2 x 2 average pool follows.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
+
+EPS = 1e-5
+_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which network: depth 18, 34 or 50; input channels; classes; width of the first stage; kind of downsampling."""
+
+    channels: int
+    classes: int
+    depth: Literal[18, 34, 50] = 18
+    width: int = 64
+    antialiased: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+# --- where statistics come from --------------------------------------------------------------------------------------
+
+
+class Normaliser(Protocol):
+    """Normalises one BN layer's input; layers call it in network order."""
+
+    def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        """Normalise (rows, features, height, width) and apply the layer's scale and shift."""
+        ...
+
+
+class FromContext:
+    """Statistics of the rows ``context`` (a slice; all rows when None), normalising every row; gradients flow through.
+
+    Records each layer's mean and population variance; ``statistics()`` returns them concatenated.
+    """
+
+    def __init__(self, context: slice | None = None, *, stop_gradient: bool = False) -> None:
+        self.context = context if context is not None else slice(None)
+        self.stop_gradient = stop_gradient
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+    def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        rows = x[self.context]
+        mean = rows.mean(dim=(0, 2, 3))
+        variance = (rows - mean[:, None, None]).square().mean(dim=(0, 2, 3))
+        if self.stop_gradient:
+            mean, variance = mean.detach(), variance.detach()
+        self.means.append(mean)
+        self.variances.append(variance)
+        # Written out: F.batch_norm has no gradient for the statistics it is given.
+        scale = layer.weight * torch.rsqrt(variance + EPS)
+        return x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of all layers, (features,) each."""
+        return torch.cat(self.means), torch.cat(self.variances)
+
+
+class Given:
+    """Statistics given for all layers at once: mean and variance, (features,) each."""
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        self.mean = mean
+        self.variance = variance
+
+    def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        at = slice(layer.offset, layer.offset + layer.features)
+        return F.batch_norm(x, self.mean[at], self.variance[at], layer.weight, layer.bias, training=False, eps=EPS)
+
+
+class Running:
+    """Conventional BN (ERM): minibatch statistics that update the layer's running ones, or the running ones as is."""
+
+    def __init__(self, *, update: bool, momentum: float = 0.1) -> None:
+        self.update = update
+        self.momentum = momentum
+
+    def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        return F.batch_norm(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias,
+            training=self.update, momentum=self.momentum, eps=EPS,
+        )  # fmt: skip
+
+
+class PerInstance:
+    """Instance normalisation: each row by its own mean and variance over space."""
+
+    def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        return F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=EPS)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+class BatchNorm(nn.Module):
+    """A BN layer's parameters and its place, ``offset``, in the concatenated statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.offset = 0
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
+        """Normalise as ``norm`` says."""
+        return norm(x, self)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+class Shortcut(nn.Module):
+    """The identity, or a 1 x 1 convolution and BN where the shape changes (average-pooled first when anti-aliased)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, antialiased: bool) -> None:
+        super().__init__()
+        self.pool = stride if antialiased else 1
+        self.conv = _convolution(inputs, outputs, 1, 1 if antialiased else stride)
+        self.bn = BatchNorm(outputs)
+
+    def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
+        """Bring the block's input to its output's shape."""
+        if self.pool > 1:
+            x = F.avg_pool2d(x, self.pool)
+        out: Tensor = self.bn(self.conv(x), norm)
+        return out
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions (ResNet-18 and -34)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, *, antialiased: bool) -> None:
+        super().__init__()
+        self.pool = stride if antialiased else 1
+        self.conv1 = _convolution(inputs, width, 3, 1 if antialiased else stride)
+        self.bn1 = BatchNorm(width)
+        self.conv2 = _convolution(width, width, 3)
+        self.bn2 = BatchNorm(width)
+        changes = stride != 1 or inputs != width
+        self.shortcut = Shortcut(inputs, width, stride, antialiased=antialiased) if changes else None
+
+    def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        out = F.relu(self.bn1(self.conv1(x), norm))
+        if self.pool > 1:
+            out = F.avg_pool2d(out, self.pool)
+        out = self.bn2(self.conv2(out), norm)
+        return F.relu(out + (x if self.shortcut is None else self.shortcut(x, norm)))
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3, 1 x 1 convolutions (ResNet-50); the pool follows the second one's activation when anti-aliased."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, *, antialiased: bool) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.pool = stride if antialiased else 1
+        self.conv1 = _convolution(inputs, width, 1)
+        self.bn1 = BatchNorm(width)
+        self.conv2 = _convolution(width, width, 3, 1 if antialiased else stride)
+        self.bn2 = BatchNorm(width)
+        self.conv3 = _convolution(width, outputs, 1)
+        self.bn3 = BatchNorm(outputs)
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = Shortcut(inputs, outputs, stride, antialiased=antialiased) if changes else None
+
+    def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        out = F.relu(self.bn1(self.conv1(x), norm))
+        out = F.relu(self.bn2(self.conv2(out), norm))
+        if self.pool > 1:
+            out = F.avg_pool2d(out, self.pool)
+        out = self.bn3(self.conv3(out), norm)
+        return F.relu(out + (x if self.shortcut is None else self.shortcut(x, norm)))
+
+
+class ResNet(nn.Module):
+    """ResNet-18/34/50 for any number of channels and any width.
+
+    ``forward`` maps images (rows, channels, height, width) to logits (rows, classes) and embeddings (rows, dim).
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        block: type[BasicBlock | Bottleneck] = Bottleneck if spec.depth >= 50 else BasicBlock  # noqa: PLR2004
+        self.conv1 = _convolution(spec.channels, spec.width, 7, 2)
+        self.bn1 = BatchNorm(spec.width)
+        blocks: list[nn.Module] = []
+        inputs = spec.width
+        for stage, count in enumerate(_STAGES[spec.depth]):
+            width = spec.width * 2**stage
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(inputs, width, stride, antialiased=spec.antialiased))
+                inputs = width * block.expansion
+        self.blocks = nn.ModuleList(blocks)
+        self.embedding_dim = inputs
+        self.classifier = nn.Linear(inputs, spec.classes)
+        self._initialise()
+        self.features = self._number_layers()
+
+    def forward(self, images: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
+        """Classify images with the statistics that ``norm`` says; returns (logits, embeddings)."""
+        x = F.relu(self.bn1(self.conv1(images), norm))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for block in self.blocks:
+            x = block(x, norm)
+        embedding = x.mean(dim=(2, 3))
+        return self.classifier(embedding), embedding
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _number_layers(self) -> int:
+        """Give every BN layer its offset in the order in which a pass calls them; return the number of features."""
+        total = 0
+
+        def number(x: Tensor, layer: BatchNorm) -> Tensor:
+            nonlocal total
+            layer.offset = total
+            total += layer.features
+            return x
+
+        with torch.no_grad():
+            self(torch.zeros(1, self.spec.channels, 64, 64), number)
+        return total
+
+    def running_statistics(self) -> tuple[Tensor, Tensor]:
+        """Concatenate the running (ERM) mean and variance of all layers, (features,) each."""
+        layers = sorted((m for m in self.modules() if isinstance(m, BatchNorm)), key=lambda layer: layer.offset)
+        return torch.cat([m.running_mean for m in layers]), torch.cat([m.running_var for m in layers])
