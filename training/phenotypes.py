@@ -266,9 +266,7 @@ def _claim(cells: Cells, shape: tuple[int, int], at: Conditions, rng: np.random.
     return Territory(owner, rho, edge, nucleus, nucleoli)
 
 
-def _place_nuclei(
-    cells: Cells, owner: NDArray[np.intp], at: Conditions, rng: np.random.Generator
-) -> tuple[Planes, Planes]:
+def _place_nuclei(cells: Cells, owner: NDArray[np.intp], at: Conditions, rng: np.random.Generator) -> tuple[Planes, Planes]:
     """The nuclei (height, width) and their nucleoli; takes over `owner` where a nucleus lies."""
     shape = (owner.shape[0], owner.shape[1])
     nucleus, nucleoli = np.zeros(shape, np.float32), np.zeros(shape, np.float32)

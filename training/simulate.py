@@ -222,9 +222,7 @@ def render_site(plan: SimulationPlan, plate: PlateBatch, well: SimulatedWell, si
     return photograph(paint(cells, scene_px, at, rng), plan.size_px, at, rng)
 
 
-def simulate(
-    plan: SimulationPlan, out: str | Path, workers: int = 1, progress: Progress | None = None
-) -> SimulationReport:
+def simulate(plan: SimulationPlan, out: str | Path, workers: int = 1, progress: Progress | None = None) -> SimulationReport:
     """Write a plan's plates under `out`, in `workers` processes; `progress` hears (sites done, sites in all).
 
     Raises FileExistsError where `out` already holds a finished simulation: two seeds in one folder would be one

@@ -1,0 +1,63 @@
+# make demo   simulate two plates of a lab that the bundles never saw, serve, adapt, classify (no torch)
+# make test   lint, types and all tests
+# Both make what they need on a machine with Python 3.11 or newer, python3-venv and make.
+
+PYTHON ?= python3
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check lint types unit redis demo-bundle first-light real-images gpu-check clean
+
+demo: $(DEMO_VENV)/.ready
+	$(DEMO_VENV)/bin/python -m examples.demo
+
+test: $(VENV)/.ready redis check
+
+check: lint types unit
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+# Redis tests start their own server; without the program they skip and say so.
+redis:
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null; } \
+	  || echo "redis-server is not installed and cannot be: Redis tests will skip"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DEMO_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[service,cpu,simulate]'
+	touch $@
+
+# The two committed bundles, from simulation alone.
+demo-bundle: $(VENV)/.ready
+	$(BIN)/python -m examples.demo_bundle
+
+# Simulated, leave one lab out: build/first-light.json. Resumable.
+first-light: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.first_light
+
+# Real images, where ../shared/data is present: build/real-images.json.
+real-images: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.real_images
+
+# On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
+gpu-check: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu_check
+
+clean:
+	rm -rf build $(VENV) $(DEMO_VENV)

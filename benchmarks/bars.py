@@ -1,0 +1,42 @@
+"""Bars: measured values beside the bounds that were set for them, as one JSON list and one table."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A measured value and its bounds; a value without bounds is shown for comparison."""
+
+    name: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the value lies within its bounds; None where it has none."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        above = self.at_least is None or self.value >= self.at_least
+        return above and (self.at_most is None or self.value <= self.at_most)
+
+
+def write_bars(bars: list[Bar], path: Path) -> None:
+    """Write the bars as JSON, bounds only where set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{name: value for name, value in asdict(bar).items() if value is not None} for bar in bars]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def table(bars: list[Bar]) -> str:
+    """Format the bars with whether each holds."""
+    words = {True: "holds", False: "FAILS", None: ""}
+    lines = ["| figure | value | bound | |", "| --- | ---: | ---: | --- |"]
+    for bar in bars:
+        bounds = [f"≥ {bar.at_least:g}"] if bar.at_least is not None else []
+        bounds += [f"≤ {bar.at_most:g}"] if bar.at_most is not None else []
+        lines.append(f"| {bar.name} | {bar.value:.3f} {bar.unit} | {' '.join(bounds)} | {words[bar.holds]} |")
+    return "\n".join(lines)

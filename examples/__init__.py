@@ -1,0 +1,1 @@
+"""What can be run as it is: the demo, and how its bundles are made."""

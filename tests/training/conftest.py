@@ -1,0 +1,56 @@
+"""Small simulated plates, an index of them, and a run trained for a handful of steps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from training.episodes import EpisodeShape
+from training.index import index_tree, write_index
+from training.simulate import CHANNELS, CLASSES, SimulationPlan, simulate
+from training.train import Run, TrainingConfig, train
+
+PLAN = SimulationPlan(labs=2, batches=2, plates=2, seed=3, sites=1, size_px=128, wells_per_class=1, inactive_wells=1)
+
+
+@pytest.fixture(scope="session")
+def plates_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plates")
+    simulate(PLAN, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def index(plates_root: Path) -> pd.DataFrame:
+    return index_tree(plates_root, CHANNELS)
+
+
+@pytest.fixture(scope="session")
+def config(index: pd.DataFrame, plates_root: Path) -> TrainingConfig:
+    write_index(index, plates_root / "index.parquet")
+    return TrainingConfig(
+        index=str(plates_root / "index.parquet"),
+        classes=CLASSES,
+        depth=18,
+        width=4,
+        size=64,
+        crop=48,
+        pixel_size_um=1.196,
+        shape=EpisodeShape(treated=6, controls_min=2, controls_max=6, plates=2),
+        steps=6,
+        validate_every=2,
+        seed=1,
+        accelerator="cpu",
+        cache=str(plates_root / "cache"),
+    )
+
+
+@pytest.fixture(scope="session")
+def run(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(config, tmp_path_factory.mktemp("runs") / "cs", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def erm_run(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(replace(config, method="erm"), tmp_path_factory.mktemp("runs") / "erm", quiet=True)

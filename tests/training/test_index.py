@@ -1,0 +1,53 @@
+"""The index: from LoadData tables and plate maps to one row a site."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from model.errors import LayoutError, MissingChannelError
+from training.index import channels_of, checked, index_plate, index_tree, read_index, write_index
+from training.simulate import CHANNELS
+
+
+def test_every_site_of_every_plate_has_a_row_with_a_path_per_channel(index: pd.DataFrame) -> None:
+    assert channels_of(index) == CHANNELS
+    assert index["Metadata_Plate"].nunique() == 8
+    assert len(index) == 8 * (16 + 8 + 1)
+    assert all(Path(path).is_file() for path in index["Path_Mito"])
+    assert set(index.loc[index["role"] == "control", "label"]) == {"DMSO"}
+    assert index["pixel_size_um"].between(0.59, 0.71).all()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_written_index_reads_back_the_same(index: pd.DataFrame, tmp_path: Path, ending: str) -> None:
+    write_index(index, tmp_path / f"index.{ending}")
+    pd.testing.assert_frame_equal(read_index(tmp_path / f"index.{ending}"), index, check_dtype=False)
+
+
+def test_an_index_beside_its_images_can_be_moved_with_them(index: pd.DataFrame, plates_root: Path) -> None:
+    write_index(index, plates_root / "moved.csv")
+    assert str(plates_root) not in (plates_root / "moved.csv").read_text()
+
+
+def test_a_site_that_is_there_twice_is_refused(index: pd.DataFrame) -> None:
+    with pytest.raises(LayoutError, match="1 sites are there twice"):
+        checked(pd.concat([index, index.iloc[:1]]))
+
+
+def test_a_folder_without_plates_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"no load_data\.csv"):
+        index_tree(tmp_path, CHANNELS)
+
+
+def test_a_channel_that_the_table_lacks_is_named(plates_root: Path) -> None:
+    table = next(plates_root.rglob("load_data.csv"))
+    with pytest.raises(MissingChannelError, match="FileName_OrigBrightfield"):
+        index_plate(table, table.parent / "platemap.csv", ("Brightfield",))
+
+
+def test_a_well_that_the_plate_map_lacks_is_named(plates_root: Path, tmp_path: Path) -> None:
+    table = next(plates_root.rglob("load_data.csv"))
+    (tmp_path / "platemap.csv").write_text("well,role,label\nA01,control,DMSO\n")
+    with pytest.raises(LayoutError, match=r"does not name the wells [A-H]\d\d, "):
+        index_plate(table, tmp_path / "platemap.csv", CHANNELS)

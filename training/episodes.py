@@ -1,0 +1,93 @@
+"""Episodes: what one step of meta-training sees of one plate, drawn from the step's number alone.
+
+An episode is K control and L treated images of one plate. Methods without a context get the same number of images, all
+treated, so that every method passes equally many through the network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.images import ImageRecipe
+from training.dataset import PlateSites
+
+
+@dataclass(frozen=True)
+class EpisodeShape:
+    """How much of a plate a step draws: L treated, K controls from a range (K-jitter), of D plates."""
+
+    treated: int = 64
+    controls_min: int = 128
+    controls_max: int = 128
+    plates: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Images of one plate in one step, on average."""
+        return self.treated + (self.controls_min + self.controls_max) // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """Images (controls + treated, channels, size, size), the first ``controls`` of them controls; labels of the rest."""
+
+    images: Tensor
+    labels: Tensor
+    controls: int
+
+
+class Episodes(Dataset[list[Episode]]):
+    """Steps ``first`` … ``first + steps``; item i is the list of D episodes of step ``first + i``, always the same."""
+
+    def __init__(
+        self,
+        plates: Sequence[PlateSites],
+        recipe: ImageRecipe,
+        shape: EpisodeShape,
+        *,
+        crop: int,
+        seed: int,
+        first: int,
+        steps: int,
+        with_controls: bool,
+        zscore: bool = False,
+    ) -> None:
+        self.plates = list(plates)
+        self.recipes = [plate.zscore_recipe(recipe) if zscore else recipe for plate in self.plates]
+        self.shape = shape
+        self.crop = crop
+        self.seed = seed
+        self.first = first
+        self.steps = steps
+        self.with_controls = with_controls
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, item: int) -> list[Episode]:
+        rng = np.random.default_rng([self.seed, self.first + item])
+        controls = int(rng.integers(self.shape.controls_min, self.shape.controls_max + 1))
+        chosen = rng.choice(len(self.plates), self.shape.plates, replace=len(self.plates) < self.shape.plates)
+        return [self._episode(int(number), controls, rng) for number in chosen]
+
+    def _episode(self, number: int, controls: int, rng: np.random.Generator) -> Episode:
+        plate, recipe = self.plates[number], self.recipes[number]
+        if self.with_controls:
+            treated = _draw(plate.treated, self.shape.treated, rng)
+            context = _draw(plate.control_rows, controls, rng)
+        else:
+            treated = _draw(plate.treated, self.shape.rows, rng)
+            context = treated[:0]
+        images = plate.augmented(np.concatenate([context, treated]), recipe, self.crop, rng)
+        tensor = torch.from_numpy(images).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        return Episode(tensor, torch.from_numpy(plate.labels[treated]), controls=len(context))
+
+
+def _draw(rows: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw rows without replacement as long as there are enough."""
+    return rng.choice(rows, count, replace=len(rows) < count)

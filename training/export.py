@@ -1,0 +1,228 @@
+"""A trained network → a bundle, refused unless ONNX agrees with torch.
+
+Both graphs share ``weights.bin``: an initialiser with the same bytes is stored once. Statistics are compared with a float64
+torch pass, logits with a float32 one.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.bundle import (
+    CLASSIFY,
+    INPUT_IMAGES,
+    INPUT_MEAN,
+    INPUT_VARIANCE,
+    MEASURE,
+    OUTPUT_EMBEDDING,
+    OUTPUT_LOGITS,
+    OUTPUT_MEAN,
+    OUTPUT_VARIANCE,
+    WEIGHTS,
+    Bundle,
+    Golden,
+    Manifest,
+    finish_bundle,
+)
+from model.errors import BundleError
+from model.network import EPS, FromContext, Given, ResNet
+from model.predictions import EmbeddingReference
+from model.statistics import TrainingStatistics
+
+STATISTICS_TOLERANCE_SD = 1e-4
+LOGITS_TOLERANCE = 1e-3
+_OPSET = 20
+_INLINE_BYTES = 1024
+
+
+class Classify(nn.Module):
+    """images (sites, channels, height, width), bn_mean, bn_var (features,) → logits, embedding."""
+
+    def __init__(self, network: ResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, bn_mean: Tensor, bn_var: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify images with the statistics given."""
+        logits, embedding = self.network(images, Given(bn_mean, bn_var))
+        return logits, embedding
+
+
+class Measure(nn.Module):
+    """images (sites, channels, height, width) → bn_mean, bn_var (features,), in one pass over all of them."""
+
+    def __init__(self, network: ResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Measure the statistics of the whole input."""
+        norm = FromContext()
+        self.network(images, norm)
+        return norm.statistics()
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences of ONNX from torch: statistics in standard deviations, logits as they are."""
+
+    statistics_sd: float
+    logits: float
+
+
+def export_bundle(
+    network: ResNet,
+    path: Path,
+    manifest: Manifest,
+    training_statistics: TrainingStatistics,
+    embedding_reference: EmbeddingReference,
+    golden_images: NDArray[np.float32],
+) -> tuple[Bundle, Parity]:
+    """Write a bundle directory and check it against torch.
+
+    Args:
+        network: the trained network; its running statistics are not used.
+        path: a directory, made if missing.
+        manifest: complete but for ``files``.
+        training_statistics: what the training plates look like.
+        embedding_reference: how embeddings vary.
+        golden_images: prepared control sites (sites, channels, size, size) that the service replays.
+
+    Raises:
+        BundleError: ONNX and torch disagree by more than the tolerances.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    network = network.eval().cpu()
+    write_graphs(network, path, golden_images[:2])
+    golden = make_golden(network, golden_images)
+    parity = check_parity(path, golden)
+    return finish_bundle(path, manifest, training_statistics, embedding_reference, golden), parity
+
+
+def write_graphs(network: ResNet, path: Path, example: NDArray[np.float32]) -> None:
+    """Export both graphs with a dynamic number of sites and one shared weights file."""
+    images = torch.from_numpy(example)
+    sites = torch.export.Dim("sites", min=1)
+    statistics = torch.zeros(network.features), torch.ones(network.features)
+    classify = _to_onnx(
+        Classify(network),
+        (images, *statistics),
+        inputs=(INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE),
+        outputs=(OUTPUT_LOGITS, OUTPUT_EMBEDDING),
+        dynamic=({0: sites}, None, None),
+    )
+    measure = _to_onnx(
+        Measure(network),
+        (images,),
+        inputs=(INPUT_IMAGES,),
+        outputs=(OUTPUT_MEAN, OUTPUT_VARIANCE),
+        dynamic=({0: sites},),
+    )
+    share_weights({CLASSIFY: classify, MEASURE: measure}, path)
+
+
+def _to_onnx(
+    module: nn.Module, arguments: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], dynamic: Any
+) -> onnx.ModelProto:
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns of its own internals
+            program = torch.onnx.export(
+                module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False,
+                input_names=list(inputs), output_names=list(outputs), dynamic_shapes=dynamic,
+            )  # fmt: skip
+    finally:
+        exporter.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def share_weights(models: dict[str, onnx.ModelProto], path: Path) -> None:
+    """Write graphs whose larger initialisers lie in one external file, equal bytes once."""
+    offsets: dict[str, int] = {}
+    with (path / WEIGHTS).open("wb") as weights:
+        for proto in models.values():
+            for tensor in proto.graph.initializer:
+                _move_out(tensor, weights, offsets)
+    for name, proto in models.items():
+        for node in proto.graph.node:
+            del node.metadata_props[:]  # the exporter's stack traces name this machine's folders
+        (path / name).write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _move_out(tensor: onnx.TensorProto, weights: Any, offsets: dict[str, int]) -> None:
+    data = onnx.numpy_helper.to_array(tensor).tobytes()
+    if len(data) < _INLINE_BYTES:
+        return
+    digest = hashlib.sha256(data).hexdigest()
+    if digest not in offsets:
+        offsets[digest] = weights.tell()
+        weights.write(data)
+    for field in ("raw_data", "float_data", "int64_data", "int32_data"):
+        tensor.ClearField(field)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", WEIGHTS), ("offset", str(offsets[digest])), ("length", str(len(data)))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def make_golden(network: ResNet, images: NDArray[np.float32]) -> Golden:
+    """Statistics of the images as one context (float64) and their logits under them (float32)."""
+    mean, variance = measure_float64(network, images)
+    with torch.no_grad():
+        statistics = torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
+        logits, _ = network(torch.from_numpy(images), Given(*statistics))
+    return Golden(
+        images=images,
+        bn_mean=mean.astype(np.float32),
+        bn_var=variance.astype(np.float32),
+        logits=logits.numpy(),
+    )
+
+
+def measure_float64(network: ResNet, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and biased variance, (features,) each, from one float64 pass over the whole context."""
+    twin = ResNet(network.spec).double()
+    twin.load_state_dict(network.state_dict())
+    norm = FromContext()
+    with torch.no_grad():
+        twin(torch.from_numpy(images).double(), norm)
+    mean, variance = norm.statistics()
+    return mean.numpy(), variance.numpy()
+
+
+def check_parity(path: Path, golden: Golden) -> Parity:
+    """Run both graphs on the golden images.
+
+    Raises:
+        BundleError: they differ from torch by more than the tolerances.
+    """
+    measure = onnxruntime.InferenceSession(path / MEASURE, providers=["CPUExecutionProvider"])
+    mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: golden.images})
+    deviation = np.sqrt(golden.bn_var + EPS)
+    shift = np.abs(mean - golden.bn_mean) / deviation
+    stretch = np.abs(np.sqrt(variance + EPS) - deviation) / deviation
+    classify = onnxruntime.InferenceSession(path / CLASSIFY, providers=["CPUExecutionProvider"])
+    feeds = {INPUT_IMAGES: golden.images, INPUT_MEAN: golden.bn_mean, INPUT_VARIANCE: golden.bn_var}
+    (logits,) = classify.run([OUTPUT_LOGITS], feeds)
+    parity = Parity(statistics_sd=float(max(shift.max(), stretch.max())), logits=float(np.abs(logits - golden.logits).max()))
+    if parity.statistics_sd > STATISTICS_TOLERANCE_SD or parity.logits > LOGITS_TOLERANCE:
+        raise BundleError(
+            f"ONNX disagrees with torch: statistics by {parity.statistics_sd:.1e} standard deviations "
+            f"(at most {STATISTICS_TOLERANCE_SD:g}), logits by {parity.logits:.1e} (at most {LOGITS_TOLERANCE:g})"
+        )
+    return parity

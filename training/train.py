@@ -1,0 +1,289 @@
+"""Training: an index, a method and a budget in; a run directory out, that resumes where it stopped.
+
+A run directory holds ``run.json`` (config, split, classes, recipe), ``checkpoints/best.ckpt`` and ``last.ckpt``, and the
+logs ``logs/metrics.csv`` and TensorBoard's. The minibatch of a step depends on the seed and the step's number alone, so a
+resumed run sees what an unbroken one would have seen.
+"""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from model.bundle import recipe_from_json, recipe_json
+from model.errors import LayoutError
+from model.images import ImageRecipe
+from model.network import NetworkSpec, ResNet
+from training.dataset import PlateSites, load_plates, moments
+from training.episodes import Episode, Episodes, EpisodeShape
+from training.evaluate import score_plate
+from training.index import channels_of, read_index
+from training.methods import Method, make_method, training_loss
+from training.splits import Split, split_by_batch
+
+RUN = "run.json"
+BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything a run depends on but its index's pixels.
+
+    ``steps`` optimiser steps at most, validated every ``validate_every``; training stops when the validation loss has not
+    fallen for ``patience`` validations. ``crop`` is the side of the random crops trained on (``size`` by default; smaller
+    ones train faster), ``size`` that of the centre crops validated on and served. ``schedule`` ``constant`` is the
+    paper's; ``cosine`` decays to a hundredth, for short budgets.
+    """
+
+    index: str
+    method: str = "cs-arm-bn"
+    context: str = "controls"
+    stop_gradient: bool = False
+    test_lab: str | None = None
+    depth: Literal[18, 34, 50] = 50
+    width: int = 64
+    antialiased: bool = True
+    size: int = 256
+    crop: int | None = None
+    shrink: int = 2
+    pixel_size_um: float | None = None
+    scaling: Literal["percentile", "fixed"] = "percentile"
+    full_scale: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    shape: EpisodeShape = field(default_factory=EpisodeShape)
+    steps: int = 20_000
+    validate_every: int = 200
+    patience: int = 20
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    seed: int = 0
+    accelerator: str = "auto"
+    loader_workers: int = 0
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of itself."""
+
+    path: Path
+    config: TrainingConfig
+    split: Split
+    classes: tuple[str, ...]
+    recipe: ImageRecipe
+
+    @property
+    def method(self) -> Method:
+        """The method trained."""
+        return make_method(self.config.method, self.config.context, stop_gradient=self.config.stop_gradient)
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """The network trained."""
+        config = self.config
+        return NetworkSpec(
+            channels=len(self.recipe.channels),
+            classes=len(self.classes),
+            depth=config.depth,
+            width=config.width,
+            antialiased=config.antialiased,
+        )
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {
+            "config": asdict(self.config),
+            "split": asdict(self.split),
+            "classes": self.classes,
+            "recipe": recipe_json(self.recipe),
+        }
+        (self.path / RUN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """Read a run directory."""
+        content = json.loads((path / RUN).read_text(encoding="utf-8"))
+        return cls(
+            path=path,
+            config=config_from_json(content["config"]),
+            split=Split.from_json(content["split"]),
+            classes=tuple(content["classes"]),
+            recipe=recipe_from_json(content["recipe"]),
+        )
+
+
+def config_from_json(value: Mapping[str, Any]) -> TrainingConfig:
+    """Read what ``dataclasses.asdict`` made of a config."""
+    tuples = {name: tuple(value[name]) for name in ("full_scale", "classes") if value[name] is not None}
+    return TrainingConfig(**{**value, **tuples, "shape": EpisodeShape(**value["shape"])})
+
+
+class MetaTraining(lightning.LightningModule):
+    """Lightning's view of a run: losses per step, validation per plate, optimiser and schedule."""
+
+    def __init__(self, run: Run, plates: Mapping[str, PlateSites]) -> None:
+        super().__init__()
+        self.run = run
+        self.method = run.method
+        self.network = ResNet(run.spec).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.train_plates = [plates[name] for name in run.split.train]
+        self.validation_plates = [plates[name] for name in run.split.validation]
+
+    def train_dataloader(self) -> DataLoader[list[Episode]]:
+        """Return the coming epoch's steps: an epoch is what lies between two validations."""
+        config = self.run.config
+        episodes = Episodes(
+            self.train_plates,
+            self.run.recipe,
+            config.shape,
+            crop=config.crop or config.size,
+            seed=config.seed,
+            first=self.current_epoch * config.validate_every,
+            steps=config.validate_every,
+            with_controls=self.method.with_controls,
+            zscore=self.method.zscore,
+        )
+        return DataLoader(episodes, batch_size=None, shuffle=False, num_workers=config.loader_workers)
+
+    def val_dataloader(self) -> DataLoader[int]:
+        """Return the validation plates' numbers."""
+        return DataLoader(range(len(self.validation_plates)), batch_size=None)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ARG002
+        """Move a step's episodes; plate numbers stay where they are."""
+        if not isinstance(batch, list):
+            return batch
+        return [replace(e, images=e.images.to(device), labels=e.labels.to(device)) for e in batch]
+
+    def training_step(self, episodes: list[Episode], _number: int) -> Tensor:
+        """One step's loss."""
+        loss = training_loss(self.network, self.method, episodes)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(episodes))
+        return loss
+
+    def validation_step(self, number: int, _number: int) -> None:
+        """Score a held-out plate as the method would be used on it."""
+        plate = self.validation_plates[int(number)]
+        score = score_plate(self.network, self.method, plate, self.run.recipe, self.method.context)
+        self.log("val_loss", score.image_nll, prog_bar=True, batch_size=1)
+        self.log("val_well_accuracy", score.well_accuracy, prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """Adam, as in the paper; decoupled weight decay where asked for."""
+        config = self.run.config
+        optimiser = torch.optim.AdamW(self.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        if config.schedule == "constant":
+            return optimiser
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, config.steps))
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def cosine(step: int, steps: int) -> float:
+    """Learning-rate factor: a linear rise over the first twentieth, then half a cosine down to a hundredth."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    share = min(1.0, (step - rise) / max(1, steps - rise))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tuple[Run, dict[str, PlateSites]]:
+    """Split the index, load its plates and take the recipe's mean and std from the training plates."""
+    split = split_by_batch(index, config.test_lab)
+    treated = index[(index["role"] == "treated") & index["Metadata_Plate"].isin(split.train)]
+    classes = config.classes or tuple(sorted({label for label in treated["label"] if label}))
+    if len(classes) < 2:  # noqa: PLR2004
+        raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
+    recipe = ImageRecipe(
+        channels=channels_of(index),
+        size=config.size,
+        shrink=config.shrink,
+        pixel_size_um=config.pixel_size_um,
+        scaling=config.scaling,
+        full_scale=config.full_scale,
+    )
+    plates = load_plates(index, recipe, classes, cache=Path(config.cache) if config.cache else None, workers=2)
+    mean, std = moments([plates[name] for name in split.train])
+    return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
+
+
+def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Train as ``config`` says into the run directory ``path``.
+
+    ``resume`` goes on from the last checkpoint if there is one; the directory's own config is then used.
+    """
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    last = path / LAST
+    if resume and last.is_file():
+        config = Run.load(path).config
+    run, plates = prepare_run(config, path, read_index(Path(config.index)))
+    run.save()
+    module = MetaTraining(run, plates)
+    with _quietly(quiet=quiet):
+        trainer = _trainer(run, quiet=quiet)
+        trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+    return run
+
+
+def _trainer(run: Run, *, quiet: bool) -> lightning.Trainer:
+    config = run.config
+    checkpoints = ModelCheckpoint(
+        run.path / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
+    )
+    callbacks: list[Any] = [checkpoints, EarlyStopping("val_loss", patience=config.patience)]
+    if not quiet:
+        callbacks.append(TQDMProgressBar())
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        max_epochs=math.ceil(config.steps / config.validate_every),
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(10, config.validate_every)),
+        callbacks=callbacks,
+        logger=_loggers(run.path),
+        enable_progress_bar=not quiet,
+        enable_model_summary=False,
+    )
+
+
+def _loggers(path: Path) -> Sequence[Any]:
+    return [CSVLogger(path, name="logs", version=""), TensorBoardLogger(path, name="logs", version="")]
+
+
+@contextmanager
+def _quietly(*, quiet: bool) -> Iterator[None]:
+    """Silence Lightning's advice (loader workers, existing folders); a quiet run prints nothing at all."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR if quiet else logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*|torch\..*")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_network(run: Run, checkpoint: str = BEST) -> ResNet:
+    """Return a run's trained network, on the CPU, in evaluation mode."""
+    stored = torch.load(run.path / checkpoint, map_location="cpu", weights_only=True)
+    network = ResNet(run.spec)
+    prefix = "network."
+    network.load_state_dict({name.removeprefix(prefix): value for name, value in stored["state_dict"].items()})
+    return network.eval()
