@@ -1,0 +1,5 @@
+"""The inference service: adapt a batch to its own negative controls, then classify its wells.
+
+``routes`` speak HTTP and know no rule; ``batches`` holds the two stories; ``engine`` alone knows onnxruntime and
+``store_redis`` alone knows Redis. Nothing is created at import: ``app.create_app(settings)`` puts the parts together.
+"""

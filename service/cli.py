@@ -1,0 +1,375 @@
+"""The command line: ``anchorwell serve`` runs the service, the other commands drive one through the client."""
+
+import asyncio
+import csv
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from model.errors import AnchorwellError
+from model.layout import Role, parse_layout, parse_platemap
+from service import schemas
+from service.client import (
+    AnchorwellClient,
+    ProblemError,
+    ServiceUnreachableError,
+    StatisticsChangedError,
+    well_of,
+)
+from service.settings import Settings, is_loopback
+
+IMAGE_SUFFIXES = (".tif", ".tiff")
+
+app = typer.Typer(
+    name="anchorwell",
+    help="Classify microscopy plates against their own negative controls.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+_Files = Annotated[list[Path], typer.Argument(help="images, or directories of them", exists=True)]
+_Batch = Annotated[str, typer.Argument(help="the batch's id, normally the plate's barcode")]
+_Url = Annotated[str, typer.Option(help="where the service listens", envvar="ANCHORWELL_URL")]
+_Layout = Annotated[
+    Path | None, typer.Option(help="CSV or JSON: file, well, site, channel; or a JUMP LoadData CSV", exists=True)
+]
+_Platemap = Annotated[
+    Path | None, typer.Option(help="CSV or TSV that tells the control wells: only those adapt, the rest is predicted")
+]
+_Channels = Annotated[str | None, typer.Option(help="names of numbered channels, in order: DNA,ER,RNA; '-': not used")]
+_PixelSize = Annotated[float | None, typer.Option(help="µm per pixel of the images")]
+_Json = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """Run the command line; what is wrong with input is one line and exit code 1."""
+    try:
+        app()
+    except (AnchorwellError, ProblemError, ServiceUnreachableError, StatisticsChangedError, OSError) as error:
+        err.print(f"[bold red]error[/]  {_escaped(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        err.print(f"[bold red]error[/]  settings: {_escaped(reasons)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path | None, typer.Option(help="the bundle to serve (ANCHORWELL_BUNDLE)")] = None,
+    store: Annotated[str | None, typer.Option(help="sqlite:///FILE or redis://… (ANCHORWELL_STORE)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on (ANCHORWELL_HOST)")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on (ANCHORWELL_PORT)")] = None,
+) -> None:
+    """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
+    given = {"bundle": bundle, "store": store, "device": device, "host": host, "port": port}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    for line in settings.lines():
+        err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
+    if not is_loopback(settings.host):
+        err.print(
+            f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
+            "every batch: ANCHORWELL_ALLOW_ANONYMOUS is set and there are no API keys",
+            soft_wrap=True,
+        )
+    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+    application = create_app(settings)
+    config = uvicorn.Config(application, host=settings.host, port=settings.port, log_config=None, access_log=False)
+    _AnnouncingServer(config, application.state.served.readiness.decided).run()
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Prints one line with the URL once requests are taken."""
+
+    def __init__(self, config: uvicorn.Config, decided: Callable[[], Any]) -> None:
+        super().__init__(config)
+        self._decided = decided
+        self._announcement: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announcement = asyncio.create_task(self._announce())
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        if self._announcement is not None:
+            self._announcement.cancel()
+        await super().shutdown(sockets)
+
+    async def _announce(self) -> None:
+        if await self._decided():
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            out.print(f"Anchorwell is ready at http://{shown}:{port}", highlight=False, markup=False)
+
+
+# --- adapt and predict -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def adapt(
+    batch: _Batch,
+    files: _Files,
+    platemap: _Platemap = None,
+    layout: _Layout = None,
+    channels: _Channels = None,
+    pixel_size_um: _PixelSize = None,
+    replace: Annotated[bool, typer.Option("--replace", help="put other images in the place of kept ones")] = False,
+    url: _Url = _DEFAULT_URL,
+    as_json: _Json = False,
+) -> None:
+    """Send a batch's negative controls; the statistics are measured on all that are kept."""
+    with AnchorwellClient(url) as client, _progress("controls", hidden=as_json) as progress:
+        table = _text(layout)
+        paths = _of_role(_images(files), platemap, table, client, Role.CONTROL)
+        report = client.adapt(
+            batch,
+            paths,
+            table,
+            channels=_names(channels),
+            pixel_size_um=pixel_size_um,
+            replace=replace,
+            progress=progress,
+        )
+    _show(report, as_json, _report_table)
+
+
+@app.command()
+def predict(
+    batch: _Batch,
+    files: _Files,
+    platemap: _Platemap = None,
+    layout: _Layout = None,
+    channels: _Channels = None,
+    pixel_size_um: _PixelSize = None,
+    source: Annotated[bool, typer.Option("--source", help="answer without adaptation")] = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="write one row a well to this file")] = None,
+    url: _Url = _DEFAULT_URL,
+    as_json: _Json = False,
+) -> None:
+    """Send a batch's treated wells and get one class each."""
+    with AnchorwellClient(url) as client, _progress("treated", hidden=as_json) as progress:
+        table = _text(layout)
+        paths = _of_role(_images(files), platemap, table, client, Role.TREATED)
+        prediction = client.predict(
+            batch,
+            paths,
+            table,
+            channels=_names(channels),
+            pixel_size_um=pixel_size_um,
+            source=source,
+            progress=progress,
+        )
+    if csv_file is not None:
+        write_csv(prediction, csv_file)
+    _show(prediction, as_json, _prediction_table)
+
+
+@app.command()
+def batches(url: _Url = _DEFAULT_URL, as_json: _Json = False) -> None:
+    """List the batches that the service keeps."""
+    with AnchorwellClient(url) as client:
+        _show(client.batches(), as_json, _batches_table)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _images(places: Iterable[Path]) -> list[Path]:
+    """Return the files named, and the TIFFs below the directories named."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise AnchorwellError(f"{place} holds no .tif or .tiff file")
+            found += inside
+        else:
+            found.append(place)
+    return found
+
+
+def _of_role(
+    paths: list[Path], platemap: Path | None, layout: str | None, client: AnchorwellClient, role: Role
+) -> list[Path]:
+    """Return the images of wells with a role on the plate map; all of them without one."""
+    if platemap is None:
+        return paths
+    roles = parse_platemap(_text(platemap) or "")
+    places = None if layout is None else parse_layout(layout, client.model().channels)
+    wells = {path: well_of(path, places) for path in paths}
+    unknown = sorted({well for well in wells.values() if well is not None} - set(roles))
+    if unknown:
+        raise AnchorwellError(f"the plate map {platemap} does not name well {', '.join(unknown[:5])}")
+    chosen = [path for path, well in wells.items() if well is not None and roles[well] is role]
+    if not chosen:
+        raise AnchorwellError(f"none of the {len(paths)} images is of a {role} well on the plate map {platemap}")
+    return chosen
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AnchorwellError(f"{path} is not UTF-8 text: {error.reason}") from None
+
+
+def _names(channels: str | None) -> list[str] | None:
+    return None if channels is None else channels.split(",")
+
+
+def write_csv(prediction: schemas.Prediction, path: Path) -> None:
+    """Write one row a well, with what the answer stands on."""
+    classes = list(prediction.wells[0].probabilities)
+    columns = [name for name in schemas.WellPrediction.model_fields if name not in ("probabilities", "refused")]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(
+            [
+                "batch",
+                *columns,
+                "sites_refused",
+                *(f"p_{name}" for name in classes),
+                "adapted",
+                "context",
+                "statistics_id",
+                "bundle",
+            ]
+        )
+        for well in prediction.wells:
+            values = [getattr(well, name) for name in columns]
+            rows.writerow(
+                [
+                    prediction.batch_id,
+                    *values,
+                    len(well.refused),
+                    *(well.probabilities[name] for name in classes),
+                    prediction.adapted,
+                    prediction.context,
+                    prediction.statistics_id,
+                    prediction.bundle,
+                ]
+            )
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(name: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar over files sent."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=hidden or not err.is_terminal) as bars:
+        task = bars.add_task(f"sending {name}", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _show(value: BaseModel, as_json: bool, table: Callable[[Any], Iterable[Table | str]]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        return
+    for part in table(value):
+        out.print(part, highlight=False)
+
+
+def _report_table(report: schemas.ControlsReport) -> Iterator[Table | str]:
+    if not report.adapted:
+        yield (
+            f"[yellow]not adapted yet[/]: {report.control_wells} control wells are kept, "
+            f"{report.wells_needed} more are needed"
+        )
+        return
+    yield (
+        f"[green]adapted[/] {_escaped(report.batch_id)} on {report.context_sites} sites of "
+        f"{len(report.context_wells)} control wells ({report.provider}, {report.precision})"
+    )
+    yield f"statistics {report.statistics_id}"
+    yield f"distance from the training plates {report.distance:.2f}, percentile {report.percentile:.0f} of held-out ones"
+    yield from _warnings(report.notices, report.saturation)
+
+
+def _prediction_table(prediction: schemas.Prediction) -> Iterator[Table | str]:
+    table = Table(title=f"{_escaped(prediction.batch_id)}: {len(prediction.wells)} wells, context {prediction.context}")
+    for name in ("well", "class"):
+        table.add_column(name)
+    for name in ("probability", "entropy", "sites", "spread", "to controls"):
+        table.add_column(name, justify="right")
+    table.add_column("remarks")
+    for well in prediction.wells:
+        table.add_row(
+            well.well,
+            _escaped(well.label),
+            f"{well.probability:.3f}",
+            f"{well.entropy:.2f}",
+            str(well.sites),
+            f"{well.spread:.3f}",
+            "" if well.distance_to_controls is None else f"{well.distance_to_controls:.2f}",
+            ", ".join(_remarks(well)),
+        )
+    yield table
+    yield from _warnings(prediction.notices, prediction.saturation)
+
+
+def _remarks(well: schemas.WellPrediction) -> Iterator[str]:
+    if well.out_of_range:
+        yield "out of range"
+    if well.resembles_controls:
+        yield "like a control"
+    if well.control:
+        yield "is a control"
+    if well.refused:
+        yield f"{len(well.refused)} sites refused"
+
+
+def _warnings(notices: Iterable[str], saturation: Iterable[schemas.Saturation]) -> Iterator[str]:
+    for notice in notices:
+        yield f"[yellow]note[/] {_escaped(notice)}"
+    for item in saturation:
+        yield (
+            f"[yellow]note[/] {item.planes} {_escaped(item.channel)} images are saturated, at worst "
+            f"{item.worst_share:.1%} of the pixels (well {item.worst_well} site {item.worst_site})"
+        )
+
+
+def _batches_table(kept: schemas.BatchList) -> Iterator[Table | str]:
+    table = Table(title=f"{len(kept.batches)} batches")
+    for name in ("batch", "adapted", "control wells", "sites", "treated wells", "changed"):
+        table.add_column(name)
+    for batch in kept.batches:
+        table.add_row(
+            batch.batch_id,
+            "yes" if batch.adapted else f"needs {batch.wells_needed} wells" if batch.wells_needed else "at next predict",
+            str(len(batch.control_wells)),
+            str(batch.control_sites),
+            str(len(batch.treated_wells)),
+            f"{batch.changed_at:%Y-%m-%d %H:%M}",
+        )
+    yield table
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

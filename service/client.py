@@ -1,0 +1,331 @@
+"""Drives the service from Python: files in, answers out.
+
+Knows nothing of engines or stores. Sends whole wells, in requests of a bounded size, and reads a file when its turn comes.
+"""
+
+import io
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from model.errors import AnchorwellError
+from model.layout import PlaneKey, parse_file_name, parse_layout
+from service import schemas
+from service.errors import MEDIA_TYPE, PROBLEM_TYPE
+
+REQUEST_BYTES = 256 << 20
+_ATTEMPTS = 5
+_Progress = Callable[[int, int], None]
+
+
+class ProblemError(Exception):
+    """The service refused: ``problem`` is the RFC 9457 body, ``slug`` the name of its type."""
+
+    def __init__(self, problem: Mapping[str, Any]) -> None:
+        self.problem = dict(problem)
+        self.status = int(problem.get("status", 0))
+        self.slug = str(problem.get("type", "")).removeprefix(PROBLEM_TYPE)
+        super().__init__(f"{problem.get('title', 'refused')}: {problem.get('detail', '')}")
+
+
+class ServiceUnreachableError(Exception):
+    """No answer came from the service."""
+
+
+class StatisticsChangedError(Exception):
+    """The batch's controls were changed between two requests of one prediction."""
+
+
+class AnchorwellClient:
+    """A connection to one service; close it, or use it in a ``with``."""
+
+    def __init__(self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 600.0) -> None:
+        self._http = httpx.Client(base_url=base_url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        batch_id: str,
+        files: Iterable[Path],
+        layout: str | None = None,
+        *,
+        channels: Sequence[str] | None = None,
+        pixel_size_um: float | None = None,
+        replace: bool = False,
+        progress: _Progress | None = None,
+    ) -> schemas.ControlsReport:
+        """Send control images in one request, so that they count whole or not at all.
+
+        Raises:
+            ProblemError: the service refused them. ServiceUnreachableError: it did not answer.
+        """
+        paths = sorted(files)
+        sent = _Sent(len(paths), progress)
+        form = _form(layout, channels, pixel_size_um)
+        path = f"/batches/{_quoted(batch_id)}/controls"
+        answer = self._send_files(path, paths, form, {"replace": "true"} if replace else {}, sent)
+        return schemas.ControlsReport.model_validate_json(answer.content)
+
+    def predict(
+        self,
+        batch_id: str,
+        files: Iterable[Path],
+        layout: str | None = None,
+        *,
+        channels: Sequence[str] | None = None,
+        pixel_size_um: float | None = None,
+        source: bool = False,
+        request_bytes: int = REQUEST_BYTES,
+        progress: _Progress | None = None,
+    ) -> schemas.Prediction:
+        """Send treated images, whole wells at a time, and merge the answers: they do not depend on the chunking.
+
+        Raises:
+            ProblemError: the service refused a well. StatisticsChangedError: the controls changed on the way.
+            ServiceUnreachableError: the service did not answer. AnchorwellError: a file's well is not known.
+        """
+        places = parse_layout(layout, self.model().channels) if layout is not None else None
+        paths = sorted(files)
+        sent = _Sent(len(paths), progress)
+        form = _form(layout, channels, pixel_size_um)
+        query = {"context": "source"} if source else {}
+        path = f"/batches/{_quoted(batch_id)}/predict"
+        answers = [
+            schemas.Prediction.model_validate_json(self._send_files(path, chunk, form, query, sent).content)
+            for chunk in chunks_of_wells(paths, places, request_bytes)
+        ]
+        return merged(answers)
+
+    def batches(self) -> schemas.BatchList:
+        """What is kept."""
+        return schemas.BatchList.model_validate_json(self._send("GET", "/batches").content)
+
+    def batch(self, batch_id: str) -> schemas.BatchSummary:
+        """What is kept of one batch."""
+        return schemas.BatchSummary.model_validate_json(self._send("GET", f"/batches/{_quoted(batch_id)}").content)
+
+    def delete(self, batch_id: str) -> None:
+        """Forget a batch."""
+        self._send("DELETE", f"/batches/{_quoted(batch_id)}")
+
+    def model(self) -> schemas.ModelCard:
+        """The served bundle."""
+        return schemas.ModelCard.model_validate_json(self._send("GET", "/model").content)
+
+    def ready(self) -> schemas.Ready:
+        """The engine, once the service is ready.
+
+        Raises:
+            ProblemError: it is not; says why.
+        """
+        return schemas.Ready.model_validate_json(self._send("GET", "/health/ready", attempts=1).content)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _send_files(
+        self, path: str, paths: Sequence[Path], form: Mapping[str, str], query: Mapping[str, str], sent: "_Sent"
+    ) -> httpx.Response:
+        def body() -> dict[str, Any]:
+            opened = [("images", (file.name, _WhenRead(file, sent), "image/tiff")) for file in paths]
+            return {"files": opened, "data": dict(form), "params": dict(query)}
+
+        return self._send("POST", path, body)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Callable[[], dict[str, Any]] = dict,
+        attempts: int = _ATTEMPTS,
+    ) -> httpx.Response:
+        """Send a request; again, after the time it asks for, while the service says that it is busy."""
+        for attempt in range(1, attempts + 1):
+            try:
+                answer = self._http.request(method, path, **body())
+            except httpx.TransportError as error:
+                raise ServiceUnreachableError(
+                    f"no answer from {self._http.base_url}: {str(error) or type(error).__name__}"
+                ) from error
+            if answer.is_success:
+                return answer
+            wait_s = answer.headers.get("retry-after", "")
+            if attempt == attempts or answer.status_code not in (429, 503) or not wait_s.isdecimal():
+                raise problem_of_answer(answer)
+            time.sleep(int(wait_s))
+        raise AssertionError("the last attempt returns or raises")
+
+
+# --- whole wells -----------------------------------------------------------------------------------------------------
+
+
+def well_of(path: Path, places: Mapping[str, PlaneKey] | None) -> str | None:
+    """Return the well of a file, by the layout or by its name; None for a thumbnail, or a file the layout leaves out.
+
+    Raises:
+        AnchorwellError: the name says no well.
+    """
+    if places is not None:
+        return places[path.name].well if path.name in places else None
+    try:
+        parsed = parse_file_name(path.name)
+    except AnchorwellError as error:
+        raise error.about(file=path.name) from None
+    return None if parsed.thumbnail else parsed.well
+
+
+def chunks_of_wells(
+    paths: Iterable[Path], places: Mapping[str, PlaneKey] | None, request_bytes: int
+) -> Iterator[list[Path]]:
+    """Pack files to requests of at most ``request_bytes``, whole wells each; a larger well goes alone.
+
+    Files without a well go with the first, for the service to report.
+    """
+    wells: dict[str, list[Path]] = defaultdict(list)
+    without: list[Path] = []
+    for path in paths:
+        well = well_of(path, places)
+        (without if well is None else wells[well]).append(path)
+    chunk = without
+    size = sum(path.stat().st_size for path in without)
+    held = False
+    for well in sorted(wells):
+        bytes_of_well = sum(path.stat().st_size for path in wells[well])
+        if held and size + bytes_of_well > request_bytes:
+            yield chunk
+            chunk, size = [], 0
+        chunk = chunk + wells[well]
+        size += bytes_of_well
+        held = True
+    yield chunk
+
+
+def merged(answers: Sequence[schemas.Prediction]) -> schemas.Prediction:
+    """Merge answers of one batch: wells sorted, seconds added up.
+
+    Raises:
+        StatisticsChangedError: they stand on different statistics.
+    """
+    first = answers[0]
+    if len({(answer.statistics_id, answer.bundle) for answer in answers}) > 1:
+        raise StatisticsChangedError(f"the statistics of batch {first.batch_id} changed while it was predicted: ask again")
+    seconds: dict[str, float] = defaultdict(float)
+    for answer in answers:
+        for stage, value in answer.seconds.items():
+            seconds[stage] += value
+    return first.model_copy(
+        update={
+            "wells": tuple(sorted((well for answer in answers for well in answer.wells), key=lambda well: well.well)),
+            "saturation": merged_saturation(answers),
+            "skipped": tuple(item for answer in answers for item in answer.skipped),
+            "seconds": dict(seconds),
+        }
+    )
+
+
+def merged_saturation(answers: Iterable[schemas.Prediction]) -> tuple[schemas.Saturation, ...]:
+    """Merge the saturation of each channel: planes added up, the worst kept."""
+    by_channel: dict[str, list[schemas.Saturation]] = defaultdict(list)
+    for answer in answers:
+        for item in answer.saturation:
+            by_channel[item.channel].append(item)
+    return tuple(
+        max(items, key=lambda item: item.worst_share).model_copy(update={"planes": sum(item.planes for item in items)})
+        for _, items in sorted(by_channel.items())
+    )
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+class _Sent:
+    """Which files have been read to their end; one that is sent again counts once."""
+
+    def __init__(self, total: int, progress: _Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done: set[Path] = set()
+
+    def add(self, path: Path) -> None:
+        """Count a file."""
+        self._done.add(path)
+        if self._progress is not None:
+            self._progress(len(self._done), self._total)
+
+
+class _WhenRead(io.RawIOBase):
+    """A file that is opened at its first read and closed at its end: thousands fit in one request."""
+
+    def __init__(self, path: Path, sent: _Sent) -> None:
+        self._path = path
+        self._sent = sent
+        self._size = path.stat().st_size
+        self._at = 0
+        self._file: io.FileIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._size:
+            self.close_file()
+            self._sent.add(self._path)
+            return 0
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        self._file.seek(self._at)
+        count = self._file.readinto(buffer) or 0
+        self._at += count
+        return count
+
+    def close_file(self) -> None:
+        """Let go of the descriptor; a later read opens the file again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _form(layout: str | None, channels: Sequence[str] | None, pixel_size_um: float | None) -> dict[str, str]:
+    form = {
+        "layout": layout,
+        "channels": None if channels is None else ",".join(channels),
+        "pixel_size_um": None if pixel_size_um is None else repr(pixel_size_um),
+    }
+    return {name: value for name, value in form.items() if value is not None}
+
+
+def _quoted(batch_id: str) -> str:
+    return quote(batch_id, safe="")
+
+
+def problem_of_answer(answer: httpx.Response) -> ProblemError:
+    """Read a refusal, problem+json or not."""
+    if answer.headers.get("content-type", "").startswith(MEDIA_TYPE):
+        return ProblemError(answer.json())
+    return ProblemError({"title": f"HTTP {answer.status_code}", "status": answer.status_code, "detail": answer.text[:200]})

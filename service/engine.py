@@ -1,0 +1,138 @@
+"""Runs the bundle's two graphs. The only module that knows onnxruntime.
+
+Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from model.bundle import (
+    CLASSIFY,
+    INPUT_IMAGES,
+    INPUT_MEAN,
+    INPUT_VARIANCE,
+    MEASURE,
+    OUTPUT_EMBEDDING,
+    OUTPUT_LOGITS,
+    OUTPUT_MEAN,
+    OUTPUT_VARIANCE,
+    Bundle,
+)
+from model.errors import BundleError
+from model.statistics import BN_EPSILON, BatchNormStatistics
+from service.errors import StartError
+
+Float = NDArray[np.float32]
+Device = Literal["auto", "cpu", "cuda"]
+
+STATISTICS_TOLERANCE = 1e-4
+"""Largest difference of replayed statistics: means in standard deviations, variances as a share."""
+LOGITS_TOLERANCE = 1e-3
+
+
+class Engine(Protocol):
+    """Measures statistics on images, and classifies images with given statistics."""
+
+    @property
+    def provider(self) -> str:
+        """Where the graphs really run, e.g. ``CPUExecutionProvider``."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the graphs; part of a statistics id."""
+        ...
+
+    def measure(self, images: Float) -> tuple[Float, Float]:
+        """Statistics of one pass over (sites, channels, height, width): mean and biased variance, (features,) each."""
+        ...
+
+    def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        """Logits (sites, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
+        ...
+
+
+class OnnxEngine:
+    """onnxruntime on CUDA, without TF32, or on the CPU; one pass at a time, each with every thread it is given."""
+
+    precision = "fp32"
+
+    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 0) -> None:
+        providers = _providers(device)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES])
+        self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
+        self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
+        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+            raise StartError(f"device cuda was asked for, but onnxruntime runs the bundle on {self.provider}")
+
+    @property
+    def provider(self) -> str:
+        """The provider the sessions really got."""
+        return str(self._classify.get_providers()[0])
+
+    def measure(self, images: Float) -> tuple[Float, Float]:
+        with self._one_pass:
+            mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images})
+        return mean, variance
+
+    def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        with self._one_pass:
+            logits, embeddings = self._classify.run([OUTPUT_LOGITS, OUTPUT_EMBEDDING], given)
+        return logits, embeddings
+
+
+def _providers(device: Device) -> list[Any]:
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    present = cuda in onnxruntime.get_available_providers()
+    if device == "cuda" and not present:
+        raise StartError("device cuda was asked for, but this onnxruntime has no CUDA: install the extra 'gpu'")
+    if device == "cpu" or not present:
+        return [cpu]
+    onnxruntime.preload_dlls()
+    return [(cuda, {"use_tf32": "0"}), cpu]
+
+
+def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], inputs: Sequence[str]) -> Any:
+    try:
+        session = onnxruntime.InferenceSession(str(bundle.path / graph), options, providers=providers)
+    except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
+        raise BundleError(f"{graph} cannot be loaded: {str(error)[:300]}") from None
+    found = sorted(item.name for item in session.get_inputs())
+    if found != sorted(inputs):
+        raise BundleError(f"{graph} takes {', '.join(found)}; expected {', '.join(inputs)}")
+    return session
+
+
+def replay(engine: Engine, bundle: Bundle) -> None:
+    """Run the bundle's golden images through the engine and compare with what the training's framework gave.
+
+    Raises:
+        BundleError: the engine does not agree.
+    """
+    golden = bundle.golden
+    mean, variance = engine.measure(golden.images)
+    spread = np.sqrt(golden.bn_var + BN_EPSILON)
+    statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
+    logits, _ = engine.classify(golden.images, statistics)
+    differences = {
+        "means": (float(np.max(np.abs(mean - golden.bn_mean) / spread)), STATISTICS_TOLERANCE),
+        "standard deviations": (
+            float(np.max(np.abs(np.sqrt(variance + BN_EPSILON) - spread) / spread)),
+            STATISTICS_TOLERANCE,
+        ),
+        "logits": (float(np.max(np.abs(logits - golden.logits))), LOGITS_TOLERANCE),
+    }
+    for name, (difference, tolerance) in differences.items():
+        if not difference <= tolerance:  # NaN fails too
+            raise BundleError(
+                f"the golden images replayed on {engine.provider} give other {name}: "
+                f"they differ by {difference:.2g}, at most {tolerance:.2g} is allowed"
+            )

@@ -1,0 +1,265 @@
+"""Every refusal, as RFC 9457 problem+json: one table from exception class to slug, title and status.
+
+ServiceError                     what is wrong with a request or the service, beyond the plate itself (``model.errors``)
+├── RequestError                 the request cannot be taken as it is
+│   ├── InvalidBatchIdError      a batch id that could not stand in a path or a key
+│   ├── InvalidRequestError      a field of the request that is missing, unknown or malformed
+│   ├── MalformedUploadError     a body that is no complete multipart form
+│   ├── NoImagesError            a form without one image that could be used
+│   └── UploadTooLargeError      more bytes or files than the service takes
+├── BatchError                   the request does not fit what is kept for the batch
+│   ├── BatchNotFoundError       nothing is kept under that id
+│   ├── ControlConflictError     another image for a control plane that is kept
+│   ├── TreatedAsControlError    a control well that was answered as a treated one
+│   ├── PixelSizeConflictError   another pixel size than the batch's
+│   └── RecipeChangedError       kept controls that were prepared by another bundle's image recipe
+├── UnavailableError             not now: the same request may succeed later
+│   ├── NotReadyError            the bundle's golden images have not been replayed, or did not agree
+│   ├── BusyError                every request slot is taken
+│   ├── BatchBusyError           other requests kept changing the batch
+│   └── StoreUnavailableError    the store cannot be reached, or cannot write
+├── RouteError                   the path or its method does not exist
+│   ├── RouteNotFoundError       no such path
+│   ├── MethodNotAllowedError    the path does not take this method
+│   └── BadRequestError          a request that HTTP itself does not allow
+└── StartError                   the service cannot start as it is configured; never an HTTP answer
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from model import errors as plate
+from model.errors import AnchorwellError
+
+PROBLEM_TYPE = "https://anchorwell.dev/problems/"
+MEDIA_TYPE = "application/problem+json"
+
+log = logging.getLogger("anchorwell")
+
+
+class ServiceError(AnchorwellError):
+    """What is wrong with a request or the service, beyond the plate itself."""
+
+
+class RequestError(ServiceError):
+    """The request cannot be taken as it is."""
+
+
+class InvalidBatchIdError(RequestError):
+    """A batch id that could not stand in a path or a key."""
+
+
+class InvalidRequestError(RequestError):
+    """A field of the request that is missing, unknown or malformed."""
+
+
+class MalformedUploadError(RequestError):
+    """A body that is no complete multipart form."""
+
+
+class NoImagesError(RequestError):
+    """A form without one image that could be used."""
+
+
+class UploadTooLargeError(RequestError):
+    """More bytes or files than the service takes."""
+
+
+class BatchError(ServiceError):
+    """The request does not fit what is kept for the batch."""
+
+
+class BatchNotFoundError(BatchError):
+    """Nothing is kept under that id."""
+
+
+class ControlConflictError(BatchError):
+    """Another image for a control plane that is kept."""
+
+
+class TreatedAsControlError(BatchError):
+    """A control well that was answered as a treated one."""
+
+
+class PixelSizeConflictError(BatchError):
+    """Another pixel size than the batch's."""
+
+
+class RecipeChangedError(BatchError):
+    """Kept controls that were prepared by another bundle's image recipe."""
+
+
+class UnavailableError(ServiceError):
+    """Not now: the same request may succeed later."""
+
+
+class NotReadyError(UnavailableError):
+    """The bundle's golden images have not been replayed, or did not agree."""
+
+
+class BusyError(UnavailableError):
+    """Every request slot is taken."""
+
+
+class BatchBusyError(UnavailableError):
+    """Other requests kept changing the batch."""
+
+
+class StoreUnavailableError(UnavailableError):
+    """The store cannot be reached, or cannot write."""
+
+
+class RouteError(ServiceError):
+    """The path or its method does not exist."""
+
+
+class RouteNotFoundError(RouteError):
+    """No such path."""
+
+
+class MethodNotAllowedError(RouteError):
+    """The path does not take this method."""
+
+
+class BadRequestError(RouteError):
+    """A request that HTTP itself does not allow."""
+
+
+class StartError(ServiceError):
+    """The service cannot start as it is configured; never an HTTP answer."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """How a class of error is told over HTTP."""
+
+    slug: str
+    title: str
+    status: int
+    retry_after_s: int | None = None
+
+
+PROBLEMS: Mapping[type[Exception], Problem] = {
+    plate.WellNameError: Problem("invalid-well", "Not a well", 422),
+    plate.LayoutError: Problem("invalid-layout", "Well, site or channel of a file is not known", 422),
+    plate.UnknownChannelError: Problem("unknown-channel", "The bundle has no such channel", 422),
+    plate.MissingChannelError: Problem("missing-channel", "A site lacks a channel", 422),
+    plate.DuplicatePlaneError: Problem("duplicate-plane", "Two files for one well, site and channel", 422),
+    plate.NotATiffError: Problem("not-a-tiff", "Not a TIFF", 422),
+    plate.TruncatedImageError: Problem("truncated-image", "The image is cut short or damaged", 422),
+    plate.ImageTooLargeError: Problem("image-too-large", "The image declares too many pixels", 422),
+    plate.ImageTooSmallError: Problem("image-too-small", "The image has too few pixels", 422),
+    plate.UnsupportedImageError: Problem("unsupported-image", "A kind of TIFF that is not read", 422),
+    plate.NonFiniteImageError: Problem("non-finite-image", "NaN or infinite pixels", 422),
+    plate.BlankImageError: Problem("blank-image", "The image is blank", 422),
+    plate.SaturatedImageError: Problem("saturated-image", "Too many saturated pixels", 422),
+    plate.MixedSizesError: Problem("mixed-sizes", "The channels of one site differ in size", 422),
+    plate.NoControlsError: Problem("controls-required", "The batch has no controls", 409),
+    plate.TooFewControlsError: Problem("too-few-controls", "The batch has too few control wells", 409),
+    plate.ContextError: Problem("unusable-controls", "The controls give no usable statistics", 422),
+    InvalidBatchIdError: Problem("invalid-batch-id", "Not a batch id", 422),
+    InvalidRequestError: Problem("invalid-request", "A field of the request is not valid", 422),
+    RequestValidationError: Problem("invalid-request", "A field of the request is not valid", 422),
+    MalformedUploadError: Problem("malformed-upload", "Not a complete multipart form", 400),
+    ClientDisconnect: Problem("malformed-upload", "Not a complete multipart form", 400),
+    NoImagesError: Problem("no-images", "The form has no usable image", 422),
+    UploadTooLargeError: Problem("upload-too-large", "The upload is too large", 413),
+    BatchNotFoundError: Problem("batch-not-found", "No such batch", 404),
+    ControlConflictError: Problem("control-conflict", "Another image is kept for this control plane", 409),
+    TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
+    PixelSizeConflictError: Problem("pixel-size-conflict", "The batch has another pixel size", 409),
+    RecipeChangedError: Problem("controls-of-another-recipe", "The kept controls need to be sent again", 409),
+    NotReadyError: Problem("not-ready", "The service is not ready", 503, retry_after_s=2),
+    BusyError: Problem("busy", "Every request slot is taken", 503, retry_after_s=1),
+    BatchBusyError: Problem("batch-busy", "Other requests keep changing the batch", 503, retry_after_s=2),
+    StoreUnavailableError: Problem("store-unavailable", "The store cannot be used", 503, retry_after_s=5),
+    RouteNotFoundError: Problem("not-found", "No such path", 404),
+    MethodNotAllowedError: Problem("method-not-allowed", "The path does not take this method", 405),
+    BadRequestError: Problem("bad-request", "Not a valid HTTP request", 400),
+    Exception: Problem("internal-error", "The service failed", 500),
+}
+"""A class that is not named takes its nearest base's row."""
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return the row of an error's class, or of its nearest base."""
+    return next(PROBLEMS[base] for base in type(error).__mro__ if base in PROBLEMS)
+
+
+def problem_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """Render an error as problem+json; 503 carries ``Retry-After``."""
+    problem = problem_of(error)
+    members: dict[str, Any] = dict(error.members) if isinstance(error, AnchorwellError) else {}
+    if problem.retry_after_s is not None:
+        members["retry_after_s"] = problem.retry_after_s
+    body = {
+        **members,
+        "type": PROBLEM_TYPE + problem.slug,
+        "title": problem.title,
+        "status": problem.status,
+        "detail": _detail(error),
+    }
+    extra = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s is not None else {}
+    return Response(
+        json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
+        status_code=problem.status,
+        media_type=MEDIA_TYPE,
+        headers={**(headers or {}), **extra},
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let every error of the app, routing and validation included, leave as problem+json."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        if problem_of(error).status >= 500:  # noqa: PLR2004 (the service's own faults belong in its log)
+            log.warning("%s: %s", type(error).__name__, _detail(error))
+        return problem_response(error)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return problem_response(_http_error(request, error), error.headers)
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        reference = secrets.token_hex(4)
+        log.error("reference %s: %s %s failed", reference, request.method, request.url.path, exc_info=error)
+        return problem_response(_UnexpectedError(reference))
+
+    for known_class in (AnchorwellError, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(known_class, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+class _UnexpectedError(AnchorwellError):
+    """Stands for an error whose words are kept from the client; takes the last row of the table."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"an unexpected error; the service's log has it under {reference}", reference=reference)
+
+
+def _http_error(request: Request, error: HTTPException) -> RouteError:
+    if error.status_code == 404:  # noqa: PLR2004
+        return RouteNotFoundError(f"there is no {request.url.path[:200]}; see /docs for what there is")
+    if error.status_code == 405:  # noqa: PLR2004
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return MethodNotAllowedError(f"{request.url.path[:200]} does not take {request.method}; it takes {allowed}")
+    return BadRequestError(str(error.detail))
+
+
+def _detail(error: Exception) -> str:
+    if isinstance(error, AnchorwellError):
+        return error.detail
+    if isinstance(error, RequestValidationError):
+        return "; ".join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
+    return str(error) or type(error).__name__

@@ -1,0 +1,210 @@
+"""A multipart body → its fields, and its files in one spool on disk.
+
+Knows nothing of plates. The body is parsed and written off the event loop, block by block, while it arrives, under a
+limit that holds with and without Content-Length; a request of thousands of files keeps one file descriptor.
+"""
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from service.errors import InvalidRequestError, MalformedUploadError, UploadTooLargeError
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FormLimits:
+    """What a form may hold: bytes of the whole body, files, bytes of one file and of one text field."""
+
+    body_bytes: int
+    files: int
+    file_bytes: int
+    field_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class ReceivedFile:
+    """One file part, by its place in the spool."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """A received form; files are read from the spool, by any thread, while the request lasts."""
+
+    fields: dict[str, str]
+    files: list[tuple[str, ReceivedFile]]
+    spool: BinaryIO
+
+    def read(self, file: ReceivedFile) -> bytes:
+        """Return a file's bytes."""
+        return os.pread(self.spool.fileno(), file.size, file.offset)
+
+
+@asynccontextmanager
+async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[Form]:
+    """Receive a request's multipart form.
+
+    Raises:
+        UploadTooLargeError, MalformedUploadError, InvalidRequestError: as they say.
+    """
+    _check_declared_length(request, limits.body_bytes)
+    with tempfile.TemporaryFile() as spool:
+        reader = _FormReader(_boundary(request), spool, limits)
+        block, received = bytearray(), 0
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > limits.body_bytes:
+                raise _too_large(limits.body_bytes)
+            block += chunk
+            if len(block) >= _BLOCK_BYTES:
+                await run_in_threadpool(reader.feed, bytes(block))
+                block.clear()
+        await run_in_threadpool(reader.feed, bytes(block))
+        yield await run_in_threadpool(reader.finish)
+
+
+def _check_declared_length(request: Request, limit: int) -> None:
+    declared = request.headers.get("content-length", "0")
+    if declared.isascii() and declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> UploadTooLargeError:
+    return UploadTooLargeError(
+        f"the request's body is larger than {limit:,} bytes; send fewer wells a request", max_upload_bytes=limit
+    )
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise MalformedUploadError("expected a multipart/form-data body with a boundary; the content type is another")
+    return options[b"boundary"]
+
+
+@dataclass
+class _Part:
+    """The part that is being read."""
+
+    name: str = ""
+    file_name: str | None = None
+    offset: int = 0
+    size: int = 0
+    text: bytearray = field(default_factory=bytearray)
+
+
+class _FormReader:
+    """Feeds blocks to the parser and keeps what its callbacks say."""
+
+    def __init__(self, boundary: bytes, spool: BinaryIO, limits: FormLimits) -> None:
+        self._spool = spool
+        self._limits = limits
+        self._part = _Part()
+        self._header_name = b""
+        self._header_value = b""
+        self._written = 0
+        self._complete = False
+        self._fields: dict[str, str] = {}
+        self._files: list[tuple[str, ReceivedFile]] = []
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._add_header_name,
+                    "on_header_value": self._add_header_value,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._name_part,
+                    "on_part_data": self._add,
+                    "on_part_end": self._end,
+                    "on_end": self._finish,
+                },
+            )
+        except FormParserError as error:
+            raise MalformedUploadError(f"the body cannot be read: {error}") from None
+
+    def feed(self, block: bytes) -> None:
+        try:
+            self._parser.write(block)
+        except FormParserError as error:
+            raise MalformedUploadError(f"the body is not a valid multipart form: {str(error)[:200]}") from None
+
+    def finish(self) -> Form:
+        if not self._complete:
+            raise MalformedUploadError("the body ends before its last part does; send it again")
+        self._spool.flush()
+        return Form(fields=self._fields, files=self._files, spool=self._spool)
+
+    def _begin(self) -> None:
+        self._part = _Part(offset=self._written)
+
+    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            _, options = parse_options_header(self._header_value)
+            self._part.name = options.get(b"name", b"").decode("utf-8", "replace")
+            name = options.get(b"filename")
+            self._part.file_name = None if name is None else name.decode("utf-8", "replace")
+        self._header_name = self._header_value = b""
+
+    def _name_part(self) -> None:
+        if not self._part.name:
+            raise MalformedUploadError("a part of the form has no name")
+        if self._part.file_name is not None and len(self._files) >= self._limits.files:
+            raise UploadTooLargeError(f"the form has more than {self._limits.files:,} files; send fewer wells a request")
+
+    def _add(self, data: bytes, start: int, end: int) -> None:
+        part = self._part
+        part.size += end - start
+        is_file = part.file_name is not None
+        if part.size > (self._limits.file_bytes if is_file else self._limits.field_bytes):
+            raise UploadTooLargeError(f"the part {part.name[:40]!r} {(part.file_name or '')[:80]!r} is too large")
+        if is_file:
+            self._spool.write(memoryview(data)[start:end])
+            self._written += end - start
+        else:
+            part.text += data[start:end]
+
+    def _end(self) -> None:
+        part = self._part
+        if part.file_name is not None:
+            self._files.append((part.name, ReceivedFile(part.file_name, part.offset, part.size)))
+        elif part.name in self._fields:
+            raise InvalidRequestError(f"the field {part.name[:40]!r} is given twice")
+        elif len(self._fields) >= 100:  # noqa: PLR2004 (there are three)
+            raise InvalidRequestError("the form has more than 100 fields")
+        else:
+            self._fields[part.name] = utf8(bytes(part.text), part.name)
+
+    def _finish(self) -> None:
+        self._complete = True
+
+
+def utf8(data: bytes, name: str) -> str:
+    """Decode text.
+
+    Raises:
+        InvalidRequestError: the bytes are not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the part {name[:40]!r} is not UTF-8: {error.reason} at {error.start}") from None

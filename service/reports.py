@@ -1,0 +1,117 @@
+"""How the stories' results are told: values of ``schemas`` from those of ``model`` and ``store``."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from model.bundle import Bundle, Manifest
+from model.predictions import WellAnswer
+from service import schemas
+from service.engine import Engine
+from service.errors import problem_of
+from service.store import Adaptation
+from service.uploads import PreparedSite, RefusedSite, Skipped
+
+CONTEXT = "controls"
+VERSION = version("anchorwell")
+REPORTED_SATURATION = 0.001
+
+
+def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
+    """What answers: the members of every ``schemas.Provenance``."""
+    return {
+        "bundle": bundle.digest,
+        "provider": engine.provider,
+        "precision": engine.precision,
+        "version": VERSION,
+    }
+
+
+def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[str, Any]:
+    """What the statistics were measured on and how far they lie from training: members of both reports."""
+    return {
+        "statistics_id": adaptation.statistics_id if adaptation else None,
+        "trained_context": manifest.context,
+        "context_wells": adaptation.wells if adaptation else (),
+        "context_sites": len(adaptation.used) if adaptation else 0,
+        "left_out": tuple(
+            schemas.LeftOut(
+                well=site.well,
+                site=site.site,
+                reason=f"the context is full: {manifest.max_context_sites} sites are measured in one pass",
+            )
+            for site in (adaptation.left_out if adaptation else ())
+        ),
+        "distance": adaptation.distance if adaptation else None,
+        "percentile": adaptation.percentile if adaptation else None,
+        "out_of_range": adaptation.out_of_range if adaptation else None,
+        "notices": _notices(manifest, adaptation) if adaptation else (),
+    }
+
+
+def _notices(manifest: Manifest, adaptation: Adaptation) -> tuple[str, ...]:
+    notices = []
+    if manifest.context != CONTEXT:
+        how = " (AdaBN)" if manifest.context == "source" else ""
+        notices.append(
+            f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
+        )
+    if adaptation.out_of_range:
+        notices.append("the statistics of this plate's controls are unlike those of the training plates")
+    return tuple(notices)
+
+
+def well_prediction(
+    answer: WellAnswer,
+    classes: Sequence[str],
+    refused: Iterable[RefusedSite],
+    adaptation: Adaptation | None,
+    *,
+    control: bool,
+) -> schemas.WellPrediction:
+    """Tell a well's answer; one of a plate that is out of range is out of range."""
+    plate_out_of_range = adaptation is not None and adaptation.out_of_range
+    return schemas.WellPrediction(
+        well=answer.well,
+        label=answer.label,
+        probability=answer.probability,
+        probabilities=dict(zip(classes, answer.probabilities, strict=True)),
+        entropy=answer.entropy,
+        sites=answer.sites,
+        refused=tuple(
+            schemas.RefusedImage(site=site.key.site, problem=problem_of(site.error).slug, detail=site.error.detail)
+            for site in refused
+        ),
+        spread=answer.spread,
+        distance_to_controls=answer.distance_to_controls,
+        distance_to_class=answer.distance_to_class,
+        resembles_controls=answer.resembles_controls,
+        out_of_range=answer.out_of_range or plate_out_of_range,
+        control=control,
+    )
+
+
+def saturation_report(sites: Iterable[PreparedSite]) -> tuple[schemas.Saturation, ...]:
+    """Tell, per channel, how many planes are noticeably saturated and which is worst."""
+    shares: dict[str, list[tuple[float, PreparedSite]]] = defaultdict(list)
+    for site in sites:
+        for channel, share in site.saturation.items():
+            if share > REPORTED_SATURATION:
+                shares[channel].append((share, site))
+    worst = {channel: max(found, key=lambda item: item[0]) for channel, found in shares.items()}
+    return tuple(
+        schemas.Saturation(
+            channel=channel,
+            planes=len(shares[channel]),
+            worst_share=share,
+            worst_well=site.key.well,
+            worst_site=site.key.site,
+        )
+        for channel, (share, site) in sorted(worst.items())
+    )
+
+
+def skipped_report(skipped: Iterable[Skipped]) -> tuple[schemas.SkippedFile, ...]:
+    """Tell the files that were skipped."""
+    return tuple(schemas.SkippedFile(file=item.file, reason=item.reason) for item in skipped)

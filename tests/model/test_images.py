@@ -1,0 +1,196 @@
+"""TIFF bytes to network input: strangers' bytes, real microscopes' bytes, and the arithmetic."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.errors import (
+    BlankImageError,
+    ImageError,
+    ImageTooLargeError,
+    ImageTooSmallError,
+    MixedSizesError,
+    NonFiniteImageError,
+    NotATiffError,
+    SaturatedImageError,
+    TruncatedImageError,
+    UnsupportedImageError,
+)
+from model.images import (
+    ImageLimits,
+    ImageRecipe,
+    centre_crop,
+    check_saturation,
+    decode_plane,
+    prepare_site,
+    saturated_share,
+)
+from model.layout import parse_file_name
+
+RAMP = np.arange(24 * 32, dtype=np.uint16).reshape(24, 32)
+
+
+def tiff(plane, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, plane, **{"photometric": "minisblack", **options})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_every_kind_that_is_taken_decodes_to_its_pixels(dtype, compression, byteorder):
+    plane = (RAMP % 251).astype(dtype)
+    decoded = decode_plane(tiff(plane, compression=compression, byteorder=byteorder))
+    assert decoded.dtype == np.dtype(dtype)
+    assert decoded.dtype.isnative
+    np.testing.assert_array_equal(decoded, plane)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", NotATiffError),
+        (b"BM" + b"\0" * 100, NotATiffError),
+        (b"II*\0", TruncatedImageError),
+        (tiff(RAMP)[:-100], TruncatedImageError),
+        (tiff(RAMP, compression="zlib")[:-100], TruncatedImageError),
+        (tiff(np.zeros((3, 24, 32), np.uint16)), UnsupportedImageError),
+        (tiff(np.zeros((24, 32, 3), np.uint8), photometric="rgb"), UnsupportedImageError),
+        (tiff(RAMP.astype(np.int32)), UnsupportedImageError),
+        (tiff(RAMP.astype(np.float64)), UnsupportedImageError),
+        (tiff((RAMP % 256).astype(np.uint8), compression="packbits"), UnsupportedImageError),
+        (tiff(np.where(RAMP == 5, np.inf, RAMP).astype(np.float32)), NonFiniteImageError),
+        (tiff(np.full((24, 32), 7, np.uint16)), BlankImageError),
+    ],
+)
+def test_what_is_wrong_with_a_file_has_its_own_error(data, error):
+    with pytest.raises(error):
+        decode_plane(data)
+
+
+def test_more_pixels_than_allowed_are_refused_by_the_header():
+    with pytest.raises(ImageTooLargeError, match="24 x 32"):
+        decode_plane(tiff(RAMP), ImageLimits(max_pixels=100))
+
+
+def test_a_bomb_is_refused_before_it_goes_off():
+    with pytest.raises(ImageTooLargeError, match="bytes of file declare"):
+        decode_plane(tiff(np.zeros((6_000, 6_000), np.uint16), compression="zstd", rowsperstrip=6_000))
+
+
+def test_an_ome_tiff_never_reads_another_file(tmp_path):
+    tifffile.imwrite(tmp_path / "secret.tif", RAMP)
+    description = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="32" SizeY="24" SizeC="1" SizeZ="1" SizeT="1">'
+        f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="{tmp_path}/secret.tif">urn:uuid:1</UUID></TiffData>'
+        "</Pixels></Image></OME>"
+    )
+    own = RAMP[::-1].copy()
+    np.testing.assert_array_equal(decode_plane(tiff(own, description=description.encode())), own)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, len(tiff(RAMP)) - 1), st.integers(0, 255), st.booleans())
+def test_damaged_bytes_give_pixels_or_an_image_error(at, value, cut):
+    data = bytearray(tiff(RAMP, compression="zlib"))
+    at %= len(data)
+    data[at] = value
+    try:
+        decoded = decode_plane(bytes(data[:at] if cut else data))
+    except ImageError:
+        return
+    assert decoded.ndim == 2
+
+
+def test_saturation_is_a_share_and_has_a_limit():
+    plane = np.zeros((10, 10), np.uint8)
+    plane[:3] = 255
+    assert saturated_share(plane) == pytest.approx(0.3)
+    assert saturated_share(plane.astype(np.float32)) == 0
+    with pytest.raises(SaturatedImageError, match="30%"):
+        check_saturation(plane)
+    assert check_saturation(plane, ImageLimits(max_saturated_share=0.5)) == pytest.approx(0.3)
+
+
+def test_percentile_scaling_maps_a_plane_to_256_steps():
+    recipe = ImageRecipe(channels=("DNA",), size=24, shrink=1, percentile=100)
+    site = prepare_site([RAMP], recipe)
+    expected = np.floor(RAMP / RAMP.max() * 255) / 255
+    np.testing.assert_allclose(site[0], expected[:, 4:28], atol=1 / 255)
+    assert (site.shape, site.dtype, site.flags.c_contiguous) == ((1, 24, 24), np.float32, True)
+
+
+def test_percentile_scaling_ignores_gain_and_fixed_scaling_keeps_it():
+    kept = ImageRecipe(channels=("DNA",), size=24, shrink=1, scaling="fixed", full_scale=(1_000.0,))
+    lost = ImageRecipe(channels=("DNA",), size=24, shrink=1)
+    np.testing.assert_allclose(prepare_site([RAMP * 2], lost), prepare_site([RAMP], lost), atol=1 / 255)
+    np.testing.assert_allclose(prepare_site([RAMP * 2], kept), 2 * prepare_site([RAMP], kept), rtol=1e-6)
+
+
+def test_shrinking_takes_every_nth_pixel_and_a_known_pixel_size_resamples():
+    recipe = ImageRecipe(channels=("DNA",), size=12, shrink=2, pixel_size_um=1.0, scaling="fixed", full_scale=(1.0,))
+    np.testing.assert_array_equal(prepare_site([RAMP], recipe)[0], RAMP[::2, ::2][:, 2:14])
+    resampled = prepare_site([RAMP], recipe, pixel_size_um=0.5)[0]
+    assert resampled.shape == (12, 12)
+    assert abs(float(resampled.mean()) - RAMP[:, 4:28].mean()) < 1
+
+
+def test_channels_are_shifted_and_divided_by_their_own_mean_and_std():
+    recipe = ImageRecipe(
+        channels=("DNA", "ER"), size=24, shrink=1, scaling="fixed", full_scale=(1.0, 1.0), mean=(1.0, 2.0), std=(2.0, 4.0)
+    )
+    site = prepare_site([RAMP, RAMP], recipe)
+    np.testing.assert_allclose(site, np.stack([(RAMP - 1.0) / 2, (RAMP - 2.0) / 4])[:, :, 4:28], rtol=1e-6)
+
+
+def test_planes_that_do_not_fit_are_refused():
+    recipe = ImageRecipe(channels=("DNA", "ER"), size=24, shrink=1)
+    with pytest.raises(MixedSizesError, match="24 x 32, 48 x 32"):
+        prepare_site([RAMP, np.vstack([RAMP, RAMP])], recipe)
+    with pytest.raises(ImageTooSmallError, match="needs 64 x 64"):
+        prepare_site([RAMP, RAMP], ImageRecipe(channels=("DNA", "ER"), size=64, shrink=1))
+
+
+def test_the_crop_is_about_the_centre():
+    assert centre_crop(RAMP[None].astype(np.float32), 2).tolist() == [
+        [[11 * 32 + 15, 11 * 32 + 16], [12 * 32 + 15, 12 * 32 + 16]]
+    ]
+
+
+def test_a_recipe_without_its_numbers_is_refused():
+    with pytest.raises(ValueError, match="full_scale"):
+        ImageRecipe(channels=("DNA",), size=8, scaling="fixed")
+    with pytest.raises(ValueError, match="mean"):
+        ImageRecipe(channels=("DNA", "ER"), size=8, mean=(0.1,))
+
+
+def test_real_phenix_planes_decode_with_their_saturation(shared_data):
+    shares = {}
+    for path in sorted((shared_data / "cell_painting_phenix_fields").rglob("*.tiff")):
+        data = path.read_bytes()
+        with tifffile.TiffFile(io.BytesIO(data)) as read:
+            compression = read.pages[0].compression.name
+        plane = decode_plane(data)
+        assert (plane.shape, plane.dtype) == ((1080, 1080), np.uint16)
+        shares[path.parent.name, parse_file_name(path.name).channel] = (compression, check_saturation(plane))
+    assert len(shares) == 9
+    assert {compression for compression, _ in shares.values()} == {"LZW", "NONE"}
+    assert shares["pediatric_BR00143976", 4][0] == "NONE"
+    assert shares["pediatric_BR00143976", 4][1] > 0
+    assert shares["jump_BR00117006", 5][1] > 0
+
+
+def test_all_zero_cv8000_planes_are_refused_as_blank(shared_data):
+    planes = sorted((shared_data / "vendor_layouts" / "cv8000").glob("*_T0001F*.tif"))
+    assert planes
+    for path in planes[:6]:
+        well = parse_file_name(path.name).well
+        with pytest.raises(BlankImageError) as refused:
+            decode_plane(path.read_bytes())
+        assert well in refused.value.about(well=well, file=path.name).detail

@@ -1,0 +1,54 @@
+"""Logits to answers, with numbers that can be checked in the head."""
+
+import numpy as np
+import pytest
+
+from model.predictions import EmbeddingReference, classify_well, mean_of_wells, softmax, whitened_distance
+
+REFERENCE = EmbeddingReference(
+    whitening=np.diag([1.0, 2.0]).astype(np.float32),
+    class_centres=np.array([[0, 0], [10, 0]], np.float32),
+    control_distance=1.0,
+    class_distance=3.0,
+)
+
+
+def answer(logits, embeddings, centre=None, temperature=1.0):
+    given = (np.array(logits, np.float32), np.array(embeddings, np.float32))
+    centre = None if centre is None else np.array(centre, np.float32)
+    return classify_well("A01", *given, ("a", "b"), temperature, REFERENCE, centre)
+
+
+def test_softmax_is_stable_and_takes_a_temperature():
+    logits = np.array([[1e4, 0], [0, np.log(3)]], np.float32)
+    np.testing.assert_allclose(softmax(logits), [[1, 0], [0.25, 0.75]], rtol=1e-6)
+    np.testing.assert_allclose(softmax(logits[1:], 2.0), [[1, 3**0.5] / (1 + 3**0.5 * np.ones(2))], rtol=1e-6)
+
+
+def test_a_well_is_the_mean_of_its_sites_probabilities():
+    told = answer([[0, np.log(3)], [0, 0]], [[1, 0], [3, 0]])
+    assert told.label == "b"
+    assert told.probability == pytest.approx(0.625)
+    assert told.probabilities == pytest.approx((0.375, 0.625))
+    assert told.entropy == pytest.approx(-(0.375 * np.log(0.375) + 0.625 * np.log(0.625)))
+    assert told.spread == pytest.approx(0.125)
+    assert (told.sites, told.distance_to_controls, told.resembles_controls) == (2, None, None)
+    assert told.distance_to_class == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "resembles", "out_of_range"),
+    [([0, 5], False, True), ([5.5, 0], True, False), ([10, 1], False, False), ([5, 0.6], False, True)],
+)
+def test_a_well_is_out_of_range_when_it_is_like_nothing_seen(embedding, resembles, out_of_range):
+    told = answer([[0, 0]], [embedding], centre=[5, 0])
+    assert (told.resembles_controls, told.out_of_range) == (resembles, out_of_range)
+
+
+def test_distances_are_whitened():
+    assert whitened_distance(np.array([3, 2], np.float32), np.zeros(2, np.float32), REFERENCE) == pytest.approx(5)
+
+
+def test_every_well_counts_once_whatever_its_sites():
+    embeddings = np.array([[0, 0], [2, 0], [4, 8]], np.float32)
+    np.testing.assert_allclose(mean_of_wells(["A01", "A01", "B01"], embeddings), [2.5, 4])

@@ -1,0 +1,142 @@
+"""The app over a fake engine and a real store, a Redis server when there is one, and what they keep."""
+
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import redis
+from anyio.from_thread import start_blocking_portal
+from plates import FakeEngine, fake_bundle
+
+from service.app import create_app
+from service.settings import Settings
+from service.store_redis import RedisStore
+from service.store_sqlite import SqliteStore
+
+
+def wait_until(condition, timeout_s=20.0):
+    """Poll until something holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    return fake_bundle(tmp_path_factory.mktemp("fake") / "bundle")
+
+
+class AppClient:
+    """Calls the app as a server would, from any thread; server errors are answered, as they are in service."""
+
+    def __init__(self, app, portal):
+        self.app = app
+        self._portal = portal
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
+
+    def request(self, method, url, **options):
+        return self._portal.call(lambda: self._http.request(method, url, **options))
+
+    def get(self, url, **options):
+        return self.request("GET", url, **options)
+
+    def post(self, url, **options):
+        return self.request("POST", url, **options)
+
+    def delete(self, url, **options):
+        return self.request("DELETE", url, **options)
+
+    async def readiness(self):
+        return await self.app.state.served.readiness.decided()
+
+
+@contextmanager
+def running(settings, engine=None, store=None, *, wait=True):
+    """The real app with its lifespan; waits for the golden replay's verdict."""
+    app = create_app(settings, engine=engine, store=store)
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(app.router.lifespan_context(app)),
+    ):
+        client = AppClient(app, portal)
+        if wait:
+            portal.call(client.readiness)
+        yield client
+
+
+@pytest.fixture
+def settings(bundle, tmp_path):
+    return Settings(bundle=bundle.path, store=f"sqlite:///{tmp_path}/store.db", device="cpu", threads=1)
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def store(settings):
+    opened = SqliteStore(settings.store.removeprefix("sqlite:///"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def client(settings, engine, store):
+    with running(settings, engine, store) as running_client:
+        yield running_client
+
+
+@contextmanager
+def redis_server(folder, port):
+    """A Redis of our own that syncs every write."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("no redis-server on this machine: the Redis store is not tested")
+    command = [binary, "--port", str(port), "--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always"]
+    with subprocess.Popen([*command, "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL) as process:
+        with redis.Redis(port=port) as probe:
+            wait_until(lambda: _answers(probe))
+        yield process
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory):
+    port = free_port()
+    with redis_server(tmp_path_factory.mktemp("redis"), port):
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+def _answers(probe):
+    try:
+        return probe.ping()
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def any_store(request, tmp_path):
+    """Either store, empty."""
+    if request.param == "sqlite":
+        opened = SqliteStore(str(tmp_path / "any.db"))
+    else:
+        url = request.getfixturevalue("redis_url")
+        with redis.Redis.from_url(url) as server:
+            server.flushdb()
+        opened = RedisStore(url)
+    yield opened
+    opened.close()

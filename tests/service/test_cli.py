@@ -1,0 +1,221 @@
+"""The real ``anchorwell`` process with a real bundle, driven by the client and by the other commands."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from plates import CONTROL_WELLS, well_files
+
+from service.client import (
+    AnchorwellClient,
+    ProblemError,
+    ServiceUnreachableError,
+    StatisticsChangedError,
+    chunks_of_wells,
+    merged,
+)
+
+ANCHORWELL = Path(sys.executable).parent / "anchorwell"
+TREATED = ("E05", "F05", "G05")
+PLATEMAP = "well,role\n" + "".join(f"{w},control\n" for w in CONTROL_WELLS) + "".join(f"{w},treated\n" for w in TREATED)
+
+
+@contextmanager
+def serving(bundle, folder, **environment):
+    """``anchorwell serve`` on a free port; gives the process and the URL it printed."""
+    settings = {
+        "BUNDLE": bundle,
+        "STORE": f"sqlite:///{folder}/s.db",
+        "PORT": 0,
+        "THREADS": 1,
+        "DEVICE": "cpu",
+        **environment,
+    }
+    given = {f"ANCHORWELL_{name}": str(value) for name, value in settings.items()}
+    log = (Path(folder) / "serve.log").open("w+")
+    with (
+        log,
+        subprocess.Popen(
+            [ANCHORWELL, "serve"], env={**os.environ, **given}, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        line = process.stdout.readline()
+        found = re.fullmatch(r"Anchorwell is ready at (http://127\.0\.0\.1:\d+)\n", line)
+        log.seek(0)
+        assert found, (line, log.read())
+        yield process, found[1]
+        process.terminate()
+        process.wait(20)
+
+
+def run(*arguments):
+    return subprocess.run([ANCHORWELL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def url(tiny_bundle_path, tmp_path_factory):
+    with serving(tiny_bundle_path, tmp_path_factory.mktemp("served")) as (_, served_url):
+        yield served_url
+
+
+@pytest.fixture(scope="module")
+def plate(tmp_path_factory):
+    """A folder with four control wells, three treated ones, a plate map and a thumbnail."""
+    folder = tmp_path_factory.mktemp("plate")
+    for _, (name, data, _) in well_files([*CONTROL_WELLS, *TREATED], size=64):
+        (folder / name).write_bytes(data)
+    (folder / "Mix_A01_s1_w1_thumb0A.tif").write_bytes(b"a thumbnail")
+    (folder / "platemap.csv").write_text(PLATEMAP)
+    return folder
+
+
+def of_wells(plate, wells):
+    return [path for path in plate.glob("*.tif") if path.name[:3] in wells]
+
+
+def test_the_client_adapts_predicts_and_forgets(url, plate):
+    seen = []
+    with AnchorwellClient(url) as client:
+        assert client.ready().provider == "CPUExecutionProvider"
+        report = client.adapt("C1", of_wells(plate, CONTROL_WELLS))
+        assert report.adapted
+        whole = client.predict("C1", of_wells(plate, TREATED), progress=lambda done, total: seen.append((done, total)))
+        assert whole.statistics_id == report.statistics_id
+        assert [well.well for well in whole.wells] == list(TREATED)
+        assert seen[-1] == (18, 18)
+        assert client.batch("C1") in client.batches().batches
+        client.delete("C1")
+        with pytest.raises(ProblemError, match="no batch C1") as refused:
+            client.batch("C1")
+        assert (refused.value.slug, refused.value.status) == ("batch-not-found", 404)
+
+
+def test_chunking_never_changes_an_answer(url, plate):
+    with AnchorwellClient(url) as client:
+        client.adapt("C2", of_wells(plate, CONTROL_WELLS))
+        whole = client.predict("C2", of_wells(plate, TREATED))
+        chunked = client.predict("C2", of_wells(plate, TREATED), request_bytes=1)
+    assert chunked.wells == whole.wells
+
+
+def test_a_layout_places_files_for_the_client_too(url, plate, tmp_path):
+    rows = ["file,well,site,channel"]
+    for number, path in enumerate(sorted(of_wells(plate, (*CONTROL_WELLS, *TREATED)))):
+        (tmp_path / f"{number}.tif").write_bytes(path.read_bytes())
+        rows.append(",".join([f"{number}.tif", *path.stem.split("_")]))
+    (tmp_path / "layout.csv").write_text("\n".join(rows))
+    (tmp_path / "platemap.csv").write_text(PLATEMAP)
+    options = ["--layout", tmp_path / "layout.csv", "--platemap", tmp_path / "platemap.csv", "--url", url, "--json"]
+    assert json.loads(run("adapt", "C3", tmp_path, *options).stdout)["control_wells"] == 4
+    assert len(json.loads(run("predict", "C3", tmp_path, *options).stdout)["wells"]) == 3
+
+
+def test_chunks_are_whole_wells_under_the_budget(plate):
+    files = sorted(of_wells(plate, TREATED))
+    size = files[0].stat().st_size
+    chunks = list(chunks_of_wells(files, None, 12 * size))
+    assert [sorted({path.name[:3] for path in chunk}) for chunk in chunks] == [["E05", "F05"], ["G05"]]
+    assert len(list(chunks_of_wells(files, None, 1))) == 3
+
+
+def test_answers_on_different_statistics_are_not_merged(url, plate):
+    with AnchorwellClient(url) as client:
+        client.adapt("C4", of_wells(plate, CONTROL_WELLS))
+        first = client.predict("C4", of_wells(plate, ["E05"]))
+    with pytest.raises(StatisticsChangedError):
+        merged([first, first.model_copy(update={"statistics_id": "another"})])
+
+
+def test_nobody_there_is_one_readable_error():
+    with AnchorwellClient(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(ServiceUnreachableError):
+        client.model()
+
+
+def test_the_commands_tell_a_plate_from_start_to_end(url, plate, tmp_path):
+    platemap = plate / "platemap.csv"
+    adapted = run("adapt", "K1", plate, "--platemap", platemap, "--url", url)
+    assert adapted.returncode == 0, adapted.stderr
+    assert "adapted K1 on 8 sites of 4 control wells" in adapted.stdout
+    table = tmp_path / "answers.csv"
+    predicted = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--csv", table)
+    assert predicted.returncode == 0, predicted.stderr
+    assert all(well in predicted.stdout for well in TREATED)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["well"] for row in rows] == list(TREATED)
+    assert sum(float(rows[0][f"p_{name}"]) for name in ("alpha", "beta", "gamma")) == pytest.approx(1)
+    told = json.loads(run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--json").stdout)
+    assert [well["label"] for well in told["wells"]] == [row["label"] for row in rows]
+    assert "K1" in run("batches", "--url", url).stdout
+    source = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--source", "--json")
+    assert json.loads(source.stdout)["adapted"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "none", "PLATE", "--platemap", "PLATE/platemap.csv"], "no controls"),
+        (["adapt", "no/such", "PLATE", "--platemap", "PLATE/platemap.csv"], "not a batch id"),
+        (["adapt", "K2", "EMPTY"], "no .tif"),
+        (["adapt", "K2", "PLATE", "--platemap", "PLATE/nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(arguments, words, url, plate, tmp_path):
+    given = [word.replace("PLATE", str(plate)).replace("EMPTY", str(tmp_path)) for word in arguments]
+    done = run(*given, "--url", url)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_serve_refuses_what_it_cannot_do_in_one_line(tiny_bundle_path, tmp_path):
+    store = f"sqlite:///{tmp_path}/s.db"
+    for arguments, words in (
+        (["--bundle", tmp_path, "--store", store], "not a bundle"),
+        (["--bundle", tiny_bundle_path, "--store", store, "--host", "0.0.0.0"], "ALLOW_ANONYMOUS"),
+        (["--bundle", tiny_bundle_path, "--store", "mysql://x"], "a store is"),
+        (["--bundle", tiny_bundle_path, "--store", store, "--device", "tpu"], "device"),
+    ):
+        done = run("serve", *arguments)
+        assert done.returncode == 1, done.stderr
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_serve_ends_on_sigterm_and_keeps_what_it_acknowledged(tiny_bundle_path, plate, tmp_path):
+    with serving(tiny_bundle_path, tmp_path) as (process, url), AnchorwellClient(url) as client:
+        report = client.adapt("S1", of_wells(plate, CONTROL_WELLS))
+        before = client.predict("S1", of_wells(plate, TREATED))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert "Traceback" not in (tmp_path / "serve.log").read_text()
+    with serving(tiny_bundle_path, tmp_path) as (process, url), AnchorwellClient(url) as client:
+        again = client.predict("S1", of_wells(plate, TREATED))
+        process.kill()
+    assert (again.statistics_id, again.wells) == (report.statistics_id, before.wells)
+
+
+def test_serve_warns_loudly_when_others_can_reach_it(tiny_bundle_path, tmp_path):
+    with serving_anywhere(tiny_bundle_path, tmp_path) as log:
+        assert "WARNING" in log
+        assert "no API keys" in log
+
+
+@contextmanager
+def serving_anywhere(bundle, folder):
+    given = {"BUNDLE": bundle, "STORE": f"sqlite:///{folder}/s.db", "PORT": 0, "HOST": "0.0.0.0", "ALLOW_ANONYMOUS": 1}
+    environment = {**os.environ, **{f"ANCHORWELL_{name}": str(value) for name, value in given.items()}}
+    with (Path(folder) / "serve.log").open("w+") as log:
+        command = [ANCHORWELL, "serve"]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            process.stdout.readline()
+            yield (Path(folder) / "serve.log").read_text()
+            process.terminate()
+            process.wait(20)

@@ -1,0 +1,81 @@
+"""The real engine on a real exported bundle."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from plates import FakeEngine, tiff
+
+from model.bundle import MEASURE, Bundle
+from model.errors import BundleError
+from model.statistics import BatchNormStatistics
+from service.engine import OnnxEngine, replay
+from service.errors import StartError
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle_path):
+    return Bundle.load(tiny_bundle_path)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def engine(request, tiny):
+    return OnnxEngine(tiny, "cpu", request.param)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 3, 64, 64)).astype(np.float32)
+
+
+def test_the_engine_agrees_with_the_golden_images(engine, tiny):
+    replay(engine, tiny)
+
+
+def test_the_engine_reports_the_provider_it_really_got(engine):
+    assert (engine.provider, engine.precision) == ("CPUExecutionProvider", "fp32")
+
+
+def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
+    context, well = images(24), images(9, seed=1)
+    first_mean, first_variance = engine.measure(context)
+    statistics = BatchNormStatistics(first_mean, first_variance, sites=24, wells=6)
+    assert first_mean.shape == first_variance.shape == (tiny.manifest.features,)
+    logits, embeddings = engine.classify(well, statistics)
+    assert (logits.shape, embeddings.shape) == ((9, 3), (9, tiny.manifest.embedding_dim))
+    for shift in range(3):
+        moved = np.frombuffer(b"\0" * 4 * shift + context.tobytes(), np.float32, offset=4 * shift).reshape(context.shape)
+        mean, variance = engine.measure(moved)
+        assert mean.tobytes() == first_mean.tobytes()
+        assert variance.tobytes() == first_variance.tobytes()
+        engine.classify(images(5 + shift, seed=2), statistics)
+        assert engine.classify(well.copy(), statistics)[0].tobytes() == logits.tobytes()
+
+
+def test_cuda_is_refused_where_there_is_none(tiny):
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(StartError, match="no CUDA"):
+        OnnxEngine(tiny, "cuda")
+    assert OnnxEngine(tiny, "auto").provider == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("wrong", ["mean", "variance", "logits", "nan"])
+def test_a_replay_that_disagrees_says_in_what(wrong, bundle):
+    engine = FakeEngine()
+    measure, classify = engine.measure, engine.classify
+    if wrong == "logits":
+        engine.classify = lambda *given: tuple(part + 0.01 for part in classify(*given))
+    else:
+        factors = {"mean": (1.01, 1), "variance": (1, 1.01), "nan": (np.nan, 1)}[wrong]
+        engine.measure = lambda given: tuple(part * factor for part, factor in zip(measure(given), factors, strict=True))
+    words = {"mean": "other means", "variance": "standard deviations", "logits": "other logits", "nan": "nan"}
+    with pytest.raises(BundleError, match=words[wrong]):
+        replay(engine, bundle)
+
+
+def test_a_graph_that_cannot_be_loaded_is_named(bundle):
+    with pytest.raises(BundleError, match=MEASURE):
+        OnnxEngine(bundle, "cpu")
+
+
+def test_helpers_write_what_the_decoder_reads():
+    assert tiff(np.eye(8, dtype=np.uint8))[:3] == b"II*"

@@ -1,0 +1,77 @@
+"""Who may import whom; and that the service runs where there is no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = sorted((ROOT / "service").glob("*.py"))
+MODEL = sorted((ROOT / "model").glob("*.py"))
+
+
+def imported(path):
+    """Every module a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def importers(files, package):
+    return {path.name for path in files if any(f"{name}.".startswith(f"{package}.") for name in imported(path))}
+
+
+@pytest.mark.parametrize("package", ["torch", "lightning", "training", "model.network"])
+def test_the_service_never_imports_training_or_torch(package):
+    assert importers(SERVICE, package) == set()
+
+
+@pytest.mark.parametrize(
+    "package", ["service", "training", "onnxruntime", "fastapi", "starlette", "httpx", "redis", "sqlite3"]
+)
+def test_the_model_imports_neither_of_its_users(package):
+    assert importers(MODEL, package) == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "files", "allowed"),
+    [
+        ("torch", MODEL, {"network.py"}),
+        ("onnxruntime", SERVICE, {"engine.py"}),
+        ("redis", SERVICE, {"store_redis.py"}),
+        ("sqlite3", SERVICE, {"store_sqlite.py"}),
+        ("httpx", SERVICE, {"client.py"}),
+        ("typer", SERVICE, {"cli.py"}),
+        ("rich", SERVICE, {"cli.py"}),
+    ],
+)
+def test_an_edge_is_known_to_one_module(package, files, allowed):
+    assert importers(files, package) == allowed
+
+
+def test_routes_hold_no_try():
+    tree = ast.parse((ROOT / "service" / "routes.py").read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Try | ast.TryStar) for node in ast.walk(tree))
+
+
+def test_the_service_imports_where_torch_and_training_cannot_be():
+    program = (
+        "import sys, importlib\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'lightning', 'training') or name == 'model.network':\n"
+        "            raise ImportError(name + ' is blocked')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        f"for name in {[path.stem for path in SERVICE if path.stem != '__init__']}:\n"
+        "    importlib.import_module('service.' + name)\n"
+        f"for name in {[path.stem for path in MODEL if path.stem not in ('__init__', 'network')]}:\n"
+        "    importlib.import_module('model.' + name)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

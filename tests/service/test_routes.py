@@ -1,0 +1,292 @@
+"""The two stories, through the front door."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import running
+from plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files
+
+from model.images import ImageRecipe
+from service.settings import Settings
+from service.store_redis import RedisStore
+
+
+def adapted(client, batch="P1", wells=CONTROL_WELLS):
+    answer = client.post(f"/batches/{batch}/controls", files=well_files(wells))
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def predicted(client, wells, batch="P1", sites=(1, 2), **options):
+    answer = client.post(f"/batches/{batch}/predict", files=well_files(wells, sites), **options)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def by_well(prediction):
+    return {well["well"]: well for well in prediction["wells"]}
+
+
+def test_controls_adapt_a_batch_and_the_report_says_on_what(client, bundle):
+    report = adapted(client)
+    assert report["adapted"] is True
+    assert report["wells_needed"] == 0
+    assert report["context_wells"] == list(CONTROL_WELLS)
+    assert (report["context_sites"], len(report["left_out"])) == (6, 2)
+    assert "full" in report["left_out"][0]["reason"]
+    assert report["bundle"] == bundle.digest
+    assert (report["provider"], report["precision"]) == ("CPUExecutionProvider", "fp32")
+    assert report["context"] == report["trained_context"] == "controls"
+    assert report["distance"] > 0
+    assert 0 <= report["percentile"] <= 100
+    assert {"receive", "prepare", "measure", "keep", "total"} <= set(report["seconds"])
+
+
+def test_a_well_is_answered_with_all_that_the_interface_promises(client):
+    statistics_id = adapted(client)["statistics_id"]
+    prediction = predicted(client, ["F05", "E05"])
+    assert prediction["statistics_id"] == statistics_id
+    assert prediction["adapted"] is True
+    assert [well["well"] for well in prediction["wells"]] == ["E05", "F05"]
+    answer = prediction["wells"][0]
+    assert set(answer["probabilities"]) == set(CLASSES)
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    assert answer["probability"] == answer["probabilities"][answer["label"]]
+    assert (answer["sites"], answer["refused"], answer["control"]) == (2, [], False)
+    assert answer["distance_to_controls"] > 0
+    assert answer["resembles_controls"] in (True, False)
+
+
+def test_a_wells_answer_does_not_depend_on_company_order_or_chunking(client):
+    adapted(client)
+    wells = ["E05", "F05", "G05", "H05"]
+    together = by_well(predicted(client, wells))
+    assert by_well(predicted(client, wells[::-1])) == together
+    for well in wells:
+        assert predicted(client, [well])["wells"] == [together[well]]
+
+
+def test_source_answers_need_no_batch_and_are_marked(client, store):
+    prediction = predicted(client, ["E05"], batch="never-adapted", params={"context": "source"})
+    assert prediction["adapted"] is False
+    assert prediction["context"] == "source"
+    assert prediction["statistics_id"] is None
+    assert prediction["wells"][0]["distance_to_controls"] is None
+    assert store.batch_ids() == []
+
+
+def test_controls_may_come_in_several_requests_and_all_count(client, engine):
+    first = client.post("/batches/P1/controls", files=well_files(CONTROL_WELLS[:3])).json()
+    assert (first["adapted"], first["wells_needed"], first["statistics_id"]) == (False, 1, None)
+    assert engine.passes == 1  # the golden replay's
+    assert adapted(client, wells=CONTROL_WELLS[3:])["context_wells"] == list(CONTROL_WELLS)
+
+
+def test_the_order_of_uploads_does_not_matter(client):
+    for well in reversed(CONTROL_WELLS):
+        last = client.post("/batches/P2/controls", files=well_files([well])).json()
+    assert last["statistics_id"] == adapted(client, "P1")["statistics_id"]
+    answers = [by_well(predicted(client, ["E05"], batch=batch)) for batch in ("P1", "P2")]
+    assert answers[0] == answers[1]
+
+
+def test_sending_the_same_controls_again_changes_nothing(client, engine, store):
+    first = adapted(client)
+    revision, passes = store.batch("P1").revision, engine.passes
+    assert adapted(client)["statistics_id"] == first["statistics_id"]
+    assert (store.batch("P1").revision, engine.passes) == (revision, passes)
+
+
+def test_other_images_replace_kept_ones_only_when_asked_to(client, store):
+    first = adapted(client)
+    other = well_files(["A01"], salt="another exposure")
+    refused = client.post("/batches/P1/controls", files=other)
+    assert refused.status_code == 409
+    assert refused.json()["well"] == "A01"
+    replaced = client.post("/batches/P1/controls?replace=true", files=other).json()
+    assert replaced["statistics_id"] != first["statistics_id"]
+    kept = store.adaptation("P1", first["bundle"], first["statistics_id"])
+    assert kept.statistics_id == first["statistics_id"], "superseded statistics stay readable"
+
+
+def test_a_control_well_that_is_predicted_is_marked_and_stays_a_control(client):
+    adapted(client)
+    assert by_well(predicted(client, ["A01", "E05"]))["A01"]["control"] is True
+    assert client.get("/batches/P1").json()["treated_wells"] == ["E05"]
+    adapted(client)
+
+
+def test_two_simultaneous_uploads_both_count(client, engine):
+    both_measure = threading.Barrier(2, timeout=30)
+    measure = engine.measure
+
+    def meet(images):
+        if len(meeting) < 2:
+            meeting.append(1)
+            both_measure.wait()
+        return measure(images)
+
+    meeting = []
+    engine.measure = meet
+    halves = [("A01", "B01", "C01", "D01"), ("E01", "F01", "G01", "H01")]
+    threads = [threading.Thread(target=adapted, args=(client, "P1", half)) for half in halves]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.measure = measure
+    assert client.get("/batches/P1").json()["control_wells"] == sorted([*halves[0], *halves[1]])
+    alone = adapted(client, "P2", [*halves[0], *halves[1]])
+    assert client.get("/batches/P1").json()["statistics_id"] == alone["statistics_id"]
+
+
+def test_batches_are_listed_told_and_forgotten(client):
+    assert client.get("/batches").json() == {"batches": []}
+    report = adapted(client)
+    (kept,) = client.get("/batches").json()["batches"]
+    assert kept == client.get("/batches/P1").json()
+    assert kept["control_wells"] == list(CONTROL_WELLS)
+    assert (kept["adapted"], kept["statistics_id"]) == (True, report["statistics_id"])
+    assert client.delete("/batches/P1").status_code == 204
+    assert client.get("/batches/P1").status_code == 404
+
+
+def test_the_model_card_says_what_is_served(client, bundle):
+    card = client.get("/model").json()
+    assert card["classes"] == list(CLASSES)
+    assert card["channels"] == list(CHANNELS)
+    assert card["bundle"] == bundle.digest
+    assert card["recipe"]["size"] == bundle.manifest.recipe.size
+
+
+def test_health_names_provider_and_precision(client):
+    assert client.get("/health/live").json() == {"live": True}
+    ready = client.get("/health/ready").json()
+    assert ready["ready"] is True
+    assert (ready["provider"], ready["precision"]) == ("CPUExecutionProvider", "fp32")
+
+
+def test_openapi_describes_the_upload(client):
+    form = client.get("/openapi.json").json()["paths"]["/batches/{batch_id}/predict"]["post"]["requestBody"]
+    assert "images" in form["content"]["multipart/form-data"]["schema"]["properties"]
+
+
+def test_a_layout_part_places_files_whatever_their_names(client):
+    names, files, rows = {}, [], ["file,well,site,channel"]
+    for number, (_, (name, data, _)) in enumerate(well_files(CONTROL_WELLS)):
+        well, site, channel = name.removesuffix(".tif").split("_")
+        names[name] = f"{number}.tif"
+        rows.append(f"{number}.tif,{well},{site},{channel}")
+        files.append(image(f"{number}.tif", data))
+    layout = "\n".join(rows)
+    as_text = client.post("/batches/P1/controls", files=files, data={"layout": layout}).json()
+    as_file = client.post("/batches/P2/controls", files=[*files, ("layout", ("layout.csv", layout, "text/csv"))]).json()
+    assert as_text["statistics_id"] == as_file["statistics_id"] == adapted(client, "P3")["statistics_id"]
+
+
+def test_numbered_channels_are_named_by_the_request_and_thumbnails_skipped(client):
+    def named(well, number, thumb=""):
+        return image(f"Mix_{well}_s1_w{number}{thumb}0A.tif", tiff(plane((well, number))))
+
+    files = [named(well, number) for well in CONTROL_WELLS for number in (1, 2, 3, 4)] + [named("A01", 1, "_thumb")]
+    report = client.post("/batches/P1/controls", files=files, data={"channels": "RNA,-,DNA,ER"}).json()
+    assert report["adapted"] is True
+    reasons = {item["reason"] for item in report["skipped"]}
+    assert reasons == {"a thumbnail", "channel 2 is named unused by the request"}
+    assert len(report["skipped"]) == 5
+
+
+def test_saturation_is_reported_per_channel(client):
+    bright = plane("bright")
+    bright[:2] = 65_535
+    files = [item for item in well_files(CONTROL_WELLS) if item[1][0] != "B01_2_ER.tif"]
+    report = client.post("/batches/P1/controls", files=[*files, image("B01_2_ER.tif", tiff(bright))]).json()
+    (item,) = report["saturation"]
+    assert item == {"channel": "ER", "planes": 1, "worst_share": 0.125, "worst_well": "B01", "worst_site": 2}
+
+
+def test_a_blank_site_is_left_out_of_a_wells_answer_when_others_remain(client):
+    adapted(client)
+    files = well_files(["E05"], sites=(1,)) + well_files(["E05"], sites=(2,))[:-1]
+    blank = image("E05_2_RNA.tif", tiff(np.zeros((16, 16), np.uint16)))
+    answer = client.post("/batches/P1/predict", files=[*files, blank]).json()["wells"][0]
+    assert answer["sites"] == 1
+    assert [(item["site"], item["problem"]) for item in answer["refused"]] == [(2, "blank-image")]
+    alone = predicted(client, ["E05"], sites=(1,))["wells"][0]
+    assert answer["probabilities"] == alone["probabilities"]
+
+
+def test_more_than_a_thousand_files_are_taken(client):
+    wells = [f"{row}{column:02d}" for row in "ABCDEFGHIJKLMNO" for column in range(1, 25)]
+    files = well_files(wells, sites=(1,))
+    assert len(files) == 1_080
+    assert client.post("/batches/P1/controls", files=files).json()["control_sites"] == 360
+
+
+def test_a_plate_unlike_training_is_out_of_range_in_every_answer(settings, store, tmp_path):
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, scaling="fixed", full_scale=(1.0, 1.0, 1.0))
+    far = fake_bundle(tmp_path / "far", recipe=recipe)
+    with running(settings.model_copy(update={"bundle": far.path}), FakeEngine(), store) as client:
+        report = adapted(client)
+        assert report["out_of_range"] is True
+        assert report["percentile"] == 100
+        prediction = predicted(client, ["E05"])
+        assert prediction["out_of_range"] is prediction["wells"][0]["out_of_range"] is True
+        assert any("unlike" in notice for notice in prediction["notices"])
+
+
+@pytest.mark.parametrize(("context", "word"), [("union", "'union'"), ("source", "AdaBN")])
+def test_a_bundle_trained_for_another_context_is_served_with_controls_and_says_so(context, word, settings, store, tmp_path):
+    other = fake_bundle(tmp_path / "other", context=context)
+    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), store) as client:
+        report = adapted(client)
+        assert (report["context"], report["trained_context"]) == ("controls", context)
+        assert word in report["notices"][0]
+        assert word in predicted(client, ["E05"])["notices"][0]
+
+
+def test_a_new_bundle_of_the_same_recipe_measures_kept_controls_again_by_itself(client, settings, store, tmp_path):
+    first = adapted(client)
+    newer = fake_bundle(tmp_path / "newer", name="newer")
+    engine = FakeEngine()
+    with running(settings.model_copy(update={"bundle": newer.path}), engine, store) as later:
+        assert later.get("/batches/P1").json()["adapted"] is False
+        prediction = predicted(later, ["E05"])
+        assert prediction["bundle"] == newer.digest
+        assert prediction["statistics_id"] != first["statistics_id"]
+        passes = engine.passes
+        predicted(later, ["E05"])
+        assert engine.passes == passes, "measured once, then kept"
+
+
+def test_answers_survive_a_restart_bit_for_bit(settings):
+    with running(settings, FakeEngine()) as client:
+        adapted(client)
+        before = predicted(client, ["E05", "F05"])["wells"]
+    engine = FakeEngine()
+    with running(settings, engine) as client:
+        assert predicted(client, ["E05", "F05"])["wells"] == before
+        assert engine.passes == 1  # the golden replay's
+        assert client.get("/batches/P1").json()["treated_wells"] == ["E05", "F05"]
+
+
+def test_redis_and_sqlite_give_the_same_answers(client, settings, redis_url):
+    sqlite_report = adapted(client, "same")
+    sqlite_wells = predicted(client, ["E05"], batch="same")["wells"]
+    remote = RedisStore(redis_url, tenant="bit-for-bit")
+    with running(settings, FakeEngine(), remote) as other:
+        assert adapted(other, "same")["statistics_id"] == sqlite_report["statistics_id"]
+        assert predicted(other, ["E05"], batch="same")["wells"] == sqlite_wells
+    remote.close()
+
+
+def test_the_pixel_size_is_the_batchs_own(store, tmp_path):
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, pixel_size_um=1.0)
+    sized = fake_bundle(tmp_path / "sized", recipe=recipe)
+    with running(Settings(bundle=sized.path, threads=1), FakeEngine(), store) as client:
+        files = well_files(CONTROL_WELLS, size=32)
+        report = client.post("/batches/P1/controls", files=files, data={"pixel_size_um": "0.5"}).json()
+        assert report["pixel_size_um"] == 0.5
+        answer = client.post("/batches/P1/predict", files=well_files(["E05"], size=32))
+        assert answer.json()["pixel_size_um"] == 0.5, "a request that names none means the batch's"
