@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit redis demo-bundle first-light real-images gpu-check clean
+.PHONY: demo test check lint types unit redis demo-bundle first-light real-images open-set gpu-check clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -54,6 +54,10 @@ first-light: $(VENV)/.ready
 # Real images, where ../shared/data is present: build/real-images.json.
 real-images: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.real_images
+
+# Inactive wells and a phenotype never taught: build/open-set.json.
+open-set: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.open_set
 
 # On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
 gpu-check: $(VENV)/.ready

@@ -12,6 +12,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def main() -> None:
 def serve_and_ask(plates: list[Plate], clock: Clock) -> tuple[list[Answers], float]:
     """Serve both bundles, adapt and classify every plate; returns the answers and the servers' peak memory in MB."""
     with clock.stage("start both servers"):
-        servers = [Server(name) for name in ("cs-arm-bn", "erm")]
+        servers = [Server(BUNDLES / name, OUT) for name in ("cs-arm-bn", "erm")]
     ours, erm = servers
     try:
         with AnchorwellClient(ours.url) as client, AnchorwellClient(erm.url) as erm_client:
@@ -183,12 +184,12 @@ def plate_picture(plate: Plate, answers: Answers) -> PlatePicture:
 class Server:
     """``anchorwell serve`` as its own process, on a free loopback port with the embedded store."""
 
-    def __init__(self, bundle: str) -> None:
+    def __init__(self, bundle: Path, folder: Path) -> None:
         command = [
-            str(Path(sys.executable).with_name("anchorwell")), "serve", "--bundle", str(BUNDLES / bundle),
-            "--store", f"sqlite:///{(OUT / bundle).resolve()}.db", "--port", "0", "--device", "cpu",
+            str(Path(sys.executable).with_name("anchorwell")), "serve", "--bundle", str(bundle),
+            "--store", f"sqlite:///{(folder / bundle.name).resolve()}.db", "--port", "0", "--device", "cpu",
         ]  # fmt: skip
-        self.log = OUT / f"{bundle}.log"
+        self.log = folder / f"{bundle.name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 (our own program)
         self.url = self._wait()
@@ -208,7 +209,7 @@ class Server:
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii"))
         self.process.terminate()
         code = self.process.wait(timeout=30)
-        if code != 0:
+        if code not in (0, -signal.SIGTERM):  # uvicorn shuts down, then passes the signal on
             raise SystemExit(f"the server ended with code {code}; {self.log} says why")
         return int(peak[1]) / 1024 if peak else 0.0
 

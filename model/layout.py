@@ -26,6 +26,7 @@ PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
 """Wells of a plate → (rows, columns), after ANSI/SLAS 4."""
 
 MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
+MAX_PIXEL_SIZE_UM = 1_000.0
 
 
 class Role(StrEnum):
@@ -240,6 +241,26 @@ def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
             f"FileName_Orig…); it has {', '.join(sorted(columns))[:200]}"
         )
     return _unique_files(pairs)
+
+
+def layout_pixel_size_um(text: str) -> float | None:
+    """Return the µm per pixel that a LoadData table gives (``Metadata_ImageResolutionX``, metres); None without it.
+
+    Raises:
+        LayoutError: the table gives several, or none that is a length.
+    """
+    column = "Metadata_ImageResolutionX"
+    found = {row[column].strip() for row in _table(text) if column in row} - {""}
+    if not found:
+        return None
+    try:
+        sizes = {float(value) * 1e6 for value in found}
+    except ValueError:
+        raise LayoutError(f"{column} is not a number of metres per pixel") from None
+    if len(sizes) > 1 or not all(0 < size < MAX_PIXEL_SIZE_UM for size in sizes):
+        listed = ", ".join(f"{size:g}" for size in sorted(sizes)[:4])
+        raise LayoutError(f"the images of one request have one pixel size; {column} gives {listed} µm")
+    return sizes.pop()
 
 
 def _load_data_pairs(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> list[tuple[str, PlaneKey]]:

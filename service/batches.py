@@ -388,7 +388,7 @@ class Batches:
         return schemas.ControlsReport.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, adaptation),
+                **context_report(self.bundle.manifest, adaptation, batch.pixel_size_um),
                 "batch_id": batch.batch_id,
                 "adapted": adaptation is not None,
                 "wells_needed": self._wells_needed(usable),
@@ -397,7 +397,6 @@ class Batches:
                 "unusable_sites": len(batch.controls) - len(usable),
                 "context": CONTEXT,
                 "created_at": adaptation.created_at if adaptation else None,
-                "pixel_size_um": batch.pixel_size_um,
                 "saturation": saturation_report(sent),
                 "skipped": skipped_report(skipped),
                 "seconds": {},
@@ -417,11 +416,10 @@ class Batches:
         return schemas.Prediction.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, frame.adaptation),
+                **context_report(self.bundle.manifest, frame.adaptation, pixel_size_um),
                 "batch_id": batch.batch_id,
                 "adapted": frame.adaptation is not None,
                 "context": CONTEXT if frame.adaptation else "source",
-                "pixel_size_um": pixel_size_um,
                 "wells": tuple(wells),
                 "saturation": saturation_report(seen),
                 "skipped": skipped_report(skipped),

@@ -74,9 +74,9 @@ class AnchorwellClient:
         """Send control images in one request, so that they count whole or not at all.
 
         Raises:
-            ProblemError: the service refused them. ServiceUnreachableError: it did not answer.
+            ProblemError: the service refused them. ServiceUnreachableError: it did not answer. AnchorwellError: no files.
         """
-        paths = sorted(files)
+        paths = _some(files)
         sent = _Sent(len(paths), progress)
         form = _form(layout, channels, pixel_size_um)
         path = f"/batches/{_quoted(batch_id)}/controls"
@@ -102,7 +102,7 @@ class AnchorwellClient:
             ServiceUnreachableError: the service did not answer. AnchorwellError: a file's well is not known.
         """
         places = parse_layout(layout, self.model().channels) if layout is not None else None
-        paths = sorted(files)
+        paths = _some(files)
         sent = _Sent(len(paths), progress)
         form = _form(layout, channels, pixel_size_um)
         query = {"context": "source"} if source else {}
@@ -309,6 +309,18 @@ class _WhenRead(io.RawIOBase):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _some(files: Iterable[Path]) -> list[Path]:
+    """Sort files to send.
+
+    Raises:
+        AnchorwellError: there is none.
+    """
+    paths = sorted(files)
+    if not paths:
+        raise AnchorwellError("no image files to send")
+    return paths
 
 
 def _form(layout: str | None, channels: Sequence[str] | None, pixel_size_um: float | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """How the stories' results are told: values of ``schemas`` from those of ``model`` and ``store``."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +28,7 @@ def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     }
 
 
-def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[str, Any]:
+def context_report(manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None) -> dict[str, Any]:
     """What the statistics were measured on and how far they lie from training: members of both reports."""
     return {
         "statistics_id": adaptation.statistics_id if adaptation else None,
@@ -46,20 +46,23 @@ def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[st
         "distance": adaptation.distance if adaptation else None,
         "percentile": adaptation.percentile if adaptation else None,
         "out_of_range": adaptation.out_of_range if adaptation else None,
-        "notices": _notices(manifest, adaptation) if adaptation else (),
+        "pixel_size_um": pixel_size_um,
+        "notices": tuple(_notices(manifest, adaptation, pixel_size_um)),
     }
 
 
-def _notices(manifest: Manifest, adaptation: Adaptation) -> tuple[str, ...]:
-    notices = []
-    if manifest.context != CONTEXT:
-        how = " (AdaBN)" if manifest.context == "source" else ""
-        notices.append(
-            f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
+def _notices(manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None) -> Iterator[str]:
+    recipe = manifest.recipe
+    if recipe.pixel_size_um is not None and pixel_size_um is None:
+        yield (
+            f"the images' pixel size is not known: they were taken for {recipe.pixel_size_um / recipe.shrink:g} µm per "
+            "pixel; send pixel_size_um, or a LoadData table that has it"
         )
-    if adaptation.out_of_range:
-        notices.append("the statistics of this plate's controls are unlike those of the training plates")
-    return tuple(notices)
+    if adaptation is not None and manifest.context != CONTEXT:
+        how = " (AdaBN)" if manifest.context == "source" else ""
+        yield f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
+    if adaptation is not None and adaptation.out_of_range:
+        yield "the statistics of this plate's controls are unlike those of the training plates"
 
 
 def well_prediction(

@@ -28,10 +28,12 @@ from model.errors import (
 )
 from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, decode_plane, prepare_site
 from model.layout import (
+    MAX_PIXEL_SIZE_UM,
     PlaneKey,
     SiteKey,
     duplicate_plane,
     file_name,
+    layout_pixel_size_um,
     parse_file_name,
     parse_layout,
     plane_key,
@@ -39,7 +41,6 @@ from model.layout import (
 from service.errors import InvalidRequestError, NoImagesError
 from service.multipart import Form, ReceivedFile, utf8
 
-MAX_PIXEL_SIZE_UM = 1_000.0
 UNUSED_CHANNEL = "-"
 QUALITY_ERRORS = (BlankImageError, SaturatedImageError)
 """What may befall one site of a treated well without casting doubt on the rest of the upload."""
@@ -110,7 +111,7 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
             planes[key] = file
     if not planes:
         raise NoImagesError(f"no image to use among {len(images)} files: send them as parts named 'images'")
-    return Upload(form, _complete_sites(planes, channels), tuple(skipped), _pixel_size(fields.get("pixel_size_um")))
+    return Upload(form, _complete_sites(planes, channels), tuple(skipped), _pixel_size(fields))
 
 
 def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
@@ -139,9 +140,11 @@ def _channel_names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _pixel_size(text: str | None) -> float | None:
+def _pixel_size(fields: Mapping[str, str]) -> float | None:
+    """Return the pixel size that the form gives, or else its LoadData table."""
+    text = fields.get("pixel_size_um")
     if text is None:
-        return None
+        return layout_pixel_size_um(fields["layout"]) if "layout" in fields else None
     try:
         value = float(text)
     except ValueError:

@@ -4,6 +4,7 @@ Percentile scaling gives 256 steps, so such sites are kept as uint8 without loss
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -165,7 +166,7 @@ def _pixels(
     intensities = np.stack([intensity for _, intensity in sites])
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(".partial.npz")
+        partial = stored.with_suffix(f".{os.getpid()}.npz")  # other runs may be filling the cache too
         np.savez(partial, images=images, intensities=intensities)
         partial.replace(stored)
     return images, intensities

@@ -35,7 +35,7 @@ from training.methods import Method, make_method, training_loss
 from training.splits import Split, split_by_batch
 
 RUN = "run.json"
-BEST, LAST = "checkpoints/best.ckpt", "checkpoints/last.ckpt"
+BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -229,23 +229,26 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     """
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     last = path / LAST
-    if resume and last.is_file():
+    resumed = resume and last.is_file()
+    if resumed:
         config = Run.load(path).config
     run, plates = prepare_run(config, path, read_index(Path(config.index)))
     run.save()
     module = MetaTraining(run, plates)
     with _quietly(quiet=quiet):
-        trainer = _trainer(run, quiet=quiet)
-        trainer.fit(module, ckpt_path=str(last) if resume and last.is_file() else None, weights_only=True)
+        trainer = _trainer(run, resumed=resumed, quiet=quiet)
+        trainer.fit(module, ckpt_path=str(last) if resumed else None, weights_only=True)
     return run
 
 
-def _trainer(run: Run, *, quiet: bool) -> lightning.Trainer:
+def _trainer(run: Run, *, resumed: bool, quiet: bool) -> lightning.Trainer:
     config = run.config
-    checkpoints = ModelCheckpoint(
-        run.path / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
-    )
-    callbacks: list[Any] = [checkpoints, EarlyStopping("val_loss", patience=config.patience)]
+    folder = run.path / "checkpoints"
+    callbacks: list[Any] = [
+        EarlyStopping("val_loss", patience=config.patience),
+        ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False),
+        ModelCheckpoint(folder, "last", enable_version_counter=False),  # every validation's, to resume from
+    ]
     if not quiet:
         callbacks.append(TQDMProgressBar())
     return lightning.Trainer(
@@ -256,13 +259,17 @@ def _trainer(run: Run, *, quiet: bool) -> lightning.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=max(1, min(10, config.validate_every)),
         callbacks=callbacks,
-        logger=_loggers(run.path),
+        logger=_loggers(run.path, resumed=resumed),
         enable_progress_bar=not quiet,
         enable_model_summary=False,
     )
 
 
-def _loggers(path: Path) -> Sequence[Any]:
+def _loggers(path: Path, *, resumed: bool) -> Sequence[Any]:
+    """Log to CSV and TensorBoard; a resumed run keeps the CSV of its earlier parts beside the new one."""
+    metrics = path / METRICS
+    if resumed and metrics.is_file():
+        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('metrics-*.csv'))) + 1}.csv"))
     return [CSVLogger(path, name="logs", version=""), TensorBoardLogger(path, name="logs", version="")]
 
 

@@ -13,6 +13,7 @@ from model.layout import (
     PLATE_FORMATS,
     PlaneKey,
     Role,
+    layout_pixel_size_um,
     parse_file_name,
     parse_layout,
     parse_platemap,
@@ -177,3 +178,13 @@ def test_real_vendor_names_are_read(shared_data):
     fields = [parse_file_name(str(path)) for path in (folder / "cv8000").glob("*_T0001F*.tif")]
     assert {field.well for field in fields} == {"D08", "E03", "F08"}
     assert {parse_file_name(str(path)).well for path in (folder / "operetta").rglob("*.tiff")} == {"C03"}
+
+
+def test_a_load_data_table_tells_the_pixel_size_in_micrometres() -> None:
+    head = "Metadata_Well,Metadata_Site,FileName_OrigDNA,Metadata_ImageResolutionX\n"
+    assert layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,5.98e-07\n") == pytest.approx(0.598)
+    assert layout_pixel_size_um("file,well,site,channel\na.tif,A01,1,DNA\n") is None
+    with pytest.raises(LayoutError, match=r"gives 0\.598, 0\.65 µm"):
+        layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,6.5e-07\n")
+    with pytest.raises(LayoutError, match="not a number"):
+        layout_pixel_size_um(head + "A01,1,a.tif,wide\n")

@@ -14,6 +14,7 @@ import pytest
 from conftest import free_port
 from plates import CONTROL_WELLS, well_files
 
+from model.errors import AnchorwellError
 from service.client import (
     AnchorwellClient,
     ProblemError,
@@ -104,6 +105,11 @@ def test_chunking_never_changes_an_answer(url, plate):
         whole = client.predict("C2", of_wells(plate, TREATED))
         chunked = client.predict("C2", of_wells(plate, TREATED), request_bytes=1)
     assert chunked.wells == whole.wells
+
+
+def test_the_client_sends_no_empty_request():
+    with AnchorwellClient("http://127.0.0.1:9") as client, pytest.raises(AnchorwellError, match="no image files"):
+        client.predict("P1", [])
 
 
 def test_a_layout_places_files_for_the_client_too(url, plate, tmp_path):

@@ -290,3 +290,24 @@ def test_the_pixel_size_is_the_batchs_own(store, tmp_path):
         assert report["pixel_size_um"] == 0.5
         answer = client.post("/batches/P1/predict", files=well_files(["E05"], size=32))
         assert answer.json()["pixel_size_um"] == 0.5, "a request that names none means the batch's"
+
+
+def test_a_load_data_table_brings_its_pixel_size_and_its_absence_is_noticed(store, tmp_path):
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, pixel_size_um=1.0)
+    bundle = fake_bundle(tmp_path / "resampling", recipe=recipe)
+    files = well_files(CONTROL_WELLS, size=40)
+    columns = [f"FileName_Orig{channel}" for channel in CHANNELS]
+    rows = [
+        ",".join([well, str(site), "5e-07", *(f"{well}_{site}_{channel}.tif" for channel in CHANNELS)])
+        for well in CONTROL_WELLS
+        for site in (1, 2)
+    ]
+    layout = "\n".join([",".join(["Metadata_Well", "Metadata_Site", "Metadata_ImageResolutionX", *columns]), *rows])
+    settings = Settings(bundle=bundle.path, device="cpu")
+    with running(settings, FakeEngine(), store) as client:
+        told = client.post("/batches/P1/controls", files=files, data={"layout": layout}).json()
+        untold = client.post("/batches/P2/controls", files=files).json()
+    assert told["pixel_size_um"] == pytest.approx(0.5)
+    assert told["notices"] == []
+    assert untold["pixel_size_um"] is None
+    assert "pixel size is not known" in untold["notices"][0]
