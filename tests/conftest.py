@@ -17,6 +17,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_bundles() -> Path:
+    """The folder of the two committed bundles: cs-arm-bn and erm."""
+    return ROOT / "examples" / "bundles"
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real, exported bundle of a small random network: 3 channels, 3 classes, 64 x 64 pixels."""
     import torch
