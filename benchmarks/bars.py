@@ -14,6 +14,7 @@ class Bar:
     unit: str
     at_least: float | None = None
     at_most: float | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def holds(self) -> bool | None:
@@ -25,18 +26,19 @@ class Bar:
 
 
 def write_bars(bars: list[Bar], path: Path) -> None:
-    """Write the bars as JSON, bounds only where set."""
+    """Write the bars as JSON, bounds only where set; intervals are for the table."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{name: value for name, value in asdict(bar).items() if value is not None} for bar in bars]
+    rows = [{name: value for name, value in asdict(bar).items() if value is not None and name != "interval"} for bar in bars]
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def table(bars: list[Bar]) -> str:
     """Format the bars with whether each holds."""
     words = {True: "holds", False: "FAILS", None: ""}
-    lines = ["| figure | value | bound | |", "| --- | ---: | ---: | --- |"]
+    lines = ["| figure | value | 95 % interval | bound | |", "| --- | ---: | --- | ---: | --- |"]
     for bar in bars:
         bounds = [f"≥ {bar.at_least:g}"] if bar.at_least is not None else []
         bounds += [f"≤ {bar.at_most:g}"] if bar.at_most is not None else []
-        lines.append(f"| {bar.name} | {bar.value:.3f} {bar.unit} | {' '.join(bounds)} | {words[bar.holds]} |")
+        interval = "" if bar.interval is None else f"{bar.interval[0]:.3f} to {bar.interval[1]:.3f}"
+        lines.append(f"| {bar.name} | {bar.value:.3f} {bar.unit} | {interval} | {' '.join(bounds)} | {words[bar.holds]} |")
     return "\n".join(lines)

@@ -64,10 +64,8 @@ def figures(wells: pd.DataFrame) -> list[Bar]:
     found = []
     for kind, score, sign in (("inactive", "distance_to_controls", -1), ("novel", "distance_to_class", 1)):
         values = auc(wells, kind, score, sign)
-        low, high = bootstrap(np.array(values))
-        found.append(
-            Bar(f"ROC area, {kind} against class, by {score}", float(np.mean(values)), f"({low:.2f} to {high:.2f})")
-        )
+        name = f"ROC area, {kind} against class, by {score}"
+        found.append(Bar(name, float(np.mean(values)), "", interval=bootstrap(np.array(values))))
     for kind, group in wells.groupby("kind"):
         sure = (group["probability"] > SURE) & ~group["resembles_controls"] & ~group["out_of_range"]
         found += [

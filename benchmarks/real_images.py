@@ -36,9 +36,9 @@ from model.images import ImageRecipe, decode_plane, scale_site
 from model.network import NetworkSpec, ResNet
 from service.client import AnchorwellClient
 from training.calibrate import calibrate
+from training.contexts import MAX_CONTEXT_SITES, context_rows
 from training.dataset import PlateSites, moments
 from training.episodes import Episodes, EpisodeShape
-from training.evaluate import MAX_CONTEXT_SITES, context_rows
 from training.export import export_bundle
 from training.methods import Method, make_method, training_loss
 from training.train import cosine

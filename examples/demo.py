@@ -174,7 +174,7 @@ def plate_picture(plate: Plate, answers: Answers) -> PlatePicture:
         return {answer.well: (answer.label, answer.probability) for answer in prediction.wells}
 
     return PlatePicture(plate.name, plate.labels, {
-        "ERM, unadapted": calls(answers.unadapted), "CS-ARM-BN, adapted to the plate's controls": calls(answers.adapted),
+        "ERM, unadapted": calls(answers.unadapted), "CS-ARM-BN, adapted": calls(answers.adapted),
     })  # fmt: skip
 
 

@@ -113,7 +113,7 @@ class Bundle:
     ARRAYS: ClassVar[tuple[str, ...]] = (
         "source_mean", "source_variance", "source_sites", "source_wells",
         "mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances",
-        "whitening", "class_centres", "control_distance", "class_distance",
+        "projection", "class_centres", "control_wells", "control_distances", "class_distance",
     )  # fmt: skip
 
     @classmethod
@@ -161,9 +161,10 @@ class Bundle:
         """How embeddings of wells vary."""
         arrays = self._arrays
         return EmbeddingReference(
-            whitening=arrays["whitening"],
+            projection=arrays["projection"],
             class_centres=arrays["class_centres"],
-            control_distance=float(arrays["control_distance"]),
+            control_wells=arrays["control_wells"],
+            control_distances=arrays["control_distances"],
             class_distance=float(arrays["class_distance"]),
         )
 

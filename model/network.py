@@ -88,9 +88,12 @@ class Given:
 
 
 class Running:
-    """Conventional BN (ERM): minibatch statistics that update the layer's running ones, or the running ones as is."""
+    """Conventional BN (ERM): minibatch statistics that update the layer's running ones, or the running ones as is.
 
-    def __init__(self, *, update: bool, momentum: float = 0.1) -> None:
+    The running statistics average about 1 / ``momentum`` steps: torch's own 0.1 is noisy where a step sees few plates.
+    """
+
+    def __init__(self, *, update: bool, momentum: float = 0.02) -> None:
         self.update = update
         self.momentum = momentum
 

@@ -14,16 +14,30 @@ from numpy.typing import NDArray
 class EmbeddingReference:
     """How embeddings of wells vary, measured on held-out training plates.
 
-    ``whitening`` (dim, dim) turns a difference of well embeddings into units of the spread between equal wells;
-    ``class_centres`` (classes, dim) are the mean embeddings of training wells. ``control_distance`` is the distance to
-    the plate's mean control that 95 % of held-out control wells stay within; ``class_distance`` the distance to their
-    class's centre that 99 % of held-out treated wells stay within.
+    ``projection`` (dim, k) turns a difference of well embeddings into units of the spread between equal wells;
+    ``class_centres`` (classes, dim) are the mean embeddings of training wells. ``control_distances`` are the distances
+    that 95 % of control wells stay within when they are held against a plate of ``control_wells`` other control wells,
+    rising; ``class_distance`` is the distance to their class's centre that 99 % of held-out treated wells stay within.
     """
 
-    whitening: NDArray[np.float32]
+    projection: NDArray[np.float32]
     class_centres: NDArray[np.float32]
-    control_distance: float
+    control_wells: NDArray[np.int64]
+    control_distances: NDArray[np.float64]
     class_distance: float
+
+    def control_distance(self, wells: int) -> float:
+        """Return the distance within which a well resembles controls, on a plate with that many control wells."""
+        at = int(np.searchsorted(self.control_wells, wells, side="right")) - 1
+        return float(self.control_distances[max(at, 0)])
+
+
+@dataclass(frozen=True, eq=False)
+class ControlCentre:
+    """Where a plate's controls lie: the mean embedding (dim,) of that many control wells."""
+
+    embedding: NDArray[np.float32]
+    wells: int
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,8 @@ def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np
 
 
 def whitened_distance(a: NDArray[np.float32], b: NDArray[np.float32], reference: EmbeddingReference) -> float:
-    """Euclidean distance of two (dim,) embeddings after whitening."""
-    return float(np.linalg.norm(reference.whitening @ (a.astype(np.float64) - b.astype(np.float64))))
+    """Euclidean distance of two (dim,) embeddings in units of the spread between equal wells."""
+    return float(np.linalg.norm((a.astype(np.float64) - b.astype(np.float64)) @ reference.projection))
 
 
 def classify_well(
@@ -67,7 +81,7 @@ def classify_well(
     classes: Sequence[str],
     temperature: float,
     reference: EmbeddingReference,
-    control_centre: NDArray[np.float32] | None,
+    controls: ControlCentre | None,
 ) -> WellAnswer:
     """Average a well's sites into its answer.
 
@@ -78,15 +92,16 @@ def classify_well(
         classes: class names in the order of the logits.
         temperature: the bundle's class temperature.
         reference: how embeddings vary.
-        control_centre: mean embedding of this plate's control wells, (dim,); None without adaptation.
+        controls: where this plate's controls lie; None without adaptation.
     """
     by_site = softmax(logits, temperature)
     probabilities = by_site.mean(axis=0)
     called = int(probabilities.argmax())
     embedding = embeddings.mean(axis=0)
     to_class = min(whitened_distance(embedding, centre, reference) for centre in reference.class_centres)
-    to_controls = None if control_centre is None else whitened_distance(embedding, control_centre, reference)
-    resembles = None if to_controls is None else to_controls <= reference.control_distance
+    to_controls = None if controls is None else whitened_distance(embedding, controls.embedding, reference)
+    near = None if controls is None else reference.control_distance(controls.wells)
+    resembles = None if to_controls is None or near is None else to_controls <= near
     return WellAnswer(
         well=well,
         label=classes[called],

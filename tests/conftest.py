@@ -62,9 +62,10 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         summarise_training(plates[:4], source=plates[0], held_out=plates[4:]),
         EmbeddingReference(
-            whitening=np.eye(network.embedding_dim, dtype=np.float32),
+            projection=np.eye(network.embedding_dim, dtype=np.float32),
             class_centres=rng.normal(size=(3, network.embedding_dim)).astype(np.float32),
-            control_distance=1.0,
+            control_wells=np.array([4, 8]),
+            control_distances=np.array([1.2, 1.0]),
             class_distance=3.0,
         ),
         rng.normal(size=(4, 3, 64, 64)).astype(np.float32),

@@ -1,7 +1,11 @@
-"""What a bundle must know of its training plates: source statistics, how far plates lie, how embeddings vary, how sure."""
+"""What a bundle must know of its training plates: source statistics, how far plates lie, how embeddings vary, how sure.
+
+Thresholds are cross-fitted: the distances that set them are measured, on plates of held-out batches, with a projection that
+was fitted without the batch they come from; and a control well is scored against statistics and a centre it is no part of.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,12 +13,20 @@ from scipy.optimize import minimize_scalar
 from sklearn.covariance import LedoitWolf
 
 from model.images import ImageRecipe
-from model.network import Given, Normaliser, ResNet, Running
-from model.predictions import EmbeddingReference, softmax, whitened_distance
+from model.network import Normaliser, ResNet, Running
+from model.predictions import EmbeddingReference, softmax
 from model.statistics import BatchNormStatistics, TrainingStatistics, summarise_training
+from training.contexts import control_statistics, given, source_statistics, statistics_of
 from training.dataset import NO_LABEL, PlateSites
-from training.evaluate import context_rows
-from training.methods import Method, classify, measured
+from training.methods import Method, classify
+
+CONTROL_WELL_COUNTS = (4, 8, 16, 24)
+_DRAWS = 3
+_WELLS_PER_DIMENSION = 20
+_CONTROL_COVERAGE, _CLASS_COVERAGE = 0.95, 0.99
+_LABS_TO_LEAVE_ONE_OUT = 3
+
+Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,119 +40,188 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class _Wells:
-    """One plate's wells: embeddings (wells, dim), labels (wells,), whether controls; and its sites' logits."""
+    """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls; site logits.
 
-    embeddings: NDArray[np.float64]
+    ``left_out`` holds, for several numbers of control wells, the differences (wells, dim) of other control wells from the
+    centre of those, under the statistics of those.
+    """
+
+    batch: str
+    embeddings: Float
     labels: NDArray[np.int64]
     controls: NDArray[np.bool_]
     site_logits: NDArray[np.float32]
     site_wells: NDArray[np.int64]
+    left_out: dict[int, Float]
+
+    def of(self, label: int) -> Float:
+        """Embeddings of the treated wells of one class."""
+        found: Float = self.embeddings[~self.controls & (self.labels == label)]
+        return found
+
+    def residuals(self) -> Float:
+        """Differences of wells from the mean of equal wells: controls, and each class; unbiased for their number."""
+        groups = [self.embeddings[self.controls], *(self.of(label) for label in sorted(set(self.labels[~self.controls])))]
+        scaled = [(g - g.mean(0)) * np.sqrt(len(g) / (len(g) - 1)) for g in groups if len(g) > 1]
+        return np.concatenate(scaled)
 
 
 def calibrate(
     network: ResNet, method: Method, recipe: ImageRecipe, train: Sequence[PlateSites], held_out: Sequence[PlateSites]
 ) -> Calibration:
-    """Calibrate on training plates (centres) and on plates of held-out batches (thresholds, temperature)."""
+    """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds)."""
     statistics = [control_statistics(network, plate, recipe) for plate in train]
-    source = running_statistics(network) if method.context == "source" else mean_moments(statistics)
     held_out_statistics = [control_statistics(network, plate, recipe) for plate in held_out]
+    source = source_statistics(network, method, statistics)
+    described = summarise_training(statistics, source, held_out_statistics)
+    labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
+    distances = leave_one_lab_out(statistics, labs[0], held_out_statistics, labs[1])
     trained = [_wells(network, method, plate, recipe) for plate in train]
     unseen = [_wells(network, method, plate, recipe) for plate in held_out]
     return Calibration(
-        training_statistics=summarise_training(statistics, source, held_out_statistics),
+        training_statistics=described if distances is None else replace(described, held_out_distances=distances),
         embedding_reference=_embedding_reference(trained, unseen, network.spec.classes),
         temperature=fit_temperature(unseen),
     )
 
 
-def control_statistics(network: ResNet, plate: PlateSites, recipe: ImageRecipe) -> BatchNormStatistics:
-    """Measure a plate's controls as the service would."""
-    rows = context_rows(plate)
-    given = measured(network, plate.served(rows, recipe))
-    return BatchNormStatistics(
-        mean=given.mean.cpu().numpy(),
-        variance=given.variance.cpu().numpy(),
-        sites=len(rows),
-        wells=len(set(plate.wells[rows])),
-    )
+def leave_one_lab_out(
+    train: Sequence[BatchNormStatistics],
+    train_labs: Sequence[str],
+    held_out: Sequence[BatchNormStatistics],
+    held_out_labs: Sequence[str],
+) -> Float | None:
+    """Distances of each lab's plates from the training plates of the other labs, sorted; None with fewer than three labs.
+
+    A new lab is what a served bundle meets, so that is what its plates' distance is held against.
+    """
+    labs = sorted(set(train_labs))
+    if len(labs) < _LABS_TO_LEAVE_ONE_OUT:
+        return None
+    found = []
+    for lab in labs:
+        others = [plate for plate, of in zip(train, train_labs, strict=True) if of != lab]
+        own = [p for p, of in zip([*train, *held_out], [*train_labs, *held_out_labs], strict=True) if of == lab]
+        found.append(summarise_training(others, others[0], own).held_out_distances)
+    return np.sort(np.concatenate(found))
 
 
-def running_statistics(network: ResNet) -> BatchNormStatistics:
-    """Return an ERM network's running statistics."""
-    mean, variance = network.running_statistics()
-    return BatchNormStatistics(mean.cpu().numpy(), variance.cpu().numpy(), sites=0, wells=0)
-
-
-def mean_moments(plates: Sequence[BatchNormStatistics]) -> BatchNormStatistics:
-    """Mean of E[x] and of E[x²] over plates, every plate counting once: the between-plate spread is kept."""
-    means = np.stack([plate.mean for plate in plates]).astype(np.float64)
-    variances = np.stack([plate.variance for plate in plates]).astype(np.float64)
-    mean: NDArray[np.float64] = means.mean(axis=0)
-    square: NDArray[np.float64] = (variances + means**2).mean(axis=0)
-    return BatchNormStatistics(
-        mean=mean.astype(np.float32),
-        variance=np.maximum(square - mean**2, 0).astype(np.float32),
-        sites=sum(plate.sites for plate in plates),
-        wells=sum(plate.wells for plate in plates),
-    )
+# --- wells -----------------------------------------------------------------------------------------------------------
 
 
 def _wells(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> _Wells:
     rows = np.flatnonzero(plate.controls | (plate.labels != NO_LABEL))
-    norm: Normaliser = (
-        Running(update=False) if method.context == "source" else _given(network, control_statistics(network, plate, recipe))
-    )
-    logits, embeddings = classify(network, plate.served(rows, recipe), norm)
+    logits, embeddings = classify(network, plate.served(rows, recipe), _normaliser(network, method, plate, recipe))
     names, where = np.unique(plate.wells[rows], return_inverse=True)
-    sums = np.zeros((len(names), embeddings.shape[1]))
-    np.add.at(sums, where, embeddings)
     labels, controls = np.zeros(len(names), np.int64), np.zeros(len(names), np.bool_)
     labels[where], controls[where] = plate.labels[rows], plate.controls[rows]
-    return _Wells(sums / np.bincount(where)[:, None], labels, controls, logits, where.astype(np.int64))
+    return _Wells(
+        batch=plate.batch,
+        embeddings=_means(embeddings, where, len(names)),
+        labels=labels,
+        controls=controls,
+        site_logits=logits,
+        site_wells=where.astype(np.int64),
+        left_out=_left_out_controls(network, method, plate, recipe),
+    )
 
 
-def _given(network: ResNet, statistics: BatchNormStatistics) -> Given:
-    weight = network.conv1.weight
-    return Given(weight.new_tensor(statistics.mean), weight.new_tensor(statistics.variance))
+def _normaliser(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> Normaliser:
+    if method.context == "source":
+        return Running(update=False)
+    return given(network, control_statistics(network, plate, recipe))
+
+
+def _left_out_controls(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> dict[int, Float]:
+    """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
+    rng = np.random.default_rng(0)
+    wells = np.unique(plate.wells[plate.control_rows])
+    found: dict[int, Float] = {}
+    for count in [count for count in CONTROL_WELL_COUNTS if count < len(wells)] or [len(wells) - 1]:
+        draws = [_scored_others(network, method, plate, recipe, rng.permutation(wells), count) for _ in range(_DRAWS)]
+        found[count] = np.concatenate(draws)
+    return found
+
+
+def _scored_others(
+    network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe, wells: NDArray[np.str_], count: int
+) -> Float:
+    """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
+    context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
+    others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
+    norm: Normaliser = (
+        Running(update=False)
+        if method.context == "source"
+        else given(network, statistics_of(network, plate, recipe, context))
+    )
+    _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
+    names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
+    means = _means(embeddings, where, len(names))
+    inside = np.isin(names, wells[:count])
+    differences: Float = means[~inside] - means[inside].mean(0)
+    return differences
+
+
+def _means(values: NDArray[np.float32], where: NDArray[np.int64], groups: int) -> Float:
+    """Mean of rows by group: (rows, dim) → (groups, dim)."""
+    sums = np.zeros((groups, values.shape[1]))
+    np.add.at(sums, where, values)
+    return sums / np.bincount(where, minlength=groups)[:, None]
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
 
 
 def _embedding_reference(trained: Sequence[_Wells], unseen: Sequence[_Wells], classes: int) -> EmbeddingReference:
-    """Whiten by the spread of equal wells of one held-out plate; take thresholds from held-out plates."""
-    residuals = [r for plate in unseen for r in _residuals(plate)]
-    covariance = LedoitWolf(assume_centered=True).fit(np.concatenate(residuals)).covariance_
-    values, vectors = np.linalg.eigh(covariance)
-    whitening = (vectors / np.sqrt(values)) @ vectors.T
-    centres = np.stack([
-        np.concatenate([p.embeddings[~p.controls & (p.labels == label)] for p in trained]).mean(0)
-        for label in range(classes)
-    ])  # fmt: skip
-    reference = EmbeddingReference(whitening.astype(np.float32), centres.astype(np.float32), 0.0, 0.0)
-    own_class = [
-        whitened_distance(embedding, reference.class_centres[label], reference)
-        for plate in unseen
-        for embedding, label in zip(plate.embeddings[~plate.controls], plate.labels[~plate.controls], strict=True)
-    ]
-    left_out = [distance for plate in unseen for distance in _left_out_controls(plate, reference)]
+    centres = np.stack([np.concatenate([p.of(label) for p in trained]).mean(0) for label in range(classes)])
+    basis = _directions(trained, sum(len(plate.residuals()) for plate in unseen))
+    counts = sorted({count for plate in unseen for count in plate.left_out})
+    to_controls: dict[int, list[float]] = {count: [] for count in counts}
+    to_class: list[float] = []
+    for group, others in _folds(unseen):
+        projection = _projection(basis, others)
+        for plate in group:
+            for count, differences in plate.left_out.items():
+                to_controls[count] += list(np.linalg.norm(differences @ projection, axis=1))
+            for label in range(classes):
+                to_class += list(np.linalg.norm((plate.of(label) - centres[label]) @ projection, axis=1))
     return EmbeddingReference(
-        whitening=reference.whitening,
-        class_centres=reference.class_centres,
-        control_distance=float(np.quantile(left_out, 0.95)),
-        class_distance=float(np.quantile(own_class, 0.99)),
+        projection=_projection(basis, unseen).astype(np.float32),
+        class_centres=centres.astype(np.float32),
+        control_wells=np.array(counts, np.int64),
+        control_distances=np.array([np.quantile(to_controls[count], _CONTROL_COVERAGE) for count in counts]),
+        class_distance=float(np.quantile(to_class, _CLASS_COVERAGE)),
     )
 
 
-def _residuals(plate: _Wells) -> list[NDArray[np.float64]]:
-    """Differences of wells from the mean of equal wells on the plate: controls, and each class."""
-    groups = [plate.embeddings[plate.controls]]
-    groups += [plate.embeddings[~plate.controls & (plate.labels == label)] for label in set(plate.labels)]
-    return [(group - group.mean(0)) * np.sqrt(len(group) / (len(group) - 1)) for group in groups if len(group) > 1]
+def _directions(trained: Sequence[_Wells], wells: int) -> Float:
+    """Principal directions (dim, k) of training wells around their plate's controls, few enough to estimate spreads in."""
+    centred = np.concatenate([plate.embeddings - plate.embeddings[plate.controls].mean(0) for plate in trained])
+    kept = max(1, min(centred.shape[1], wells // _WELLS_PER_DIMENSION))
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    basis: Float = directions[:kept].T
+    return basis
 
 
-def _left_out_controls(plate: _Wells, reference: EmbeddingReference) -> list[float]:
-    """Distance of each control well from the mean of the plate's other control wells."""
-    wells = plate.embeddings[plate.controls]
-    others = (wells.sum(0) - wells) / max(1, len(wells) - 1)
-    return [whitened_distance(well, other, reference) for well, other in zip(wells, others, strict=True)]
+def _projection(basis: Float, plates: Sequence[_Wells]) -> Float:
+    """Project on the basis and whiten by the spread of equal wells of one plate: (dim, k)."""
+    residuals = np.concatenate([plate.residuals() for plate in plates]) @ basis
+    values, vectors = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(residuals).covariance_)
+    projection: Float = basis @ (vectors / np.sqrt(np.maximum(values, 1e-12)))
+    return projection
+
+
+def _folds(plates: Sequence[_Wells]) -> list[tuple[list[_Wells], list[_Wells]]]:
+    """Each batch's plates with all others; each plate with all others where there is one batch; one plate with itself."""
+    batches = sorted({plate.batch for plate in plates})
+    if len(batches) > 1:
+        return [([p for p in plates if p.batch == b], [p for p in plates if p.batch != b]) for b in batches]
+    if len(plates) > 1:
+        return [([plate], [other for other in plates if other is not plate]) for plate in plates]
+    return [(list(plates), list(plates))]
+
+
+# --- temperature -----------------------------------------------------------------------------------------------------
 
 
 def fit_temperature(plates: Sequence[_Wells]) -> float:

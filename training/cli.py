@@ -91,7 +91,7 @@ def train_command(
     scaling: Annotated[str, typer.Option(help="percentile or fixed.")] = "percentile",
     full_scale: Annotated[str | None, typer.Option(help="fixed scaling: full scale per channel, commas.")] = None,
     treated: Annotated[int, typer.Option(help="Treated images a plate and step.")] = 64,
-    controls_min: Annotated[int, typer.Option(help="Fewest control images a step (K-jitter).")] = 128,
+    controls_min: Annotated[int, typer.Option(help="Fewest control images a step (K-jitter).")] = 8,
     controls_max: Annotated[int, typer.Option(help="Most control images a step (K-jitter).")] = 128,
     plates: Annotated[int, typer.Option(help="Plates a step.")] = 8,
     steps: int = 20_000,
@@ -106,7 +106,7 @@ def train_command(
     cache: Annotated[Path | None, typer.Option(help="Folder for scaled sites, shared by runs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train a network; the defaults are the paper's."""
+    """Train a network; the defaults follow the paper."""
     from training.episodes import EpisodeShape  # noqa: PLC0415 (torch)
     from training.train import TrainingConfig, train  # noqa: PLC0415 (torch)
 

@@ -22,7 +22,7 @@ class EpisodeShape:
     """How much of a plate a step draws: L treated, K controls from a range (K-jitter), of D plates."""
 
     treated: int = 64
-    controls_min: int = 128
+    controls_min: int = 8
     controls_max: int = 128
     plates: int = 8
 
@@ -79,13 +79,23 @@ class Episodes(Dataset[list[Episode]]):
         plate, recipe = self.plates[number], self.recipes[number]
         if self.with_controls:
             treated = _draw(plate.treated, self.shape.treated, rng)
-            context = _draw(plate.control_rows, controls, rng)
+            context = _draw_wells(plate, controls, rng)
         else:
             treated = _draw(plate.treated, self.shape.rows, rng)
             context = treated[:0]
         images = plate.augmented(np.concatenate([context, treated]), recipe, self.crop, rng)
         tensor = torch.from_numpy(images).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         return Episode(tensor, torch.from_numpy(plate.labels[treated]), controls=len(context))
+
+
+def _draw_wells(plate: PlateSites, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw control sites well by well, all of a well's sites before the next: few sites are few wells, as when served."""
+    rows = plate.control_rows
+    order = {well: place for place, well in enumerate(rng.permutation(np.unique(plate.wells[rows])))}
+    by_well = sorted(rng.permutation(rows), key=lambda row: order[plate.wells[row]])
+    if count <= len(by_well):
+        return np.array(by_well[:count], np.int64)
+    return np.concatenate([by_well, rng.choice(rows, count - len(by_well))])
 
 
 def _draw(rows: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:

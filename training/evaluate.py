@@ -10,16 +10,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from model.context import choose_context
 from model.images import ImageRecipe
-from model.layout import SiteKey, well_position
+from model.layout import well_position
 from model.network import ResNet
 from model.predictions import softmax
+from model.statistics import BatchNormStatistics
+from training.contexts import context_rows, control_statistics, given, source_statistics
 from training.dataset import PlateSites
 from training.methods import Context, Method, classify, plate_normaliser
 from training.splits import Split
-
-MAX_CONTEXT_SITES = 64
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,6 @@ class PlateScore:
     image_nll: float
     images: int
     wells: int
-
-
-def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
-    """Control rows that enter the statistics, by the rule the service uses."""
-    rows = plate.control_rows
-    seen: dict[str, int] = {}
-    keys: dict[SiteKey, int] = {}
-    for row in rows:
-        well = str(plate.wells[row])
-        seen[well] = seen.get(well, 0) + 1
-        keys[SiteKey(well, seen[well])] = int(row)
-    context = choose_context(keys, max_sites)
-    return np.array([keys[site] for site in context.used], np.int64)
 
 
 def plate_logits(
@@ -96,14 +82,37 @@ def by_well(
     return sums.argmax(1), truth
 
 
-def one_class_accuracy(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe, context: Context) -> float:
-    """Well accuracy when only one class's treated wells are sent at a time: the mean over the classes."""
-    accuracies = []
-    for label in np.unique(plate.labels[plate.treated]):
-        rows = plate.treated[plate.labels[plate.treated] == label]
-        logits = plate_logits(network, method, plate, recipe, context, rows)
-        accuracies.append(score(logits, plate.labels[rows], plate.wells[rows]).well_accuracy)
-    return float(np.mean(accuracies))
+def label_shift(
+    network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe, context: Context
+) -> tuple[float, float]:
+    """Well accuracy of small queries: one class's wells at a time, and as many wells of mixed classes.
+
+    Both send equally many wells, so that what differs is the mixture alone. Returns the means over queries (mixed, one
+    class).
+    """
+    labels = dict(zip(plate.wells[plate.treated], plate.labels[plate.treated], strict=True))
+    wells = sorted(labels)
+    classes = [[well for well in wells if labels[well] == label] for label in sorted(set(labels.values()))]
+    size = min(len(members) for members in classes)
+    shuffled = np.random.default_rng(0).permutation(wells)
+    mixed = [list(shuffled[at : at + size]) for at in range(0, len(wells) - size + 1, size)]
+
+    def accuracy(queries: Sequence[Sequence[str]]) -> float:
+        found = []
+        for query in queries:
+            rows = plate.treated[np.isin(plate.wells[plate.treated], query)]
+            logits = plate_logits(network, method, plate, recipe, context, rows)
+            found.append(score(logits, plate.labels[rows], plate.wells[rows]).well_accuracy)
+        return float(np.mean(found))
+
+    return accuracy(mixed), accuracy([members[:size] for members in classes])
+
+
+def source_logits(
+    network: ResNet, source: BatchNormStatistics, plate: PlateSites, recipe: ImageRecipe
+) -> NDArray[np.float32]:
+    """Logits of a plate's treated rows on source statistics: without adaptation."""
+    return classify(network, plate.served(plate.treated, recipe), given(network, source))[0]
 
 
 def contexts_of(method: Method) -> tuple[Context, ...]:
@@ -118,16 +127,26 @@ def contexts_of(method: Method) -> tuple[Context, ...]:
 def evaluate(
     network: ResNet, method: Method, recipe: ImageRecipe, split: Split, plates: Mapping[str, PlateSites]
 ) -> pd.DataFrame:
-    """Score every test plate in every context of the method: one row a plate and context."""
+    """Score every test plate in every context of the method: one row a plate and context.
+
+    A meta-trained network is scored on its source statistics too: without adaptation.
+    """
     rows = []
+    source = None
+    if method.name == "cs-arm-bn":
+        controls = [control_statistics(network, plates[name], recipe) for name in split.train]
+        source = source_statistics(network, method, controls)
     for setting, plate in _test_plates(split, plates):
+        place = {"setting": setting, "lab": plate.lab, "batch": plate.batch, "plate": plate.plate}
         for context in contexts_of(method):
             scored = score_plate(network, method, plate, recipe, context)
-            shifted = one_class_accuracy(network, method, plate, recipe, context)
-            rows.append({
-                "method": method.name, "context": context, "setting": setting, "lab": plate.lab, "batch": plate.batch,
-                "plate": plate.plate, **asdict(scored), "one_class_well_accuracy": shifted,
-            })  # fmt: skip
+            mixed, one_class = label_shift(network, method, plate, recipe, context)
+            shifted = {"mixed_well_accuracy": mixed, "one_class_well_accuracy": one_class}
+            rows.append({"method": method.name, "context": context, **place, **asdict(scored), **shifted})
+        if source is not None:
+            logits = source_logits(network, source, plate, recipe)
+            scored = score(logits, plate.labels[plate.treated], plate.wells[plate.treated])
+            rows.append({"method": method.name, "context": "source", **place, **asdict(scored)})
     return pd.DataFrame(rows)
 
 

@@ -8,8 +8,9 @@ import pandas as pd
 
 from model.bundle import Bundle, Manifest
 from training.calibrate import calibrate
+from training.contexts import MAX_CONTEXT_SITES, context_rows
 from training.dataset import PlateSites, load_plates
-from training.evaluate import MAX_CONTEXT_SITES, context_rows, evaluate, evaluate_nulls
+from training.evaluate import evaluate, evaluate_nulls
 from training.export import Parity, export_bundle
 from training.index import read_index
 from training.methods import Method

@@ -6,7 +6,8 @@ import pandas as pd
 _METRICS = {
     "image_accuracy": "per image",
     "well_accuracy": "per well",
-    "one_class_well_accuracy": "one class at a time",
+    "mixed_well_accuracy": "few wells, mixed",
+    "one_class_well_accuracy": "few wells, one class",
 }
 _RESAMPLES = 2000
 

@@ -26,7 +26,9 @@ def path(tmp_path):
         (folder / name).write_bytes(name.encode())
     plates = [BatchNormStatistics(np.full(3, v, np.float32), np.ones(3, np.float32), sites=2, wells=2) for v in (0, 1)]
     golden = Golden(*(np.full((2, 2), v, np.float32) for v in range(4)))
-    reference = EmbeddingReference(np.eye(2, dtype=np.float32), np.zeros((2, 2), np.float32), 1.5, 2.5)
+    reference = EmbeddingReference(
+        np.eye(2, dtype=np.float32), np.zeros((2, 2), np.float32), np.array([4]), np.array([1.5]), class_distance=2.5
+    )
     finish_bundle(folder, Manifest(**MANIFEST_VALUES), summarise_training(plates, plates[0], plates), reference, golden)
     return folder
 
@@ -38,7 +40,7 @@ def test_a_bundle_reads_back_as_it_was_written(path):
     assert bundle.manifest.channels == ("DNA", "ER")
     assert set(bundle.manifest.files) == set(FILES)
     assert bundle.training_statistics.source.sites == 2
-    assert (bundle.embedding_reference.control_distance, bundle.embedding_reference.class_distance) == (1.5, 2.5)
+    assert (bundle.embedding_reference.control_distance(4), bundle.embedding_reference.class_distance) == (1.5, 2.5)
     assert bundle.golden.logits[0, 0] == 3
 
 

@@ -109,7 +109,7 @@ def test_stopping_the_gradient_changes_the_gradient_but_not_the_answer() -> None
 
 
 def test_running_statistics_are_torchs_own() -> None:
-    network, reference = small(), torch.nn.BatchNorm2d(4)
+    network, reference = small(), torch.nn.BatchNorm2d(4, momentum=0.02)
     images = torch.randn(5, 3, 64, 64)
     first = network.conv1(images)
     reference.train()(first)

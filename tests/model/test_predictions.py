@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 
-from model.predictions import EmbeddingReference, classify_well, mean_of_wells, softmax, whitened_distance
+from model.predictions import ControlCentre, EmbeddingReference, classify_well, mean_of_wells, softmax, whitened_distance
 
 REFERENCE = EmbeddingReference(
-    whitening=np.diag([1.0, 2.0]).astype(np.float32),
+    projection=np.diag([1.0, 2.0]).astype(np.float32),
     class_centres=np.array([[0, 0], [10, 0]], np.float32),
-    control_distance=1.0,
+    control_wells=np.array([4, 8]),
+    control_distances=np.array([1.0, 0.25]),
     class_distance=3.0,
 )
 
 
-def answer(logits, embeddings, centre=None, temperature=1.0):
+def answer(logits, embeddings, centre=None, temperature=1.0, wells=4):
     given = (np.array(logits, np.float32), np.array(embeddings, np.float32))
-    centre = None if centre is None else np.array(centre, np.float32)
+    centre = None if centre is None else ControlCentre(np.array(centre, np.float32), wells)
     return classify_well("A01", *given, ("a", "b"), temperature, REFERENCE, centre)
 
 
@@ -43,6 +44,11 @@ def test_a_well_is_the_mean_of_its_sites_probabilities():
 def test_a_well_is_out_of_range_when_it_is_like_nothing_seen(embedding, resembles, out_of_range):
     told = answer([[0, 0]], [embedding], centre=[5, 0])
     assert (told.resembles_controls, told.out_of_range) == (resembles, out_of_range)
+
+
+@pytest.mark.parametrize(("wells", "resembles"), [(1, True), (4, True), (7, True), (8, False), (30, False)])
+def test_the_more_control_wells_the_nearer_a_well_must_lie_to_resemble_them(wells, resembles):
+    assert answer([[0, 0]], [[5.5, 0]], centre=[5, 0], wells=wells).resembles_controls is resembles
 
 
 def test_distances_are_whitened():

@@ -9,7 +9,7 @@ import torch
 
 from model.images import ImageRecipe, decode_plane, prepare_site
 from training.dataset import NO_LABEL, load_plates, moments
-from training.episodes import Episodes, EpisodeShape
+from training.episodes import Episodes, EpisodeShape, _draw_wells
 from training.simulate import CHANNELS, CLASSES
 
 RECIPE = ImageRecipe(channels=CHANNELS, size=64, pixel_size_um=1.196, mean=(0.2,) * 5, std=(0.1,) * 5)
@@ -80,6 +80,18 @@ def test_an_episode_holds_controls_first_and_labels_of_the_treated(index: pd.Dat
         assert episode.images.shape == (episode.controls + 6, 5, 48, 48)
         assert episode.labels.shape == (6,)
         assert (episode.labels >= 0).all()
+
+
+def test_few_control_images_are_few_wells(index: pd.DataFrame) -> None:
+    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+    twice = replace(plate, **{  # two sites a well
+        name: np.concatenate([getattr(plate, name)] * 2) for name in ("wells", "names", "labels", "controls", "images")
+    })  # fmt: skip
+    rows = _draw_wells(twice, 8, np.random.default_rng(0))
+    assert len(set(rows)) == 8
+    assert len(set(twice.wells[rows])) == 4
+    assert twice.controls[rows].all()
+    assert len(_draw_wells(twice, 40, np.random.default_rng(0))) == 40
 
 
 def test_methods_without_controls_see_as_many_images(index: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ import torch
 from model.bundle import CLASSIFY, INPUT_IMAGES, MEASURE, OUTPUT_MEAN, OUTPUT_VARIANCE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.network import EPS
-from training.calibrate import control_statistics, mean_moments
+from training.contexts import control_statistics, mean_moments
 from training.export import check_parity, make_golden, measure_float64
 from training.release import load_run_plates, release, served_context
 from training.train import Run, load_network

@@ -52,17 +52,18 @@ def test_every_method_learns_two_kinds_of_image_apart(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     controls = 4 if method.with_controls else 0
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         labels = torch.arange(8) % 2
-        images = torch.randn(controls + 8, 2, 64, 64, generator=generator)
+        images = torch.randn(controls + 8, 2, 128, 128, generator=generator)
         treated = images[controls:]
-        treated[labels == 1] = F.avg_pool2d(treated[labels == 1], 5, stride=1, padding=2) * 5
+        treated[labels == 1] = F.avg_pool2d(treated[labels == 1] ** 3, 5, stride=1, padding=2)  # skewed, not only smooth
+        treated[labels == 1, :, :, 64:] = 0
         loss = training_loss(net, method, [Episode(images, labels, controls)])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
-    assert np.mean(losses[-3:]) < 0.5 * losses[0]
+    assert np.median(losses[-7:]) < 0.5 * losses[0]
 
 
 def test_answers_from_controls_do_not_depend_on_the_treated_wells_sent_and_others_do() -> None:
