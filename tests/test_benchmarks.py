@@ -1,0 +1,65 @@
+"""The reports of measuring scripts say what the numbers say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.bars import Bar, table, write_bars
+from benchmarks.first_light import LABS, bars, by_split, headline, measures, resampled
+
+WAYS = (
+    ("erm", "source"), ("cs-arm-bn", "controls"), ("cs-arm-bn", "source"), ("arm-bn", "treated"),
+    ("instancenorm", "instance"), ("erm-zscore", "source"),
+)  # fmt: skip
+
+
+def made_up(ours: float, instancenorm: float) -> pd.DataFrame:
+    """Scores in which ERM falls from 0.9 to 0.5 on a new lab, and ARM-BN loses 0.2 with one class."""
+    rng = np.random.default_rng(0)
+    new_lab = {"cs-arm-bn": ours, "instancenorm": instancenorm}
+    return pd.DataFrame([
+        {"seed": seed, "test_lab": lab, "plate": f"{lab}{setting}{plate}", "setting": setting, "method": method,
+         "context": context, "image_accuracy": level, "well_accuracy": level + rng.normal(0, 0.01),
+         "mixed_well_accuracy": level, "one_class_well_accuracy": level - 0.2 * (method == "arm-bn")}
+        for seed in (1, 2) for lab in LABS for method, context in WAYS
+        for setting, plates in (("in_domain", 2), ("new_batch", 2), ("new_lab", 3))
+        for level in [new_lab.get(method, 0.5) if setting == "new_lab" else 0.9] for plate in range(plates)
+    ])  # fmt: skip
+
+
+def test_the_measures_are_what_the_scores_were_made_with() -> None:
+    found = measures(made_up(ours=0.86, instancenorm=0.7))
+    assert found["erm_loss_in_domain_to_new_lab"] == pytest.approx(40, abs=2)
+    assert found["cs_arm_bn_share_of_loss_closed"] == pytest.approx(0.9, abs=0.05)
+    assert found["cs_arm_bn_one_class_drop"] == pytest.approx(0)
+    assert found["arm_bn_one_class_drop"] == pytest.approx(20)
+    assert found["cs_arm_bn_over_instancenorm"] == pytest.approx(16, abs=2)
+
+
+def test_the_headline_says_beaten_only_when_the_interval_does() -> None:
+    clear, close = made_up(ours=0.86, instancenorm=0.7), made_up(ours=0.70, instancenorm=0.70)
+    assert "beats InstanceNorm and z-score + ERM" in headline(resampled(clear, draws=40))
+    assert "does NOT clearly beat InstanceNorm on" in headline(resampled(close, draws=40))
+
+
+def test_every_bound_has_a_row_and_every_split_a_line() -> None:
+    scores = made_up(ours=0.86, instancenorm=0.7)
+    rows = bars(scores, resampled(scores, draws=20))
+    assert [row.holds for row in rows[:6]] == [True] * 6
+    assert {f"well_accuracy_{m}_{c}_new_lab" for m, c in WAYS} <= {row.name for row in rows}
+    assert by_split(scores).count("\n") == 1 + 6
+
+
+def test_bars_are_written_with_their_bounds_and_say_whether_they_hold(tmp_path: Path) -> None:
+    rows = [Bar("a", 2.0, "s", at_most=1.0), Bar("b", 0.9, "", at_least=0.8, interval=(0.7, 1.0)), Bar("c", 3.0, "")]
+    write_bars(rows, tmp_path / "bars.json")
+    assert json.loads((tmp_path / "bars.json").read_text()) == [
+        {"name": "a", "value": 2.0, "unit": "s", "at_most": 1.0},
+        {"name": "b", "value": 0.9, "unit": "", "at_least": 0.8},
+        {"name": "c", "value": 3.0, "unit": ""},
+    ]
+    lines = table(rows).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["FAILS", "holds", ""]

@@ -1,0 +1,57 @@
+"""The command line: simulation needs no torch, and wrong input is one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "lightning", "pandas", "onnx", "sklearn"):
+    sys.modules[name] = None  # importing it raises ImportError
+from training.cli import main
+main()
+"""
+
+
+def run(*arguments: str, code: str = "from training.cli import main; main()") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
+    small = (
+        "--labs",
+        "1",
+        "--batches",
+        "1",
+        "--plates",
+        "1",
+        "--sites",
+        "1",
+        "--wells-per-class",
+        "0",
+        "--inactive-wells",
+        "0",
+    )
+    done = run("simulate", str(tmp_path / "plates"), *small, code=WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert "1 simulated plates, 16 sites" in done.stdout
+    assert len(list(tmp_path.rglob("*.tif"))) == 16 * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("simulate", "{out}", "--wells-per-class", "50"), "the plate has room for 80"),
+        (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
+        (("train", "{out}/index.csv", "{out}/run", "--method", "magic"), "no method 'magic'"),
+        (("train", "{out}/index.csv", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
+        (("export", "{out}/run", "{out}/bundle"), "run.json"),
+    ],
+)
+def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    done = run(*(argument.format(out=tmp_path) for argument in arguments))
+    assert done.returncode != 0
+    assert told in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
