@@ -6,15 +6,17 @@ AnchorwellError                  everything below
 │   ├── LayoutError              a file whose well, site or channel is not known, or a table that cannot be read
 │   ├── UnknownChannelError      a channel that the bundle does not have
 │   ├── MissingChannelError      a site without one of the bundle's channels
-│   └── DuplicatePlaneError      two files for one well, site and channel
+│   ├── DuplicatePlaneError      two files for one well, site and channel
+│   └── DuplicateImageError      one image for two wells, sites or channels
 ├── ImageError                   one file is no usable plane
 │   ├── NotATiffError            the bytes are not a TIFF
 │   ├── TruncatedImageError      the file ends before its pixels do
 │   ├── ImageTooLargeError       the header declares more pixels than are allowed
 │   ├── ImageTooSmallError       fewer pixels than the network's input needs
+│   ├── PixelSizeError           a pixel size too far from the network's
 │   ├── UnsupportedImageError    a TIFF of a kind that is not read: pages, colours, type, compression
 │   ├── NonFiniteImageError      NaN or infinity among the pixels
-│   ├── BlankImageError          every pixel has the same value
+│   ├── BlankImageError          every pixel, but for a few at most, has the same value
 │   ├── SaturatedImageError      too many pixels at the top of the range
 │   └── MixedSizesError          planes of one site that differ in size
 ├── ContextError                 the controls cannot give statistics
@@ -67,6 +69,10 @@ class DuplicatePlaneError(PlateError):
     """Two files for one well, site and channel."""
 
 
+class DuplicateImageError(PlateError):
+    """One image for two wells, sites or channels."""
+
+
 class ImageError(AnchorwellError):
     """One file is no usable plane."""
 
@@ -87,6 +93,10 @@ class ImageTooSmallError(ImageError):
     """Fewer pixels than the network's input needs."""
 
 
+class PixelSizeError(ImageError):
+    """A pixel size too far from the network's."""
+
+
 class UnsupportedImageError(ImageError):
     """A TIFF of a kind that is not read: pages, colours, type, compression."""
 
@@ -96,7 +106,7 @@ class NonFiniteImageError(ImageError):
 
 
 class BlankImageError(ImageError):
-    """Every pixel has the same value."""
+    """Every pixel, but for a few at most, has the same value."""
 
 
 class SaturatedImageError(ImageError):

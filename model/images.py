@@ -4,10 +4,12 @@ Knows nothing of plates or networks. Bytes come from strangers: the header is ch
 page is decoded from memory alone, and no other file is ever opened.
 """
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -22,18 +24,22 @@ from model.errors import (
     ImageTooSmallError,
     MixedSizesError,
     NonFiniteImageError,
-    NotATiffError,
+    PixelSizeError,
     SaturatedImageError,
     TruncatedImageError,
     UnsupportedImageError,
 )
+from model.tiff import grey_plane_stream
 
 Plane = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 50000: "zstd", 34926: "zstd"}
 _DTYPES = ("uint8", "uint16", "float32")
-_TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+_MIN_IS_BLACK = 1
 _DECLARED_PER_FILE_BYTE = 2_000  # a constant 16-bit plane deflates about 1,000:1; bombs start beyond
+_MAX_SEGMENTS = 65_536
+_RESAMPLING = (0.05, 20.0)
+"""Smallest and largest factor by which planes are resampled to the network's pixel size."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +66,36 @@ def decode_plane(data: bytes, limits: ImageLimits = ImageLimits()) -> Plane:
     Raises:
         ImageError: one of its subclasses says what is wrong with the file.
     """
-    if data[:4] not in _TIFF_MAGIC:
-        raise NotATiffError("an empty file" if not data else "the file is not a TIFF (its first bytes are another format's)")
+    with _opened(data, limits) as page:
+        plane = np.asarray(page.asarray(maxworkers=1))
+    return _checked_plane(plane)
+
+
+def declared_pixels(data: bytes, limits: ImageLimits = ImageLimits()) -> int:
+    """Return how many pixels ``decode_plane`` would decode, by the header alone; raises as it does."""
+    with _opened(data, limits) as page:
+        return _Segments.of(page).pixels
+
+
+@contextmanager
+def _opened(data: bytes, limits: ImageLimits) -> Iterator[Any]:
+    """Give the only page of a TIFF whose header is one that is read here."""
     try:
-        with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as tiff:
-            page = _checked_page(tiff, len(data), limits)
-            plane = np.asarray(page.asarray(maxworkers=1))
+        with grey_plane_stream(data) as stream, tifffile.TiffFile(stream, _multifile=False) as tiff:
+            page: Any = tiff.pages[0]
+            _check_page(page, limits)
+            _check_segments(page, len(data), limits)
+            yield page
     except ImageError:
         raise
     except MemoryError:
         raise ImageTooLargeError("the image needs more memory than there is") from None
     except Exception as error:  # noqa: BLE001 (a decoder meets hostile bytes: whatever it raises, the file is at fault)
         raise TruncatedImageError(f"the pixels cannot be decoded: {str(error)[:120] or type(error).__name__}") from None
-    return _checked_plane(plane)
 
 
-def _checked_page(tiff: tifffile.TiffFile, file_bytes: int, limits: ImageLimits) -> Any:
-    """Return the only page when its header is one that is read here."""
-    if len(tiff.pages) != 1:
-        raise UnsupportedImageError(f"the TIFF has {len(tiff.pages)} pages; send one plane a file")
-    page: Any = tiff.pages[0]
+def _check_page(page: Any, limits: ImageLimits) -> None:
+    """Check that the page is one grey plane of a kind that is read here."""
     if page.ndim != 2 or page.samplesperpixel != 1:  # noqa: PLR2004
         raise UnsupportedImageError(f"expected one grey plane (height, width), the TIFF has shape {page.shape}")
     height, width = (int(extent) for extent in page.shape)
@@ -89,22 +105,70 @@ def _checked_page(tiff: tifffile.TiffFile, file_bytes: int, limits: ImageLimits)
             height=height,
             width=width,
         )
+    if int(page.photometric) != _MIN_IS_BLACK:
+        raise UnsupportedImageError(f"photometric {page.photometric!s}; expected grey levels from black (min-is-black)")
     if str(page.dtype) not in _DTYPES:
         raise UnsupportedImageError(f"pixels of type {page.dtype}; expected one of {', '.join(_DTYPES)}")
     if int(page.compression) not in _COMPRESSIONS:
         raise UnsupportedImageError(f"compression {page.compression!s}; expected none, LZW, deflate or zstd")
-    _check_declared_bytes(page, height * width * page.dtype.itemsize, file_bytes)
-    return page
+    if _described_planes(page) > 1:
+        raise UnsupportedImageError(f"the TIFF is a stack of {_described_planes(page)} planes; send one plane a file")
 
 
-def _check_declared_bytes(page: Any, declared_bytes: int, file_bytes: int) -> None:
-    ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
-    if not ends or max(ends) > file_bytes:
-        raise TruncatedImageError(f"the file has {file_bytes:,} bytes; its pixels should reach to {max(ends, default=0):,}")
-    if int(page.compression) == 1 and sum(page.databytecounts) < declared_bytes:
-        raise TruncatedImageError(f"the header declares {declared_bytes:,} bytes of pixels, the file stores fewer")
-    if declared_bytes > file_bytes * _DECLARED_PER_FILE_BYTE:
-        raise ImageTooLargeError(f"{file_bytes:,} bytes of file declare {declared_bytes:,} bytes of pixels")
+def _described_planes(page: Any) -> int:
+    """How many planes the description of an ImageJ or tifffile stack says that the file has."""
+    if page.is_imagej:
+        return int(tifffile.tifffile.imagej_description_metadata(page.imagej_description).get("images", 1))
+    if page.is_shaped:
+        shape = tifffile.tifffile.shaped_description_metadata(page.shaped_description)["shape"]
+        return int(math.prod(shape) // math.prod(page.shape))
+    return 1
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """The strips or tiles that a page must have: pixels of each when whole and of the last, and how many there are."""
+
+    area: int
+    last: int
+    number: int
+
+    @classmethod
+    def of(cls, page: Any) -> "_Segments":
+        height, width = (int(extent) for extent in page.shape)
+        if page.is_tiled:
+            area = page.tilelength * page.tilewidth
+            return cls(area, area, math.ceil(height / page.tilelength) * math.ceil(width / page.tilewidth))
+        rows = min(page.rowsperstrip, height)
+        number = math.ceil(height / rows)
+        return cls(rows * width, (height - rows * (number - 1)) * width, number)
+
+    @property
+    def pixels(self) -> int:
+        """All pixels that are decoded: those by which tiles reach over the image's edge, too."""
+        return self.area * (self.number - 1) + self.last
+
+
+def _check_segments(page: Any, file_bytes: int, limits: ImageLimits) -> None:
+    """Check that every strip or tile that the header declares is in the file, and that they are not too many."""
+    segments = _Segments.of(page)
+    if segments.pixels > limits.max_pixels or segments.number > _MAX_SEGMENTS:
+        raise ImageTooLargeError(
+            f"the TIFF declares {segments.number:,} strips or tiles with {segments.pixels:,} pixels; at most "
+            f"{_MAX_SEGMENTS:,} with {limits.max_pixels:,} are taken"
+        )
+    offsets, counts = page.dataoffsets, page.databytecounts
+    if not len(offsets) == len(counts) == segments.number or min(*offsets, *counts) <= 0:
+        raise TruncatedImageError(f"strips or tiles are missing: the header declares {segments.number:,}")
+    end = max(map(sum, zip(offsets, counts, strict=True)))
+    if end > file_bytes:
+        raise TruncatedImageError(f"the file has {file_bytes:,} bytes; its pixels should reach to {end:,}")
+    itemsize = page.dtype.itemsize
+    whole = min(counts[:-1], default=segments.area * itemsize)
+    if int(page.compression) == 1 and (whole < segments.area * itemsize or counts[-1] < segments.last * itemsize):
+        raise TruncatedImageError("the header declares more bytes of pixels than a strip or tile of the file has")
+    if segments.pixels * itemsize > file_bytes * _DECLARED_PER_FILE_BYTE:
+        raise ImageTooLargeError(f"{file_bytes:,} bytes of file declare {segments.pixels * itemsize:,} bytes of pixels")
 
 
 def _checked_plane(plane: NDArray[Any]) -> Plane:
@@ -172,37 +236,65 @@ class ImageRecipe:
                 raise ValueError(f"{name} needs one value per channel")
 
 
-def prepare_site(planes: Sequence[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
+def prepare_site(
+    planes: Iterable[Plane],
+    recipe: ImageRecipe,
+    pixel_size_um: float | None = None,
+    limits: ImageLimits = ImageLimits(),
+) -> NDArray[np.float32]:
     """Turn a site's planes, in the recipe's channel order, into the network's input.
 
     Args:
-        planes: one (height, width) plane per channel, all of one size.
+        planes: one (height, width) plane per channel, all of one size; taken one at a time, so that they may be decoded
+            as they are needed.
         recipe: the bundle's rule.
         pixel_size_um: µm per pixel of these planes, when known.
+        limits: what resampling may give.
 
     Returns:
         float32 (channels, size, size).
 
     Raises:
-        MixedSizesError, ImageTooSmallError: the planes do not fit the recipe.
+        MixedSizesError, ImageTooSmallError, PixelSizeError: the planes do not fit the recipe.
+        BlankImageError: nothing is left of a plane to scale.
     """
-    scaled = scale_site(planes, recipe, pixel_size_um)
-    return normalise(centre_crop(scaled, recipe.size), recipe)
+    scaled = _scaled_planes(planes, recipe, pixel_size_um, limits)
+    return normalise(np.stack(list(map(centre_crop, scaled, repeat(recipe.size)))), recipe)
 
 
-def scale_site(planes: Sequence[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
+def scale_site(planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
     """Bring planes to the network's pixel size and to about 0…1, whole: float32 (channels, height, width)."""
-    sizes = {plane.shape for plane in planes}
+    return np.stack(list(_scaled_planes(planes, recipe, pixel_size_um, ImageLimits())))
+
+
+def _scaled_planes(
+    planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None, limits: ImageLimits
+) -> Iterator[NDArray[np.float32]]:
+    """Scale planes one by one; ``map`` lets go of each before the next is asked for."""
+    sizes: set[tuple[int, ...]] = set()
+    return map(partial(_scaled_plane, recipe, pixel_size_um, limits, sizes), planes, count())
+
+
+def _scaled_plane(
+    recipe: ImageRecipe,
+    pixel_size_um: float | None,
+    limits: ImageLimits,
+    sizes: set[tuple[int, ...]],
+    plane: Plane,
+    index: int,
+) -> NDArray[np.float32]:
+    """Scale the plane of a channel; ``sizes`` are those of the site's planes so far."""
+    sizes.add(plane.shape)
     if len(sizes) != 1:
         listed = ", ".join(f"{h} x {w}" for h, w in sorted(sizes))
         raise MixedSizesError(f"the channels of one site differ in size: {listed}")
-    shrunk = [_at_network_pixel_size(plane, recipe, pixel_size_um) for plane in planes]
-    height, width = shrunk[0].shape
+    shrunk = _at_network_pixel_size(plane, recipe, pixel_size_um, limits)
+    height, width = shrunk.shape
     if min(height, width) < recipe.size:
         raise ImageTooSmallError(
             f"the planes give {height} x {width} pixels at the network's pixel size; it needs {recipe.size} x {recipe.size}"
         )
-    return np.stack([_scale(plane, recipe, index) for index, plane in enumerate(shrunk)])
+    return _scale(shrunk, recipe, index)
 
 
 def centre_crop(site: NDArray[np.float32], size: int) -> NDArray[np.float32]:
@@ -220,22 +312,32 @@ def normalise(site: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.floa
     return np.ascontiguousarray((site - mean) / std)
 
 
-def _at_network_pixel_size(plane: Plane, recipe: ImageRecipe, pixel_size_um: float | None) -> NDArray[np.float32]:
+def _at_network_pixel_size(
+    plane: Plane, recipe: ImageRecipe, pixel_size_um: float | None, limits: ImageLimits
+) -> NDArray[np.float32]:
     if pixel_size_um is None or recipe.pixel_size_um is None:
         return plane[:: recipe.shrink, :: recipe.shrink].astype(np.float32)
     factor = pixel_size_um / recipe.pixel_size_um
     height, width = (max(1, math.floor(extent * factor + 0.5)) for extent in plane.shape)
+    if not _RESAMPLING[0] <= factor <= _RESAMPLING[1] or height * width > limits.max_pixels:
+        raise PixelSizeError(
+            f"{plane.shape[0]} x {plane.shape[1]} pixels of {pixel_size_um:g} µm would be {height} x {width} of the "
+            f"network's {recipe.pixel_size_um:g} µm: look at the pixel size; factors from {_RESAMPLING[0]:g} to "
+            f"{_RESAMPLING[1]:g} and {limits.max_pixels:,} pixels are taken"
+        )
     resized = Image.fromarray(plane.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized, np.float32)  # antialiased: Pillow widens the filter when it shrinks
 
 
 def _scale(plane: NDArray[np.float32], recipe: ImageRecipe, index: int) -> NDArray[np.float32]:
+    low, high = np.float32(plane.min()), np.float32(plane.max())
+    if recipe.scaling == "percentile":
+        high = np.float32(np.percentile(plane, recipe.percentile))
+    if high <= low:  # nothing to stretch
+        raise BlankImageError(f"the image is blank at the network's pixel size: all but a few pixels are {low:g}")
     if recipe.scaling == "fixed":
         assert recipe.full_scale is not None
         return plane / np.float32(recipe.full_scale[index])
-    low, high = np.float32(plane.min()), np.float32(np.percentile(plane, recipe.percentile))
-    if high <= low:  # all but a few pixels share one value: nothing to stretch
-        return np.zeros_like(plane)
     steps = np.floor(np.clip((plane - low) / (high - low), 0.0, 1.0) * 255.0)
     scaled: NDArray[np.float32] = (steps / np.float32(255.0)).astype(np.float32)
     return scaled

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath, PureWindowsPath
 
-from model.errors import DuplicatePlaneError, LayoutError, MissingChannelError, UnknownChannelError, WellNameError
+from model.errors import (
+    DuplicateImageError,
+    DuplicatePlaneError,
+    LayoutError,
+    MissingChannelError,
+    UnknownChannelError,
+    WellNameError,
+)
 
 PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
     6: (2, 3),
@@ -27,6 +34,8 @@ PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
 
 MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
 MAX_PIXEL_SIZE_UM = 1_000.0
+PIXEL_SIZE_DECIMALS = 6
+"""Decimals of a pixel size in µm: metres of a table and µm of a form give the same number."""
 
 
 class Role(StrEnum):
@@ -110,10 +119,11 @@ def parse_site(text: str | int) -> int:
 # --- file names ------------------------------------------------------------------------------------------------------
 
 _TIFF = r"\.(?:ome\.)?tiff?"
+_GUID = r"(?:[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12})?"
 _CONVENTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "Opera Phenix / Operetta",
-        re.compile(rf"r(?P<row>\d{{2}})c(?P<column>\d{{2}})f(?P<site>\d+)p\d+-ch(?P<number>\d+)sk\d+\S*{_TIFF}"),
+        re.compile(rf"r(?P<row>\d{{2}})c(?P<column>\d{{2}})f(?P<site>\d+)p\d+-ch(?P<number>\d{{1,3}})sk\d+\S*{_TIFF}"),
     ),
     (
         "Yokogawa CV8000",
@@ -122,7 +132,7 @@ _CONVENTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "ImageXpress",
         re.compile(
-            rf".*_(?P<well>[A-Z]{{1,2}}\d{{2}})(?:_s(?P<site>\d+))?_w(?P<number>\d)(?P<thumb>_thumb)?[0-9A-F-]*{_TIFF}"
+            rf".*_(?P<well>[A-Z]{{1,2}}\d{{2}})(?:_s(?P<site>\d+))?_w(?P<number>\d{{1,2}})(?P<thumb>_thumb)?{_GUID}{_TIFF}"
         ),
     ),
     (
@@ -172,7 +182,7 @@ def _parsed(parts: Mapping[str, str | None], convention: str) -> ParsedName:
     number = parts.get("number")
     return ParsedName(
         well=name,
-        site=int(parts.get("site") or 1),
+        site=parse_site(parts.get("site") or 1),
         channel=int(number) if number else str(parts["channel"]),
         thumbnail=parts.get("thumb") is not None,
         convention=convention,
@@ -254,7 +264,7 @@ def layout_pixel_size_um(text: str) -> float | None:
     if not found:
         return None
     try:
-        sizes = {float(value) * 1e6 for value in found}
+        sizes = {round(float(value) * 1e6, PIXEL_SIZE_DECIMALS) for value in found}
     except ValueError:
         raise LayoutError(f"{column} is not a number of metres per pixel") from None
     if len(sizes) > 1 or not all(0 < size < MAX_PIXEL_SIZE_UM for size in sizes):
@@ -304,6 +314,17 @@ def duplicate_plane(key: PlaneKey, first: str, second: str) -> DuplicatePlaneErr
     )
 
 
+def duplicate_image(first: PlaneKey, second: PlaneKey) -> DuplicateImageError:
+    """Say that one image is given for two planes."""
+    return DuplicateImageError(
+        f"well {first.well} site {first.site} channel {first.channel} and well {second.well} site {second.site} channel "
+        f"{second.channel} are given the very same image",
+        well=second.well,
+        site=second.site,
+        channel=second.channel,
+    )
+
+
 def _table(text: str) -> list[dict[str, str]]:
     """Read a CSV, TSV or JSON table as rows of text."""
     body = text.lstrip("\ufeff").strip()
@@ -320,15 +341,21 @@ def _json_rows(body: str) -> list[dict[str, str]]:
         raise LayoutError(f"the layout is not valid JSON: {error}") from None
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise LayoutError("a JSON layout is a list of objects with file, well, site, channel")
+    for number, row in enumerate(value, start=1):
+        if row.keys() != value[0].keys():
+            raise LayoutError(f"object {number} of the layout does not have the keys of the first")
     return [{str(name): str(cell) for name, cell in row.items()} for row in value]
 
 
 def _csv_rows(body: str) -> list[dict[str, str]]:
     delimiter = "\t" if "\t" in body.partition("\n")[0] else ","
     try:
-        rows = list(csv.DictReader(io.StringIO(body), delimiter=delimiter, strict=True))
+        reader = csv.DictReader(io.StringIO(body), delimiter=delimiter, strict=True)
+        header, rows = reader.fieldnames or (), list(reader)
     except csv.Error as error:
         raise LayoutError(f"the table is not valid CSV: {error}") from None
+    if len(set(header)) != len(header):
+        raise LayoutError("the header of the table names a column twice")
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise LayoutError(f"line {number} of the table does not have the header's {len(rows[0])} columns")

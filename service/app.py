@@ -14,7 +14,7 @@ from model.errors import BundleError
 from service.batches import Batches
 from service.engine import Engine, OnnxEngine, replay
 from service.errors import install_handlers
-from service.gates import Readiness, Slots
+from service.gates import PixelBudget, Readiness, Slots
 from service.multipart import FormLimits
 from service.reports import VERSION
 from service.routes import Served, router
@@ -37,7 +37,13 @@ def create_app(settings: Settings, *, engine: Engine | None = None, store: Store
     bundle = Bundle.load(settings.bundle)
     used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads)
     used_store = store or open_store(settings.store)
-    preparer = Preparer(bundle.manifest.recipe, settings.image_limits, settings.threads or os.cpu_count() or 1)
+    preparer = Preparer(
+        bundle.manifest.recipe,
+        settings.image_limits,
+        workers=settings.threads or os.cpu_count() or 1,
+        budget=PixelBudget(settings.max_decoding_pixels),
+        max_input_bytes=settings.max_request_input_bytes,
+    )
     readiness = Readiness()
 
     @asynccontextmanager
@@ -64,6 +70,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, store: Store
             body_bytes=settings.max_upload_bytes,
             files=settings.max_upload_files,
             file_bytes=4 * settings.max_image_pixels + _HEADER_BYTES,
+            idle_timeout_s=settings.upload_idle_timeout_s,
         ),
     )
     app.include_router(router)

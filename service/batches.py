@@ -4,7 +4,7 @@ Knows nothing of HTTP, onnxruntime or a database; decides nothing that ``model``
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, require_wells, wells_needed
-from model.errors import ContextError, NoControlsError, TooFewControlsError
+from model.errors import ContextError, NoControlsError, NonFiniteImageError, TooFewControlsError
 from model.layout import PlaneKey, SiteKey
-from model.predictions import WellAnswer, classify_well, mean_of_wells
+from model.predictions import ControlCentre, WellAnswer, classify_well, mean_of_wells
 from model.statistics import BatchNormStatistics, statistics_id
 from service import schemas
 from service.engine import Engine
@@ -93,6 +93,7 @@ class Batches:
         Raises:
             BatchError: the upload does not fit what is kept. ImageError, ContextError: it cannot be measured.
         """
+        self.preparer.require_room(len(upload.sites))
         pixel_size_um = agreed_pixel_size(self._batch(batch_id), upload.pixel_size_um)
         with watch.stage("prepare"):
             sent = {site.key: site for site in self._prepared_controls(upload, pixel_size_um)}
@@ -122,7 +123,9 @@ class Batches:
 
         Raises:
             ContextError, BatchError: the batch has no statistics, or others. ImageError: a well cannot be answered.
+            BatchNotFoundError: the batch was deleted meanwhile, whether or not it was made anew.
         """
+        self.preparer.require_room(max(Counter(site.well for site in upload.sites).values()))
         batch, frame = self._frame(batch_id, watch, source=source)
         pixel_size_um = agreed_pixel_size(batch, upload.pixel_size_um)
         wells: list[schemas.WellPrediction] = []
@@ -138,7 +141,7 @@ class Batches:
                 )
                 seen += [_without_image(site) for site in sites]
         if not source:
-            self._retold(batch_id, lambda batch: (self._answered(batch, frame, upload.wells), None), watch)
+            self._retold(batch_id, lambda now: (self._answered(now, batch, frame, upload.wells), None), watch)
         return self._prediction(batch, frame, pixel_size_um, wells, upload.skipped, seen, watch)
 
     # --- what is kept ------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ class Batches:
                 with watch.stage("measure"):
                     kept = self._measure(context, np.stack(images), name)
             measured[name] = kept
-        return measured[name]
+        return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
     def _image(self, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]) -> Float:
         image = sent[site].image if site in sent else self.store.image(batch.batch_id, site)
@@ -306,10 +309,14 @@ class Batches:
 
     def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> WellAnswer:
         manifest = self.bundle.manifest
-        logits, embeddings = self._classify(np.stack([site.image for site in sites]), frame.statistics)
-        centre = None if frame.adaptation is None else frame.adaptation.control_centre
+        try:
+            logits, embeddings = self._classify(np.stack([site.image for site in sites]), frame.statistics)
+        except NonFiniteImageError as error:
+            raise error.about(well=well) from None
+        adaptation = frame.adaptation
+        controls = None if adaptation is None else ControlCentre(adaptation.control_centre, len(adaptation.wells))
         return classify_well(
-            well, logits, embeddings, manifest.classes, manifest.temperature, self.bundle.embedding_reference, centre
+            well, logits, embeddings, manifest.classes, manifest.temperature, self.bundle.embedding_reference, controls
         )
 
     def _classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
@@ -318,12 +325,18 @@ class Batches:
             self.engine.classify(images[start : start + SITES_PER_CALL], statistics)
             for start in range(0, len(images), SITES_PER_CALL)
         ]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([embedding for _, embedding in parts])
+        logits, embeddings = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
+            raise NonFiniteImageError("the network's answer is not finite: an image is out of scale")
+        return logits, embeddings
 
-    def _answered(self, batch: BatchRecord, frame: Frame, wells: frozenset[str]) -> Change | None:
+    def _answered(self, batch: BatchRecord, asked: BatchRecord, frame: Frame, wells: frozenset[str]) -> Change | None:
         """Remember which wells were answered as treated, and statistics that were measured on the way."""
-        if batch.revision is None:
-            raise not_found(batch.batch_id)
+        if batch.incarnation != asked.incarnation:
+            raise BatchNotFoundError(
+                f"batch {batch.batch_id} was deleted while its wells were answered; nothing of the answers was kept",
+                batch_id=batch.batch_id,
+            )
         treated = wells - batch.control_wells - batch.treated
         adaptation = frame.adaptation
         new = adaptation is not None and _names(adaptation) not in batch.adaptations
@@ -388,7 +401,7 @@ class Batches:
         return schemas.ControlsReport.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, adaptation, batch.pixel_size_um),
+                **context_report(self.bundle.manifest, adaptation, batch.pixel_size_um, len(batch.controls) - len(usable)),
                 "batch_id": batch.batch_id,
                 "adapted": adaptation is not None,
                 "wells_needed": self._wells_needed(usable),
@@ -413,10 +426,11 @@ class Batches:
         seen: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
+        unusable = len(batch.controls) - len(self._usable(batch)) if frame.adaptation else 0
         return schemas.Prediction.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, frame.adaptation, pixel_size_um),
+                **context_report(self.bundle.manifest, frame.adaptation, pixel_size_um, unusable),
                 "batch_id": batch.batch_id,
                 "adapted": frame.adaptation is not None,
                 "context": CONTEXT if frame.adaptation else "source",

@@ -6,7 +6,8 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── InvalidRequestError      a field of the request that is missing, unknown or malformed
 │   ├── MalformedUploadError     a body that is no complete multipart form
 │   ├── NoImagesError            a form without one image that could be used
-│   └── UploadTooLargeError      more bytes or files than the service takes
+│   ├── UploadTooLargeError      more bytes, files or sites than the service takes
+│   └── UploadTimeoutError       a body of which nothing more arrived
 ├── BatchError                   the request does not fit what is kept for the batch
 │   ├── BatchNotFoundError       nothing is kept under that id
 │   ├── ControlConflictError     another image for a control plane that is kept
@@ -72,7 +73,11 @@ class NoImagesError(RequestError):
 
 
 class UploadTooLargeError(RequestError):
-    """More bytes or files than the service takes."""
+    """More bytes, files or sites than the service takes."""
+
+
+class UploadTimeoutError(RequestError):
+    """A body of which nothing more arrived."""
 
 
 class BatchError(ServiceError):
@@ -155,10 +160,12 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     plate.UnknownChannelError: Problem("unknown-channel", "The bundle has no such channel", 422),
     plate.MissingChannelError: Problem("missing-channel", "A site lacks a channel", 422),
     plate.DuplicatePlaneError: Problem("duplicate-plane", "Two files for one well, site and channel", 422),
+    plate.DuplicateImageError: Problem("duplicate-image", "One image for two wells, sites or channels", 422),
     plate.NotATiffError: Problem("not-a-tiff", "Not a TIFF", 422),
     plate.TruncatedImageError: Problem("truncated-image", "The image is cut short or damaged", 422),
     plate.ImageTooLargeError: Problem("image-too-large", "The image declares too many pixels", 422),
     plate.ImageTooSmallError: Problem("image-too-small", "The image has too few pixels", 422),
+    plate.PixelSizeError: Problem("unusable-pixel-size", "A pixel size too far from the network's", 422),
     plate.UnsupportedImageError: Problem("unsupported-image", "A kind of TIFF that is not read", 422),
     plate.NonFiniteImageError: Problem("non-finite-image", "NaN or infinite pixels", 422),
     plate.BlankImageError: Problem("blank-image", "The image is blank", 422),
@@ -174,6 +181,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     ClientDisconnect: Problem("malformed-upload", "Not a complete multipart form", 400),
     NoImagesError: Problem("no-images", "The form has no usable image", 422),
     UploadTooLargeError: Problem("upload-too-large", "The upload is too large", 413),
+    UploadTimeoutError: Problem("upload-timeout", "Nothing more of the upload arrived", 408),
     BatchNotFoundError: Problem("batch-not-found", "No such batch", 404),
     ControlConflictError: Problem("control-conflict", "Another image is kept for this control plane", 409),
     TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
@@ -210,6 +218,8 @@ def problem_response(error: Exception, headers: Mapping[str, str] | None = None)
         "detail": _detail(error),
     }
     extra = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s is not None else {}
+    if problem.status == 408:  # noqa: PLR2004 (the rest of the body may still come: it is not the next request)
+        extra["Connection"] = "close"
     return Response(
         json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
         status_code=problem.status,

@@ -1,5 +1,6 @@
-"""What lets a request in: the golden replay must have agreed, and a slot must be free."""
+"""What lets a request in, and its pixels into memory: the golden replay, a free slot, and room to decode."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,3 +67,25 @@ class Slots:
             yield
         finally:
             self._taken -= 1
+
+
+class PixelBudget:
+    """Bounds the pixels decoded at once, over all requests; used from any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for room for a plane and hold it; a plane larger than the whole budget waits to be alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + pixels <= self._size)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()

@@ -11,24 +11,31 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+import anyio
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from service.errors import InvalidRequestError, MalformedUploadError, UploadTooLargeError
+from service.errors import InvalidRequestError, MalformedUploadError, UploadTimeoutError, UploadTooLargeError
 
+IMAGES = "images"
+LAYOUT = "layout"
+OPTIONS = (LAYOUT, "channels", "pixel_size_um")
+"""The parts that a form has at most once; a layout may be a file."""
 _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class FormLimits:
-    """What a form may hold: bytes of the whole body, files, bytes of one file and of one text field."""
+    """What a form may hold, in bytes and files, and for how long nothing of it may arrive."""
 
     body_bytes: int
     files: int
     file_bytes: int
-    field_bytes: int = 64 << 20
+    layout_bytes: int = 16 << 20
+    field_bytes: int = 1_000
+    idle_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[F
     with tempfile.TemporaryFile() as spool:
         reader = _FormReader(_boundary(request), spool, limits)
         block, received = bytearray(), 0
-        async for chunk in request.stream():
+        async for chunk in _chunks(request, limits.idle_timeout_s):
             received += len(chunk)
             if received > limits.body_bytes:
                 raise _too_large(limits.body_bytes)
@@ -74,6 +81,24 @@ async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[F
                 block.clear()
         await run_in_threadpool(reader.feed, bytes(block))
         yield await run_in_threadpool(reader.finish)
+
+
+async def _chunks(request: Request, idle_timeout_s: float) -> AsyncIterator[bytes]:
+    """Give the body as it arrives.
+
+    Raises:
+        UploadTimeoutError: nothing does.
+    """
+    stream = request.stream()
+    while True:
+        try:
+            with anyio.fail_after(idle_timeout_s):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UploadTimeoutError(f"nothing of the upload arrived for {idle_timeout_s:g} s: send it again") from None
+        yield chunk
 
 
 def _check_declared_length(request: Request, limit: int) -> None:
@@ -119,6 +144,7 @@ class _FormReader:
         self._complete = False
         self._fields: dict[str, str] = {}
         self._files: list[tuple[str, ReceivedFile]] = []
+        self._options: set[str] = set()
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -168,15 +194,33 @@ class _FormReader:
     def _name_part(self) -> None:
         if not self._part.name:
             raise MalformedUploadError("a part of the form has no name")
-        if self._part.file_name is not None and len(self._files) >= self._limits.files:
+        is_image = self._part.name == IMAGES and self._part.file_name is not None
+        if not is_image:
+            self._take_option(self._part)
+        elif len(self._files) >= self._limits.files:
             raise UploadTooLargeError(f"the form has more than {self._limits.files:,} files; send fewer wells a request")
+
+    def _take_option(self, part: _Part) -> None:
+        may_be = part.name == LAYOUT if part.file_name is not None else part.name in OPTIONS
+        if not may_be or part.name in self._options:
+            raise InvalidRequestError(
+                f"the part {part.name[:40]!r} is not known or is given twice; a form has the files {IMAGES!r} and at most "
+                f"one each of {', '.join(map(repr, OPTIONS))}"
+            )
+        self._options.add(part.name)
+
+    def _limit(self, part: _Part) -> int:
+        if part.name == LAYOUT:
+            return self._limits.layout_bytes
+        return self._limits.file_bytes if part.file_name is not None else self._limits.field_bytes
 
     def _add(self, data: bytes, start: int, end: int) -> None:
         part = self._part
         part.size += end - start
         is_file = part.file_name is not None
-        if part.size > (self._limits.file_bytes if is_file else self._limits.field_bytes):
-            raise UploadTooLargeError(f"the part {part.name[:40]!r} {(part.file_name or '')[:80]!r} is too large")
+        if part.size > self._limit(part):
+            name = f"{part.name[:40]!r} {(part.file_name or '')[:80]!r}"
+            raise UploadTooLargeError(f"the part {name} is larger than {self._limit(part):,} bytes")
         if is_file:
             self._spool.write(memoryview(data)[start:end])
             self._written += end - start
@@ -187,10 +231,6 @@ class _FormReader:
         part = self._part
         if part.file_name is not None:
             self._files.append((part.name, ReceivedFile(part.file_name, part.offset, part.size)))
-        elif part.name in self._fields:
-            raise InvalidRequestError(f"the field {part.name[:40]!r} is given twice")
-        elif len(self._fields) >= 100:  # noqa: PLR2004 (there are three)
-            raise InvalidRequestError("the form has more than 100 fields")
         else:
             self._fields[part.name] = utf8(bytes(part.text), part.name)
 

@@ -28,7 +28,9 @@ def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     }
 
 
-def context_report(manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None) -> dict[str, Any]:
+def context_report(
+    manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None, unusable_sites: int
+) -> dict[str, Any]:
     """What the statistics were measured on and how far they lie from training: members of both reports."""
     return {
         "statistics_id": adaptation.statistics_id if adaptation else None,
@@ -47,16 +49,23 @@ def context_report(manifest: Manifest, adaptation: Adaptation | None, pixel_size
         "percentile": adaptation.percentile if adaptation else None,
         "out_of_range": adaptation.out_of_range if adaptation else None,
         "pixel_size_um": pixel_size_um,
-        "notices": tuple(_notices(manifest, adaptation, pixel_size_um)),
+        "notices": tuple(_notices(manifest, adaptation, pixel_size_um, unusable_sites)),
     }
 
 
-def _notices(manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None) -> Iterator[str]:
+def _notices(
+    manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None, unusable_sites: int
+) -> Iterator[str]:
     recipe = manifest.recipe
     if recipe.pixel_size_um is not None and pixel_size_um is None:
         yield (
             f"the images' pixel size is not known: they were taken for {recipe.pixel_size_um / recipe.shrink:g} µm per "
             "pixel; send pixel_size_um, or a LoadData table that has it"
+        )
+    if unusable_sites:
+        yield (
+            f"{unusable_sites} kept control sites were prepared for another bundle's image recipe and are not measured: "
+            "send them again"
         )
     if adaptation is not None and manifest.context != CONTEXT:
         how = " (AdaBN)" if manifest.context == "source" else ""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from service import schemas
 from service.batches import Batches, Stopwatch
@@ -163,6 +164,13 @@ async def predict(
 def list_batches(batches: Ready) -> schemas.BatchList:
     """List the batches kept."""
     return batches.summaries()
+
+
+@router.api_route("/batches/{batch_id:path}/controls", methods=["GET", "DELETE"], include_in_schema=False)
+@router.api_route("/batches/{batch_id:path}/predict", methods=["GET", "DELETE"], include_in_schema=False)
+def refuse_method(batch_id: str) -> None:  # noqa: ARG001
+    """Say that the two stories are posted, before their paths are taken for ids."""
+    raise HTTPException(405, headers={"Allow": "POST"})
 
 
 @router.get("/batches/{batch_id:path}", response_model=schemas.BatchSummary, responses=_PROBLEM)

@@ -33,6 +33,13 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(4 << 30, gt=0, description="largest request body")
     max_upload_files: int = Field(20_000, gt=0, description="most files in one request")
     max_concurrent_requests: int = Field(8, gt=0, description="uploads worked on at once; further ones get a 503")
+    upload_idle_timeout_s: float = Field(30.0, gt=0, description="longest time in which nothing of an upload arrives")
+    max_request_input_bytes: int = Field(
+        2 << 30, gt=0, description="largest network input of one request's controls, or of one well's sites"
+    )
+    max_decoding_pixels: int = Field(
+        128_000_000, gt=0, description="most pixels decoded at once, over all requests; one plane is always taken"
+    )
     max_image_pixels: int = Field(64_000_000, gt=0, description="most pixels that one plane may declare")
     max_saturated_share: float = Field(
         0.25, gt=0, le=1, description="largest share of a plane's pixels at the top of the range"

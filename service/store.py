@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from secrets import token_hex
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,6 +116,11 @@ class BatchRecord:
     changed_at: datetime | None = None
 
     @property
+    def incarnation(self) -> str | None:
+        """What a batch keeps from its creation to its deletion, and no other batch ever has."""
+        return None if self.revision is None else self.revision.partition(".")[0]
+
+    @property
     def control_wells(self) -> frozenset[str]:
         """The wells of the kept control sites."""
         return frozenset(site.well for site in self.controls)
@@ -173,6 +179,12 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+def next_revision(revision: str | None) -> str:
+    """Draw the name of a batch's next revision; what is before its point is drawn when the batch is created, and stays."""
+    incarnation = token_hex(8) if revision is None else revision.partition(".")[0]
+    return f"{incarnation}.{token_hex(8)}"
 
 
 def open_store(url: str) -> Store:

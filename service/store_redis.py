@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from service.store import (
     RevisionConflictError,
     image_bytes,
     image_from_bytes,
+    next_revision,
 )
 
 SCHEMA_VERSION = 1
@@ -93,14 +93,14 @@ class RedisStore:
             if (None if found is None else found.decode()) != expected_revision:
                 raise RevisionConflictError
             pipe.multi()
-            self._write(pipe, batch_id, change)
+            self._write(pipe, batch_id, next_revision(expected_revision), change)
             try:
                 pipe.execute()
             except redis.WatchError:
                 raise RevisionConflictError from None
 
-    def _write(self, pipe: Any, batch_id: str, change: Change) -> None:
-        values = {"revision": token_hex(8), "changed_at": change.changed_at.isoformat()}
+    def _write(self, pipe: Any, batch_id: str, revision: str, change: Change) -> None:
+        values = {"revision": revision, "changed_at": change.changed_at.isoformat()}
         if change.pixel_size_um is not None:
             values["pixel_size_um"] = repr(change.pixel_size_um)
         pipe.sadd(self._tenant_key + "batches", batch_id)

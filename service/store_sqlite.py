@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from secrets import token_hex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from service.store import (
     RevisionConflictError,
     image_bytes,
     image_from_bytes,
+    next_revision,
 )
 
 SCHEMA_VERSION = 1
@@ -129,7 +129,7 @@ class SqliteStore:
             db.execute(
                 "INSERT INTO batch VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET revision = excluded.revision, "
                 "pixel_size_um = coalesce(excluded.pixel_size_um, pixel_size_um), changed_at = excluded.changed_at",
-                (*at, token_hex(8), change.pixel_size_um, change.changed_at.isoformat()),
+                (*at, next_revision(expected_revision), change.pixel_size_um, change.changed_at.isoformat()),
             )
             db.executemany("INSERT OR REPLACE INTO control_site VALUES (?, ?, ?, ?, ?, ?, ?)", images)
             db.executemany(

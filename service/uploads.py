@@ -7,9 +7,9 @@ has to fit in memory.
 
 import hashlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -26,11 +26,13 @@ from model.errors import (
     NonFiniteImageError,
     SaturatedImageError,
 )
-from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, decode_plane, prepare_site
+from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, declared_pixels, decode_plane, prepare_site
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
+    PIXEL_SIZE_DECIMALS,
     PlaneKey,
     SiteKey,
+    duplicate_image,
     duplicate_plane,
     file_name,
     layout_pixel_size_um,
@@ -38,8 +40,9 @@ from model.layout import (
     parse_layout,
     plane_key,
 )
-from service.errors import InvalidRequestError, NoImagesError
-from service.multipart import Form, ReceivedFile, utf8
+from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
+from service.gates import PixelBudget
+from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile, utf8
 
 UNUSED_CHANNEL = "-"
 QUALITY_ERRORS = (BlankImageError, SaturatedImageError)
@@ -116,24 +119,11 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
 
 def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
     """Separate the form's options (``layout`` may be a file) from its images."""
-    fields, images = dict(form.fields), []
+    fields = dict(form.fields)
     for name, file in form.files:
-        if name == "images":
-            images.append(file)
-        elif name == "layout" and "layout" not in fields:
-            fields["layout"] = utf8(form.read(file), name)
-        else:
-            raise _unknown_part(name)
-    for name in fields.keys() - {"layout", "channels", "pixel_size_um"}:
-        raise _unknown_part(name)
-    return fields, images
-
-
-def _unknown_part(name: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the part {name[:40]!r} is not known or is given twice; a form has the files 'images' and at most one each of "
-        "'layout', 'channels' and 'pixel_size_um'"
-    )
+        if name == LAYOUT:
+            fields[name] = utf8(form.read(file), name)
+    return fields, [file for name, file in form.files if name == IMAGES]
 
 
 def _channel_names(text: str | None) -> tuple[str, ...] | None:
@@ -146,7 +136,7 @@ def _pixel_size(fields: Mapping[str, str]) -> float | None:
     if text is None:
         return layout_pixel_size_um(fields["layout"]) if "layout" in fields else None
     try:
-        value = float(text)
+        value = round(float(text), PIXEL_SIZE_DECIMALS)
     except ValueError:
         value = float("nan")
     if not (isfinite(value) and 0 < value <= MAX_PIXEL_SIZE_UM):
@@ -166,11 +156,15 @@ def _place(
             return Skipped(name, "a thumbnail")
         if layout is not None:
             raise LayoutError("the layout does not name this file")
-        if isinstance(parsed.channel, int) and numbered and numbered[parsed.channel - 1 :][:1] == (UNUSED_CHANNEL,):
+        if isinstance(parsed.channel, int) and _is_unused(parsed.channel, numbered):
             return Skipped(name, f"channel {parsed.channel} is named unused by the request")
         return plane_key(parsed, channels, numbered)
     except AnchorwellError as error:
         raise error.about(file=name[:200]) from None
+
+
+def _is_unused(number: int, numbered: Sequence[str] | None) -> bool:
+    return numbered is not None and 1 <= number <= len(numbered) and numbered[number - 1] == UNUSED_CHANNEL
 
 
 def _complete_sites(
@@ -203,6 +197,8 @@ class Preparer:
     recipe: ImageRecipe
     limits: ImageLimits
     workers: int
+    budget: PixelBudget
+    max_input_bytes: int
 
     @contextmanager
     def prepared(self, upload: Upload, pixel_size_um: float | None) -> Iterator[Iterator[PreparedSite | RefusedSite]]:
@@ -210,6 +206,7 @@ class Preparer:
 
         Raises:
             ImageError: any other fault of a file; it names file, well, site and channel.
+            DuplicateImageError: one file is sent as two planes.
         """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="prepare") as pool:
             waiting: deque[Future[PreparedSite | RefusedSite]] = deque()
@@ -223,50 +220,83 @@ class Preparer:
                     yield waiting.popleft().result()
 
             try:
-                yield ahead()
+                yield _different(ahead())
             finally:
                 for future in waiting:
                     future.cancel()
 
+    def require_room(self, sites: int) -> None:
+        """Check that the network input of sites which are held together is not too large.
+
+        Raises:
+            UploadTooLargeError: it is; says how many fit.
+        """
+        fit = self.max_input_bytes // (4 * len(self.recipe.channels) * self.recipe.size**2)
+        if sites > fit:
+            raise UploadTooLargeError(
+                f"{sites:,} sites are more than are held at once; at most {fit:,} fit in one request's controls, or in one "
+                "well: send fewer a request",
+                max_sites=fit,
+            )
+
     def _prepare(
         self, form: Form, key: SiteKey, files: Mapping[str, ReceivedFile], pixel_size_um: float | None
     ) -> PreparedSite | RefusedSite:
-        decoded = {}
-        for channel in self.recipe.channels:
-            plane = self._decode(form, key, channel, files[channel])
-            if isinstance(plane, RefusedSite):
-                return plane
-            decoded[channel] = plane
-        planes = [decoded[channel].plane for channel in self.recipe.channels]
+        seen: dict[str, _Seen] = {}
+        at: dict[str, str | int] = {"well": key.well, "site": key.site}
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                image = prepare_site(planes, self.recipe, pixel_size_um)
+            with np.errstate(over="ignore", invalid="ignore"), closing(self._planes(form, files, seen, at)) as planes:
+                image = prepare_site(planes, self.recipe, pixel_size_um, self.limits)
             if not np.isfinite(image).all():
                 raise NonFiniteImageError("the pixels span more than single precision can scale")
         except ImageError as error:
-            raise error.about(well=key.well, site=key.site) from None
-        return PreparedSite(
-            key=key,
-            planes={channel: item.sha256 for channel, item in decoded.items()},
-            saturation={channel: item.saturated_share for channel, item in decoded.items()},
-            image=image,
-        )
-
-    def _decode(self, form: Form, key: SiteKey, channel: str, file: ReceivedFile) -> "_Decoded | RefusedSite":
-        data = form.read(file)
-        try:
-            plane = decode_plane(data, self.limits)
-            share = check_saturation(plane, self.limits)
-        except ImageError as error:
-            error.about(file=file_name(file.name)[:200], well=key.well, site=key.site, channel=channel)
+            error.about(**at)
             if isinstance(error, QUALITY_ERRORS):
                 return RefusedSite(key, error)
             raise
-        return _Decoded(plane, hashlib.sha256(data).hexdigest(), share)
+        return PreparedSite(
+            key=key,
+            planes={channel: plane.sha256 for channel, plane in seen.items()},
+            saturation={channel: plane.saturated_share for channel, plane in seen.items()},
+            image=image,
+        )
+
+    def _planes(
+        self, form: Form, files: Mapping[str, ReceivedFile], seen: dict[str, "_Seen"], at: dict[str, str | int]
+    ) -> Generator[Plane]:
+        """Decode a site's planes, each when the one before is scaled; ``at`` names the one that is worked on."""
+        for channel in self.recipe.channels:
+            at |= {"file": file_name(files[channel].name)[:200], "channel": channel}
+            pixels = declared_pixels(form.read(files[channel]), self.limits)
+            with self.budget.taken(pixels):  # a second reading costs less than bytes held while waiting for room
+                yield self._decode(form.read(files[channel]), channel, seen)
+            del at["file"], at["channel"]
+
+    def _decode(self, data: bytes, channel: str, seen: dict[str, "_Seen"]) -> Plane:
+        plane = decode_plane(data, self.limits)
+        seen[channel] = _Seen(hashlib.sha256(data).hexdigest(), check_saturation(plane, self.limits))
+        return plane
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    plane: Plane
+@dataclass(frozen=True)
+class _Seen:
+    """What is remembered of a decoded plane."""
+
     sha256: str
     saturated_share: float
+
+
+def _different(outcomes: Iterator[PreparedSite | RefusedSite]) -> Iterator[PreparedSite | RefusedSite]:
+    """Pass sites on.
+
+    Raises:
+        DuplicateImageError: two planes of them are one image.
+    """
+    seen: dict[str, PlaneKey] = {}
+    for outcome in outcomes:
+        for channel, sha256 in outcome.planes.items() if isinstance(outcome, PreparedSite) else ():
+            plane = PlaneKey(outcome.key.well, outcome.key.site, channel)
+            if sha256 in seen:
+                raise duplicate_image(seen[sha256], plane)
+            seen[sha256] = plane
+        yield outcome

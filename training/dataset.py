@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from model.bundle import recipe_json
+from model.errors import ImageError
 from model.images import ImageRecipe, centre_crop, decode_plane, normalise, scale_site
 from model.layout import Role
 from model.statistics import canonical_json
@@ -175,8 +176,11 @@ def _pixels(
 def _load_site(
     paths: tuple[str, ...], recipe: ImageRecipe, pixel_size_um: float | None
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    planes = [decode_plane(Path(path).read_bytes()) for path in paths]
-    scaled = scale_site(planes, recipe, pixel_size_um)
+    try:
+        planes = [decode_plane(Path(path).read_bytes()) for path in paths]
+        scaled = scale_site(planes, recipe, pixel_size_um)
+    except ImageError as error:
+        raise error.about(site_of=paths[0]) from None
     images = np.round(scaled * 255).astype(np.uint8) if recipe.scaling == "percentile" else scaled
     return images, np.array([(plane.mean(), plane.std()) for plane in planes], np.float32)
 

@@ -1,6 +1,9 @@
 """TIFF bytes to network input: strangers' bytes, real microscopes' bytes, and the arithmetic."""
 
 import io
+import struct
+import weakref
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from model.errors import (
     MixedSizesError,
     NonFiniteImageError,
     NotATiffError,
+    PixelSizeError,
     SaturatedImageError,
     TruncatedImageError,
     UnsupportedImageError,
@@ -25,6 +29,7 @@ from model.images import (
     ImageRecipe,
     centre_crop,
     check_saturation,
+    declared_pixels,
     decode_plane,
     prepare_site,
     saturated_share,
@@ -106,6 +111,172 @@ def test_damaged_bytes_give_pixels_or_an_image_error(at, value, cut):
     except ImageError:
         return
     assert decoded.ndim == 2
+
+
+NOISE = np.random.default_rng(1).integers(1, 60_000, 256).astype("<u2").tobytes()
+PACKED = zlib.compress(NOISE)
+
+
+def raw_tiff(*tags, blob=NOISE, following=0, width=16, height=16, compression=1, photometric=1):
+    """A little-endian TIFF of given tags (code, type, count, value); a callable value is told where the blob lies."""
+    entries = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 16), (259, 3, 1, compression),
+        (262, 3, 1, photometric), (277, 3, 1, 1), *tags,
+    ]  # fmt: skip
+    end = 8 + 2 + 12 * len(entries) + 4
+    packed = [struct.pack("<HHII", *entry[:3], entry[3](end) if callable(entry[3]) else entry[3]) for entry in entries]
+    return b"".join([b"II*\0\x08\0\0\0", struct.pack("<H", len(entries)), *packed, struct.pack("<I", following), blob])
+
+
+def here(end):
+    return end
+
+
+STRIP = ((273, 4, 1, here), (279, 4, 1, len(NOISE)))
+PACKED_STRIP = ((273, 4, 1, here), (279, 4, 1, len(PACKED)))
+
+
+def tile(width, blob=PACKED):
+    return ((322, 4, 1, width), (323, 4, 1, width), (324, 4, 1, here), (325, 4, 1, len(blob)))
+
+
+def two_strips(offsets, counts, blob):
+    """Two strips of eight rows; offsets are relative to the blob, None is 0."""
+
+    def table(end):
+        return end + len(blob)
+
+    end = 8 + 2 + 12 * 9 + 4
+    places = [0 if offset is None else end + offset for offset in offsets]
+    tags = ((278, 4, 1, 8), (273, 4, 2, table), (279, 4, 2, lambda end: table(end) + 8))
+    return {"tags": tags, "blob": blob + struct.pack("<4I", *places, *counts)}
+
+
+def test_a_file_built_by_hand_decodes():
+    assert decode_plane(raw_tiff(*STRIP)).tobytes() == NOISE
+    assert decode_plane(raw_tiff(*PACKED_STRIP, blob=PACKED, compression=8)).tobytes() == NOISE
+    strips = two_strips((0, 256), (256, 256), NOISE)
+    assert decode_plane(raw_tiff(*strips["tags"], blob=strips["blob"])).tobytes() == NOISE
+
+
+@pytest.mark.parametrize(
+    ("offsets", "counts", "blob", "compression"),
+    [
+        ((0, 0), (len(PACKED), 0), PACKED, 8),
+        ((0, None), (len(PACKED), len(PACKED)), PACKED, 8),
+        ((0, 256), (512, 10), NOISE, 1),
+        ((0, 256), (10, 512), NOISE, 1),
+    ],
+)
+def test_a_strip_that_is_missing_or_short_is_never_read_as_black(offsets, counts, blob, compression):
+    strips = two_strips(offsets, counts, blob)
+    with pytest.raises(TruncatedImageError):
+        decode_plane(raw_tiff(*strips["tags"], blob=strips["blob"], compression=compression))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        raw_tiff((278, 4, 1, 8), *PACKED_STRIP, blob=PACKED, compression=8),
+        raw_tiff(*tile(16), blob=PACKED, compression=8, width=32, height=32),
+        raw_tiff((279, 4, 1, 512)),
+    ],
+)
+def test_fewer_strips_or_tiles_than_the_image_needs_are_refused(data):
+    with pytest.raises(TruncatedImageError):
+        decode_plane(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (raw_tiff(*STRIP, *[(270, 2, 500, here)] * 3), UnsupportedImageError),
+        (raw_tiff(*STRIP, (305, 2, 100, here), (305, 2, 100, here)), UnsupportedImageError),
+        (raw_tiff(*STRIP, *((60_000 + code, 2, 500, here) for code in range(9))), TruncatedImageError),
+        (raw_tiff(*STRIP, (305, 2, 2**31, here)), TruncatedImageError),
+        (raw_tiff(*STRIP, *((60_000 + code, 3, 1, 1) for code in range(300))), UnsupportedImageError),
+        (raw_tiff(*STRIP, following=8), UnsupportedImageError),
+        (raw_tiff(*STRIP, (33629, 5, 3, here)), UnsupportedImageError),
+        (raw_tiff(*STRIP, photometric=0), UnsupportedImageError),
+        (raw_tiff(*STRIP, photometric=3), UnsupportedImageError),
+        (raw_tiff(*STRIP)[:60], TruncatedImageError),
+        (raw_tiff(*tile(60_000), blob=PACKED, compression=8), ImageTooLargeError),
+        (raw_tiff(*tile(4_096), blob=PACKED, compression=8), ImageTooLargeError),
+        (raw_tiff(*tile(1), blob=PACKED, compression=8, width=300, height=300), ImageTooLargeError),
+        (raw_tiff(*tile(0), blob=PACKED, compression=8), TruncatedImageError),
+    ],
+)
+def test_a_directory_that_asks_for_more_than_one_plane_is_refused_by_the_header(data, error):
+    with pytest.raises(error):
+        decode_plane(data)
+
+
+@pytest.mark.parametrize("options", [{"imagej": True}, {"metadata": {"axes": "ZYX"}}])
+def test_a_stack_in_one_page_is_refused(options):
+    data = tiff(np.stack([RAMP, RAMP]), **options)
+    with tifffile.TiffFile(io.BytesIO(data)) as read:
+        second = read.pages[0].tags
+        at = read.pages[0].offset + 2 + 12 * len(second)
+    alone = data[:at] + bytes(4) + data[at + 4 :]
+    with pytest.raises(UnsupportedImageError, match="stack of 2 planes"):
+        decode_plane(alone)
+    assert decode_plane(tiff(RAMP[None], **options)).shape == RAMP.shape
+
+
+@pytest.mark.parametrize("options", [{"bigtiff": True}, {"tile": (16, 16)}, {"rowsperstrip": 5}, {"description": "mine"}])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_every_layout_of_a_plane_decodes(options, byteorder, compression):
+    data = tiff(RAMP, byteorder=byteorder, compression=compression, **options)
+    np.testing.assert_array_equal(decode_plane(data), RAMP)
+    assert declared_pixels(data) >= RAMP.size
+
+
+@pytest.mark.parametrize("pixel_size_um", [0.04, 21.0, 8.0])
+def test_a_pixel_size_far_from_the_networks_is_refused(pixel_size_um):
+    recipe = ImageRecipe(channels=("DNA",), size=12, shrink=1, pixel_size_um=1.0)
+    with pytest.raises(PixelSizeError, match=rf"{pixel_size_um:g} µm .* 1 µm"):
+        prepare_site([RAMP], recipe, pixel_size_um, ImageLimits(max_pixels=40_000))
+
+
+@pytest.mark.parametrize("scaling", ["percentile", "fixed"])
+def test_a_plane_of_which_shrinking_leaves_nothing_is_blank(scaling):
+    plane = np.full((48, 48), 100, np.uint16)
+    plane[1, 1] = 4_000
+    recipe = ImageRecipe(channels=("DNA",), size=16, shrink=2, scaling=scaling, full_scale=(1.0,))
+    with pytest.raises(BlankImageError, match="100"):
+        prepare_site([plane], recipe)
+
+
+def test_a_hot_pixel_alone_is_nothing_to_scale():
+    plane = np.full((200, 200), 100, np.uint16)
+    plane[100, 100] = 4_000
+    with pytest.raises(BlankImageError):
+        prepare_site([plane], ImageRecipe(channels=("DNA",), size=16, shrink=1))
+
+
+def test_a_plane_is_let_go_before_the_next_is_asked_for():
+    alive = []
+
+    def plane():
+        assert not any(reference() is not None for reference in alive)
+        made = RAMP.copy()
+        alive.append(weakref.ref(made))
+        return made
+
+    prepare_site((plane() for _ in range(3)), ImageRecipe(channels=("DNA", "ER", "RNA"), size=12, shrink=2))
+
+
+def test_real_files_of_every_vendor_decode(shared_data):
+    paths = sorted([*shared_data.rglob("*.tif"), *shared_data.rglob("*.tiff")])[::4]
+    decoded = 0
+    for path in paths:
+        try:
+            decode_plane(path.read_bytes())
+        except BlankImageError:
+            continue
+        decoded += 1
+    assert decoded > len(paths) / 2
 
 
 def test_saturation_is_a_share_and_has_a_limit():

@@ -67,6 +67,9 @@ def test_what_is_no_site_number_is_refused(site):
         ("r32c48f12p01-ch1sk1fk1fl1.tiff", "AF48", 12, 1, False),
         ("Projection-Mix_E07_s1_w2B14915F6-0679-4494-82D1-F80894B32A66.tif", "E07", 1, 2, False),
         ("Projection-Mix_E08_s2_w3_thumb4D88636E-181E-4AF6-BC53-E7A435959C8F.tif", "E08", 2, 3, True),
+        ("Mix_E07_s1_w102B14915F-0679-4494-82D1-F80894B32A66.tif", "E07", 1, 10, False),
+        ("Mix_E07_s1_w10B14915F-0679-4494-82D1-F80894B32A66.tif", "E07", 1, 1, False),
+        ("Mix_E07_s1_w10.tif", "E07", 1, 10, False),
         ("Plate_AB12_w4.TIF".replace("TIF", "tif"), "AB12", 1, 4, False),
         ("CV8000-Minimal-DataSet-2C-3W-4S-FP2-stack_D08_T0001F002L01A01Z04C01.tif", "D08", 2, 1, False),
         ("a1_3_dna.tif", "A01", 3, "dna", False),
@@ -80,7 +83,19 @@ def test_file_names_of_every_convention_are_read(name, well, site, channel, thum
     assert (parsed.well, parsed.site, parsed.channel, parsed.thumbnail) == (well, site, channel, thumbnail)
 
 
-@pytest.mark.parametrize("name", ["holiday.tif", "A01_1_DNA.png", "DC_DCAM#2_CAM4.tif", "", "A01.tif"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "holiday.tif",
+        "A01_1_DNA.png",
+        f"A01_{'9' * 30}_DNA.tif",
+        "A01_1234567_DNA.tif",
+        "Mix_A01_s1_w10A.tif",
+        "DC_DCAM#2_CAM4.tif",
+        "",
+        "A01.tif",
+    ],
+)
 def test_a_name_that_says_nothing_is_refused(name):
     with pytest.raises(LayoutError):
         parse_file_name(name)
@@ -131,6 +146,8 @@ def test_layouts_are_read_as_csv_tsv_and_json(text):
         ("[1, 2]", LayoutError),
         ("[" * 100_000, LayoutError),
         ('{"file": 1}', LayoutError),
+        ('[{"file": "1.tif", "well": "A01", "site": 1, "channel": "DNA"}, {}]', LayoutError),
+        ("file,well,site,channel,well\n1.tif,A01,1,DNA,A02\n", LayoutError),
         ("file,well,site,channel\n1.tif,Z99,1,DNA\n", WellNameError),
         ("file,well,site,channel\n1.tif,A01,1,Mito\n", UnknownChannelError),
         ("file,well,site,channel\n1.tif,A01,1,DNA\n1.tif,A02,1,DNA\n", LayoutError),
@@ -182,7 +199,7 @@ def test_real_vendor_names_are_read(shared_data):
 
 def test_a_load_data_table_tells_the_pixel_size_in_micrometres() -> None:
     head = "Metadata_Well,Metadata_Site,FileName_OrigDNA,Metadata_ImageResolutionX\n"
-    assert layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,5.98e-07\n") == pytest.approx(0.598)
+    assert layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,5.98e-07\n") == 0.598
     assert layout_pixel_size_um("file,well,site,channel\na.tif,A01,1,DNA\n") is None
     with pytest.raises(LayoutError, match=r"gives 0\.598, 0\.65 µm"):
         layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,6.5e-07\n")

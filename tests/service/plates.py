@@ -71,7 +71,9 @@ def fake_bundle(path: Path, **changes) -> Bundle:
         path,
         Manifest(**manifest),
         summarise_training(plates[:2], source=plates[0], held_out=plates[2:]),
-        EmbeddingReference(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), 0.5, 50.0),
+        EmbeddingReference(
+            np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.array([4]), np.array([0.5]), class_distance=50.0
+        ),
         Golden(images, mean, variance, logits),
     )
 

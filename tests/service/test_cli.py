@@ -73,7 +73,7 @@ def plate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plate")
     for _, (name, data, _) in well_files([*CONTROL_WELLS, *TREATED], size=64):
         (folder / name).write_bytes(data)
-    (folder / "Mix_A01_s1_w1_thumb0A.tif").write_bytes(b"a thumbnail")
+    (folder / "Mix_A01_s1_w1_thumb.tif").write_bytes(b"a thumbnail")
     (folder / "platemap.csv").write_text(PLATEMAP)
     return folder
 

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 import tifffile
@@ -64,6 +65,8 @@ NAN[3, 3] = np.nan
 WIDE = np.array([[-3e38, 3e38], [0, 1]], np.float32).repeat(8, 0).repeat(8, 1)
 SATURATED = np.full((16, 16), 65_535, np.uint16)
 SATURATED[0] = 7
+HOT = np.full((200, 200), 100, np.uint16)
+HOT[100, 100] = 4_000
 
 BAD_FILES = [
     ("not-a-tiff", with_file(FILES, FIRST, b""), [FIRST, "empty"]),
@@ -76,6 +79,13 @@ BAD_FILES = [
     ("unsupported-image", with_file(FILES, FIRST, tiff(np.arange(256.0).reshape(16, 16))), [FIRST, "float64"]),
     ("non-finite-image", with_file(FILES, FIRST, tiff(NAN)), [FIRST, "NaN"]),
     ("non-finite-image", with_file(FILES, FIRST, tiff(WIDE)), ["A01"]),
+    ("blank-image", with_file(FILES, FIRST, tiff(HOT)), [FIRST, "A01", "all but a few"]),
+    (
+        "duplicate-image",
+        with_file(FILES, FIRST, FILES[-1][1][1]),
+        ["well A01 site 1 channel DNA", "well D01 site 2 channel RNA"],
+    ),
+    ("invalid-layout", [*FILES, image(f"A01_{'9' * 30}_DNA.tif", tiff(plane("x")))], ["999", "whole number"]),
     ("blank-image", with_file(FILES, FIRST, tiff(np.zeros((16, 16), np.uint16))), [FIRST, "A01", "DNA", "every pixel"]),
     ("saturated-image", with_file(FILES, FIRST, tiff(SATURATED)), [FIRST, "94%", "25%"]),
     ("mixed-sizes", with_file(FILES, FIRST, tiff(plane("x", 32))), ["A01", "site 1", "16 x 16", "32 x 32"]),
@@ -85,7 +95,7 @@ BAD_FILES = [
     ("duplicate-plane", [*FILES, image("a1_01_dna.tiff", tiff(plane("x")))], ["a1_01_dna.tiff", FIRST]),
     ("invalid-well", [*FILES, image("Z99_1_DNA.tif", tiff(plane("x")))], ["Z99"]),
     ("invalid-layout", [*FILES, image("holiday.tif", tiff(plane("x")))], ["holiday.tif", "layout"]),
-    ("no-images", [image("Mix_A01_s1_w1_thumb0A.tif", b"any")], ["images"]),
+    ("no-images", [image("Mix_A01_s1_w1_thumb.tif", b"any")], ["images"]),
 ]
 
 
@@ -107,7 +117,10 @@ def test_an_upload_with_one_bad_file_is_refused_whole(slug, files, names, path, 
         ("invalid-request", {"pixel_size_um": "wide"}, ["wide"]),
         ("invalid-request", {"pixel_size_um": "-1"}, ["-1"]),
         ("invalid-request", {"pixel_size_um": "nan"}, ["nan"]),
+        ("invalid-request", {"pixel_size_um": "1e-9"}, ["1e-9"]),
         ("invalid-request", {"chanels": "DNA"}, ["chanels"]),
+        ("upload-too-large", {"channels": "DNA," * 300}, ["channels", "1,000"]),
+        ("invalid-layout", {"layout": '[{"file": "a", "well": "A01", "site": 1, "channel": "DNA"}, {}]'}, ["object 2"]),
         ("invalid-layout", {"layout": "a,b\n1,2"}, ["file, well, site, channel"]),
         ("invalid-layout", {"layout": "file,well,site,channel\nother.tif,A01,1,DNA"}, ["layout", "A01_1_DNA.tif"]),
         ("invalid-well", {"layout": f"file,well,site,channel\n{FIRST},Z99,1,DNA"}, ["Z99"]),
@@ -193,6 +206,67 @@ def test_controls_without_finite_statistics_are_refused(client, engine, store):
     assert store.batch_ids() == []
 
 
+def test_an_answer_that_is_not_finite_is_no_answer(client, engine, store):
+    client.post(CONTROLS, files=FILES)
+    before = everything(store)
+    engine.classify = lambda images, _: (np.full((len(images), 3), np.nan, np.float32),) * 2
+    body = refused(client.post("/batches/P1/predict", files=well_files(["E05"])), "non-finite-image", names=["not finite"])
+    assert body["well"] == "E05"
+    assert everything(store) == before
+
+
+@pytest.mark.parametrize("pixel_size_um", ["0.04", "21"])
+def test_a_pixel_size_far_from_the_networks_is_refused(pixel_size_um, settings, store, tmp_path):
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, pixel_size_um=1.0)
+    other = fake_bundle(tmp_path / "sized", recipe=recipe)
+    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), store) as sized:
+        answer = sized.post(CONTROLS, files=FILES, data={"pixel_size_um": pixel_size_um})
+    refused(answer, "unusable-pixel-size", names=[f"{pixel_size_um} µm", "network's 1 µm"])
+
+
+def test_more_sites_than_are_held_at_once_are_refused(settings, store):
+    one_site = 4 * len(CHANNELS) * 16 * 16
+    few = settings.model_copy(update={"max_request_input_bytes": 5 * one_site})
+    with running(few, FakeEngine(), store) as client:
+        body = refused(client.post(CONTROLS, files=FILES), "upload-too-large", names=["8 sites", "at most 5"])
+        assert body["max_sites"] == 5
+        assert client.post(CONTROLS, files=well_files(CONTROL_WELLS, (1,))).status_code == 201
+        answer = client.post("/batches/P1/predict", files=well_files(["E05"], range(6)))
+        refused(answer, "upload-too-large", names=["6 sites"])
+        assert client.post("/batches/P1/predict", files=well_files(["E05", "E06"], range(4))).status_code == 200
+
+
+def test_an_upload_that_stands_still_gives_its_slot_back(settings, store):
+    impatient = settings.model_copy(update={"max_concurrent_requests": 1, "upload_idle_timeout_s": 0.05})
+    with running(impatient, FakeEngine(), store) as client:
+
+        async def silent():
+            yield HEADER
+            await anyio.sleep_forever()
+
+        answer = client.post(CONTROLS, content=silent(), headers={"content-type": FORM})
+        refused(answer, "upload-timeout", names=["0.05 s"])
+        assert answer.headers["connection"] == "close"
+        assert client.post(CONTROLS, files=FILES).status_code == 201
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_answers_for_a_batch_that_was_deleted_meanwhile_are_not_given(anew, client, engine, store):
+    client.post(CONTROLS, files=FILES)
+    classify = engine.classify
+
+    def interrupted(images, statistics):
+        engine.classify = classify
+        assert client.delete("/batches/P1").status_code == 204
+        if anew:
+            assert client.post(CONTROLS, files=well_files(["E01", "F01", "G01", "H01"])).status_code == 201
+        return classify(images, statistics)
+
+    engine.classify = interrupted
+    refused(client.post("/batches/P1/predict", files=well_files(["M01"])), "batch-not-found", names=["was deleted"])
+    assert [batch.treated for batch in everything(store).values()] == ([frozenset()] if anew else [])
+
+
 def test_what_is_not_kept_is_not_found(client):
     refused(client.get("/batches/P9"), "batch-not-found", names=["P9"])
     refused(client.delete("/batches/P9"), "batch-not-found", names=["P9"])
@@ -201,6 +275,10 @@ def test_what_is_not_kept_is_not_found(client):
 def test_paths_and_methods_that_do_not_exist(client):
     refused(client.get("/nowhere"), "not-found", names=["/nowhere"])
     refused(client.post("/model"), "method-not-allowed", names=["GET"])
+    for path in ("controls", "predict"):
+        answer = client.get(f"/batches/P1/{path}")
+        refused(answer, "method-not-allowed", names=["POST"])
+        assert answer.headers["allow"] == "POST"
 
 
 def test_a_query_that_is_not_valid(client):

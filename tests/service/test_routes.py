@@ -187,7 +187,7 @@ def test_a_layout_part_places_files_whatever_their_names(client):
 
 def test_numbered_channels_are_named_by_the_request_and_thumbnails_skipped(client):
     def named(well, number, thumb=""):
-        return image(f"Mix_{well}_s1_w{number}{thumb}0A.tif", tiff(plane((well, number))))
+        return image(f"Mix_{well}_s1_w{number}{thumb}.tif", tiff(plane((well, number))))
 
     files = [named(well, number) for well in CONTROL_WELLS for number in (1, 2, 3, 4)] + [named("A01", 1, "_thumb")]
     report = client.post("/batches/P1/controls", files=files, data={"channels": "RNA,-,DNA,ER"}).json()
@@ -195,6 +195,40 @@ def test_numbered_channels_are_named_by_the_request_and_thumbnails_skipped(clien
     reasons = {item["reason"] for item in report["skipped"]}
     assert reasons == {"a thumbnail", "channel 2 is named unused by the request"}
     assert len(report["skipped"]) == 5
+
+
+def test_channel_zero_has_no_name_even_when_the_last_is_unused(client):
+    files = [image("r01c01f01p01-ch0sk1fk1fl1.tiff", tiff(plane("x")))]
+    answer = client.post("/batches/P1/controls", files=files, data={"channels": "DNA,ER,RNA,-"})
+    assert answer.json()["type"].endswith("unknown-channel")
+
+
+def test_what_is_left_out_is_told_as_of_now(client):
+    adapted(client)
+    more = client.post("/batches/P1/controls", files=well_files(["A01"], sites=(3, 4))).json()
+    assert [(item["well"], item["site"]) for item in more["left_out"]] == [("A01", 3), ("A01", 4), ("C01", 2), ("D01", 2)]
+    assert predicted(client, ["E05"])["left_out"] == more["left_out"]
+
+
+def test_an_answer_says_when_kept_controls_are_of_another_recipe(client, settings, store, tmp_path):
+    adapted(client)
+    other = fake_bundle(tmp_path / "other", recipe=ImageRecipe(channels=CHANNELS, size=8, shrink=2))
+    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), store) as later:
+        new = ["E01", "F01", "G01", "H01"]
+        assert adapted(later, wells=new)["unusable_sites"] == 8
+        prediction = predicted(later, ["E05"])
+        assert prediction["context_wells"] == new
+        assert any("8 kept control sites" in notice for notice in prediction["notices"])
+
+
+def test_a_blank_site_after_shrinking_is_left_out_too(client):
+    adapted(client)
+    hot = np.full((200, 200), 100, np.uint16)
+    hot[100, 100] = 4_000
+    files = well_files(["E05"], sites=(1,))
+    files += [image(f"E05_2_{channel}.tif", tiff(hot + number)) for number, channel in enumerate(CHANNELS)]
+    answer = client.post("/batches/P1/predict", files=files).json()["wells"][0]
+    assert [(item["site"], item["problem"]) for item in answer["refused"]] == [(2, "blank-image")]
 
 
 def test_saturation_is_reported_per_channel(client):
@@ -307,7 +341,7 @@ def test_a_load_data_table_brings_its_pixel_size_and_its_absence_is_noticed(stor
     with running(settings, FakeEngine(), store) as client:
         told = client.post("/batches/P1/controls", files=files, data={"layout": layout}).json()
         untold = client.post("/batches/P2/controls", files=files).json()
-    assert told["pixel_size_um"] == pytest.approx(0.5)
+    assert told["pixel_size_um"] == 0.5
     assert told["notices"] == []
     assert untold["pixel_size_um"] is None
     assert "pixel size is not known" in untold["notices"][0]

@@ -95,6 +95,17 @@ def test_a_batch_made_anew_is_not_taken_for_the_deleted_one(any_store):
     assert list(any_store.batch("P1").controls) == [B01]
 
 
+def test_a_batch_keeps_its_incarnation_until_it_is_deleted(any_store):
+    any_store.commit("P1", None, Change(NOW, controls=[control(A01)]))
+    first = any_store.batch("P1")
+    any_store.commit("P1", first.revision, Change(NOW, treated=frozenset({"E05"})))
+    second = any_store.batch("P1")
+    assert (second.incarnation, second.revision != first.revision) == (first.incarnation, True)
+    any_store.delete("P1")
+    any_store.commit("P1", None, Change(NOW, controls=[control(A01)]))
+    assert any_store.batch("P1").incarnation != first.incarnation
+
+
 def test_a_deleted_batch_leaves_nothing(any_store):
     any_store.commit("P1", None, Change(NOW, 0.65, [control(A01)], frozenset({"E05"}), adaptation()))
     any_store.commit("P2", None, Change(NOW, controls=[control(A01)]))
