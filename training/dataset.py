@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from model.bundle import recipe_json
 from model.errors import ImageError
-from model.images import ImageRecipe, centre_crop, decode_plane, normalise, scale_site
+from model.images import ImageRecipe, Plane, centre_crop, decode_plane, normalise, scale_site
 from model.layout import Role
 from model.statistics import canonical_json
 from training.index import path_column
@@ -176,13 +176,20 @@ def _pixels(
 def _load_site(
     paths: tuple[str, ...], recipe: ImageRecipe, pixel_size_um: float | None
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    planes = [_decoded(path) for path in paths]
     try:
-        planes = [decode_plane(Path(path).read_bytes()) for path in paths]
         scaled = scale_site(planes, recipe, pixel_size_um)
     except ImageError as error:
-        raise error.about(site_of=paths[0]) from None
+        raise error.about(files=list(paths)) from None
     images = np.round(scaled * 255).astype(np.uint8) if recipe.scaling == "percentile" else scaled
     return images, np.array([(plane.mean(), plane.std()) for plane in planes], np.float32)
+
+
+def _decoded(path: str) -> Plane:
+    try:
+        return decode_plane(Path(path).read_bytes())
+    except ImageError as error:
+        raise error.about(file=path) from None
 
 
 def _cache_key(recipe: ImageRecipe, paths: Sequence[tuple[str, ...]], sizes: Sequence[float | None]) -> str:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
+from model.errors import NotATiffError
 from model.images import ImageRecipe, decode_plane, prepare_site
 from training.dataset import NO_LABEL, load_plates, moments
 from training.episodes import Episodes, EpisodeShape, _draw_wells
@@ -98,3 +100,11 @@ def test_methods_without_controls_see_as_many_images(index: pd.DataFrame) -> Non
     for episode in episodes(index, with_controls=False)[0]:
         assert episode.controls == 0
         assert len(episode.images) == SHAPE.rows == len(episode.labels)
+
+
+def test_a_file_that_cannot_be_used_is_named(index: pd.DataFrame, tmp_path: Path) -> None:
+    broken = index.iloc[:1].copy()
+    (tmp_path / "broken.tif").write_bytes(b"not a TIFF")
+    broken["Path_ER"] = str(tmp_path / "broken.tif")
+    with pytest.raises(NotATiffError, match=r"broken\.tif: the file is not a TIFF"):
+        load_plates(broken, RECIPE, CLASSES)
