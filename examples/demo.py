@@ -232,8 +232,9 @@ def show(summary: dict[str, object], plates: list[Plate], answers: list[Answers]
     table.add_row("CS-ARM-BN network, adapted to each plate's DMSO wells", f"[bold]{summary['adapted_accuracy']:.3f}[/]")
     console.print()
     console.print(table)
-    flagged, inactive = inactive_flagged(plates, answers)
-    console.print(f"Inactive compounds marked resembles_controls: {flagged} of {inactive} wells")
+    for kind, wells in (("inactive compounds", {"inactive"}), ("the 8 classes", set(CLASSES))):
+        marked, total = marked_like_controls(plates, answers, wells)
+        console.print(f"Wells of {kind} marked resembles_controls: {marked} of {total}")
     seconds = summary["seconds"]
     assert isinstance(seconds, dict)
     console.print("Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
@@ -241,13 +242,13 @@ def show(summary: dict[str, object], plates: list[Plate], answers: list[Answers]
     console.print(f"Picture: {picture}   Figures: {OUT / 'summary.json'}")
 
 
-def inactive_flagged(plates: list[Plate], answers: list[Answers]) -> tuple[int, int]:
-    """Count inactive wells, and those of them that the adapted answers mark as resembling the controls."""
+def marked_like_controls(plates: list[Plate], answers: list[Answers], labels: set[str]) -> tuple[int, int]:
+    """Count the wells of some labels, and those of them that the adapted answers mark as resembling the controls."""
     marks = [
         bool(answer.resembles_controls)
         for plate, given in zip(plates, answers, strict=True)
         for answer in given.adapted.wells
-        if plate.labels[answer.well] == "inactive"
+        if plate.labels[answer.well] in labels
     ]
     return sum(marks), len(marks)
 

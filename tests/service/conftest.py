@@ -10,12 +10,12 @@ import httpx
 import pytest
 import redis
 from anyio.from_thread import start_blocking_portal
-from plates import FakeEngine, fake_bundle
 
 from service.app import create_app
 from service.settings import Settings
 from service.store_redis import RedisStore
 from service.store_sqlite import SqliteStore
+from tests.service.plates import FakeEngine, fake_bundle
 
 
 def wait_until(condition, timeout_s=20.0):

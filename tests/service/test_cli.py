@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import free_port
-from plates import CONTROL_WELLS, well_files
 
 from model.errors import AnchorwellError
 from service.client import (
@@ -23,6 +21,8 @@ from service.client import (
     chunks_of_wells,
     merged,
 )
+from tests.service.conftest import free_port
+from tests.service.plates import CONTROL_WELLS, well_files
 
 ANCHORWELL = Path(sys.executable).parent / "anchorwell"
 TREATED = ("E05", "F05", "G05")

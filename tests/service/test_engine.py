@@ -3,13 +3,13 @@
 import numpy as np
 import onnxruntime
 import pytest
-from plates import FakeEngine, tiff
 
 from model.bundle import MEASURE, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 from service.engine import OnnxEngine, replay
 from service.errors import StartError
+from tests.service.plates import FakeEngine, tiff
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import anyio
 import numpy as np
 import pytest
 import tifffile
-from conftest import running, wait_until
-from plates import CHANNELS, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files, with_file
 from starlette.exceptions import HTTPException
 
 from model.images import ImageRecipe
@@ -19,6 +17,8 @@ from service.errors import PROBLEM_TYPE, PROBLEMS
 from service.multipart import FormLimits
 from service.routes import Served
 from service.store import RevisionConflictError
+from tests.service.conftest import running, wait_until
+from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files, with_file
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 CONTROLS = "/batches/P1/controls"

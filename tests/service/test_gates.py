@@ -2,9 +2,8 @@
 
 import threading
 
-from conftest import wait_until
-
 from service.gates import PixelBudget
+from tests.service.conftest import wait_until
 
 
 def test_planes_wait_for_room_and_a_larger_one_is_taken_alone():

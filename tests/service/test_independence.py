@@ -4,11 +4,11 @@ With the demo bundle on onnxruntime, on simulated wells.
 """
 
 import pytest
-from conftest import running
-from plates import image, tiff
 
 from service.settings import Settings
 from service.store_sqlite import SqliteStore
+from tests.service.conftest import running
+from tests.service.plates import image, tiff
 from training.simulate import CHANNELS, SimulationPlan, plate_batches, plate_wells, render_site
 
 PLAN = SimulationPlan(labs=1, first_lab=30, batches=1, plates=1, seed=5, sites=2, wells_per_class=1, inactive_wells=0)

@@ -4,12 +4,12 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import running
-from plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files
 
 from model.images import ImageRecipe
 from service.settings import Settings
 from service.store_redis import RedisStore
+from tests.service.conftest import running
+from tests.service.plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files
 
 
 def adapted(client, batch="P1", wells=CONTROL_WELLS):

@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 import redis
-from conftest import free_port, redis_server
-from plates import plane
 
 from model.layout import SiteKey
 from model.statistics import BatchNormStatistics
@@ -16,6 +14,8 @@ from service.errors import StartError, StoreUnavailableError
 from service.store import Adaptation, Change, ControlSite, RevisionConflictError, image_from_bytes, open_store
 from service.store_redis import RedisStore
 from service.store_sqlite import SqliteStore
+from tests.service.conftest import free_port, redis_server
+from tests.service.plates import plane
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 A01, B01 = SiteKey("A01", 1), SiteKey("B01", 12)
