@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.errors import BundleError
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
-from model.statistics import BatchNormStatistics, TrainingStatistics, canonical_json
+from model.statistics import BN_EPSILON, BatchNormStatistics, TrainingStatistics, canonical_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -33,6 +33,9 @@ FILES = (CLASSIFY, MEASURE, WEIGHTS, TRAINING_STATISTICS, GOLDEN)
 INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE = "images", "bn_mean", "bn_var"
 OUTPUT_LOGITS, OUTPUT_EMBEDDING = "logits", "embedding"
 OUTPUT_MEAN, OUTPUT_VARIANCE = "bn_mean", "bn_var"
+
+STATISTICS_TOLERANCE_SD = 1e-4
+LOGITS_TOLERANCE = 1e-3
 
 SERVED_CONTEXTS = ("controls", "union", "source")
 
@@ -100,6 +103,40 @@ class Golden:
     bn_mean: NDArray[np.float32]
     bn_var: NDArray[np.float32]
     logits: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences from torch on the golden images: statistics in standard deviations, logits as they are."""
+
+    statistics_sd: float
+    logits: float
+
+    @classmethod
+    def of(
+        cls, golden: Golden, mean: NDArray[np.float32], variance: NDArray[np.float32], logits: NDArray[np.float32]
+    ) -> "Parity":
+        """Compare measured statistics, (features,) each, and logits with the golden ones."""
+        deviation = np.sqrt(golden.bn_var + BN_EPSILON)
+        shift = np.abs(mean - golden.bn_mean) / deviation
+        stretch = np.abs(np.sqrt(variance + BN_EPSILON) - deviation) / deviation
+        return cls(
+            statistics_sd=float(np.maximum(shift.max(), stretch.max())), logits=float(np.abs(logits - golden.logits).max())
+        )
+
+    def require(self, where: str) -> None:
+        """Check the tolerances that a bundle promises.
+
+        Raises:
+            BundleError: a difference exceeds its tolerance, or is no number.
+        """
+        within = self.statistics_sd <= STATISTICS_TOLERANCE_SD and self.logits <= LOGITS_TOLERANCE
+        if not within:  # NaN is not within either
+            raise BundleError(
+                f"{where} disagrees with torch on the golden images: statistics by {self.statistics_sd:.1e} standard "
+                f"deviations (at most {STATISTICS_TOLERANCE_SD:g}), "
+                f"logits by {self.logits:.1e} (at most {LOGITS_TOLERANCE:g})"
+            )
 
 
 @dataclass(frozen=True, eq=False)

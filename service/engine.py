@@ -22,17 +22,14 @@ from model.bundle import (
     OUTPUT_MEAN,
     OUTPUT_VARIANCE,
     Bundle,
+    Parity,
 )
 from model.errors import BundleError
-from model.statistics import BN_EPSILON, BatchNormStatistics
+from model.statistics import BatchNormStatistics
 from service.errors import StartError
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
-
-STATISTICS_TOLERANCE = 1e-4
-"""Largest difference of replayed statistics: means in standard deviations, variances as a share."""
-LOGITS_TOLERANCE = 1e-3
 
 
 class Engine(Protocol):
@@ -119,20 +116,6 @@ def replay(engine: Engine, bundle: Bundle) -> None:
     """
     golden = bundle.golden
     mean, variance = engine.measure(golden.images)
-    spread = np.sqrt(golden.bn_var + BN_EPSILON)
     statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
     logits, _ = engine.classify(golden.images, statistics)
-    differences = {
-        "means": (float(np.max(np.abs(mean - golden.bn_mean) / spread)), STATISTICS_TOLERANCE),
-        "standard deviations": (
-            float(np.max(np.abs(np.sqrt(variance + BN_EPSILON) - spread) / spread)),
-            STATISTICS_TOLERANCE,
-        ),
-        "logits": (float(np.max(np.abs(logits - golden.logits))), LOGITS_TOLERANCE),
-    }
-    for name, (difference, tolerance) in differences.items():
-        if not difference <= tolerance:  # NaN fails too
-            raise BundleError(
-                f"the golden images replayed on {engine.provider} give other {name}: "
-                f"they differ by {difference:.2g}, at most {tolerance:.2g} is allowed"
-            )
+    Parity.of(golden, mean, variance, logits).require(f"the engine on {engine.provider}")

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,13 @@ from model.bundle import (
     Bundle,
     Golden,
     Manifest,
+    Parity,
     finish_bundle,
 )
-from model.errors import BundleError
-from model.network import EPS, FromContext, Given, ResNet
+from model.network import FromContext, Given, ResNet
 from model.predictions import EmbeddingReference
 from model.statistics import TrainingStatistics
 
-STATISTICS_TOLERANCE_SD = 1e-4
-LOGITS_TOLERANCE = 1e-3
 _OPSET = 20
 _INLINE_BYTES = 1024
 
@@ -71,14 +68,6 @@ class Measure(nn.Module):
         norm = FromContext()
         self.network(images, norm)
         return norm.statistics()
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Largest differences of ONNX from torch: statistics in standard deviations, logits as they are."""
-
-    statistics_sd: float
-    logits: float
 
 
 def export_bundle(
@@ -213,16 +202,9 @@ def check_parity(path: Path, golden: Golden) -> Parity:
     """
     measure = onnxruntime.InferenceSession(path / MEASURE, providers=["CPUExecutionProvider"])
     mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: golden.images})
-    deviation = np.sqrt(golden.bn_var + EPS)
-    shift = np.abs(mean - golden.bn_mean) / deviation
-    stretch = np.abs(np.sqrt(variance + EPS) - deviation) / deviation
     classify = onnxruntime.InferenceSession(path / CLASSIFY, providers=["CPUExecutionProvider"])
     feeds = {INPUT_IMAGES: golden.images, INPUT_MEAN: golden.bn_mean, INPUT_VARIANCE: golden.bn_var}
     (logits,) = classify.run([OUTPUT_LOGITS], feeds)
-    parity = Parity(statistics_sd=float(max(shift.max(), stretch.max())), logits=float(np.abs(logits - golden.logits).max()))
-    if parity.statistics_sd > STATISTICS_TOLERANCE_SD or parity.logits > LOGITS_TOLERANCE:
-        raise BundleError(
-            f"ONNX disagrees with torch: statistics by {parity.statistics_sd:.1e} standard deviations "
-            f"(at most {STATISTICS_TOLERANCE_SD:g}), logits by {parity.logits:.1e} (at most {LOGITS_TOLERANCE:g})"
-        )
+    parity = Parity.of(golden, mean, variance, logits)
+    parity.require("ONNX")
     return parity

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from model.bundle import Bundle, Manifest
+from model.bundle import Bundle, Manifest, Parity
 from training.calibrate import calibrate
 from training.contexts import MAX_CONTEXT_SITES, context_rows
 from training.dataset import PlateSites, load_plates
 from training.evaluate import evaluate, evaluate_nulls
-from training.export import Parity, export_bundle
+from training.export import export_bundle
 from training.index import read_index
 from training.methods import Method
 from training.train import Run, load_network
