@@ -33,6 +33,7 @@ from benchmarks.bars import Bar, table, write_bars
 from examples.demo import Server
 from model.bundle import Manifest
 from model.images import ImageRecipe, decode_plane, scale_site
+from model.layout import row_name
 from model.network import NetworkSpec, ResNet
 from service.client import AnchorwellClient
 from training.calibrate import calibrate
@@ -115,13 +116,17 @@ def taken(fields: dict[tuple[str, int], Field], row: str, microscope: Microscope
 
 
 def pseudo_batch(name: str, row: dict[int, Field]) -> PlateSites:
-    """Make a training plate of a row's columns 01 (controls), 02 and 12."""
+    """Make a training plate of a row's columns 01 (controls), 02 and 12.
+
+    There is one field a well: its quarters stand for wells, so that control wells can be held against one another.
+    """
     labels = {CONTROL: -1, NEGATIVE: 0, POSITIVE: 1}
     sites = [(column, tile) for column in labels for tile in tiles(row[column])]
     columns = np.array([column for column, _ in sites])
+    wells = np.array([f"{row_name(number % 16 // 4)}{column:02d}" for number, column in enumerate(columns)])
     images = np.stack([np.round(scale_site(list(tile), RECIPE) * 255).astype(np.uint8) for _, tile in sites])
     return PlateSites(
-        plate=name, lab="bbbc013", batch=name, wells=np.array([f"A{column:02d}" for column in columns]),
+        plate=name, lab="bbbc013", batch=name, wells=wells,
         names=columns.astype(str), labels=np.array([labels[column] for column in columns]), controls=columns == CONTROL,
         images=images, intensities=np.zeros((len(sites), 2, 2), np.float32),
     )  # fmt: skip

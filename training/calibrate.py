@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.covariance import LedoitWolf
 
+from model.errors import LayoutError
 from model.images import ImageRecipe
 from model.network import Normaliser, ResNet, Running
 from model.predictions import EmbeddingReference, softmax
@@ -136,6 +137,8 @@ def _left_out_controls(network: ResNet, method: Method, plate: PlateSites, recip
     """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
     rng = np.random.default_rng(0)
     wells = np.unique(plate.wells[plate.control_rows])
+    if len(wells) < 2:  # noqa: PLR2004 (one to hold against another)
+        raise LayoutError(f"plate {plate.plate} has {len(wells)} control wells; calibration needs two or more")
     found: dict[int, Float] = {}
     for count in [count for count in CONTROL_WELL_COUNTS if count < len(wells)] or [len(wells) - 1]:
         draws = [_scored_others(network, method, plate, recipe, rng.permutation(wells), count) for _ in range(_DRAWS)]
