@@ -6,10 +6,10 @@ Run from the repository root: `python -m benchmarks.simulate_speed [--plates 2] 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+from benchmarks.bars import Bar, table, write_bars
 from training.simulate import SimulationPlan, simulate
 
 AT_LEAST_SITES_PER_S = 10.0  # the bar: a training set of 18 plates within some minutes on a small machine
@@ -25,14 +25,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = simulate(plan, folder, workers=arguments.workers)
     rate = report.sites / report.seconds / arguments.workers
-    row = {
-        "name": "simulate_sites_per_s_per_core", "value": rate, "unit": "sites/s", "at_least": AT_LEAST_SITES_PER_S,
-    }  # fmt: skip
-    Path("build").mkdir(exist_ok=True)
-    Path("build/simulate_speed.json").write_text(json.dumps([row], indent=1) + "\n", encoding="utf-8")
+    bars = [Bar("simulate_sites_per_s_per_core", rate, "sites/s", at_least=AT_LEAST_SITES_PER_S)]
+    write_bars(bars, Path("build/simulate_speed.json"))
     print(f"{report.sites} SIMULATED sites of 5 x {plan.size_px} x {plan.size_px} in {report.seconds:.1f} s")
-    holds = "holds" if rate >= AT_LEAST_SITES_PER_S else "does not hold"
-    print(f"{row['name']}: {rate:.1f} sites/s/core (at least {AT_LEAST_SITES_PER_S:g}: {holds})")
+    print(table(bars))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Calibration:
 class _Wells:
     """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls; site logits.
 
-    ``left_out`` holds, for several numbers of control wells, the differences (wells, dim) of other control wells from the
-    centre of those, under the statistics of those.
+    ``left_out`` holds, of a held-out plate and for several numbers of control wells, the differences (wells, dim) of other
+    control wells from the centre of those, under the statistics of those.
     """
 
     batch: str
@@ -77,8 +77,12 @@ def calibrate(
     described = summarise_training(statistics, source, held_out_statistics)
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
     distances = leave_one_lab_out(statistics, labs[0], held_out_statistics, labs[1])
-    trained = [_wells(network, method, plate, recipe) for plate in train]
-    unseen = [_wells(network, method, plate, recipe) for plate in held_out]
+    trained = [_wells(network, method, p, recipe, own, {}) for p, own in zip(train, statistics, strict=True)]
+    left_out = [_left_out_controls(network, method, plate, recipe) for plate in held_out]
+    unseen = [
+        _wells(network, method, plate, recipe, own, differences)
+        for plate, own, differences in zip(held_out, held_out_statistics, left_out, strict=True)
+    ]
     return Calibration(
         training_statistics=described if distances is None else replace(described, held_out_distances=distances),
         embedding_reference=_embedding_reference(trained, unseen, network.spec.classes),
@@ -110,9 +114,16 @@ def leave_one_lab_out(
 # --- wells -----------------------------------------------------------------------------------------------------------
 
 
-def _wells(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> _Wells:
+def _wells(
+    network: ResNet,
+    method: Method,
+    plate: PlateSites,
+    recipe: ImageRecipe,
+    statistics: BatchNormStatistics,
+    left_out: dict[int, Float],
+) -> _Wells:
     rows = np.flatnonzero(plate.controls | (plate.labels != NO_LABEL))
-    logits, embeddings = classify(network, plate.served(rows, recipe), _normaliser(network, method, plate, recipe))
+    logits, embeddings = classify(network, plate.served(rows, recipe), _normaliser(network, method, statistics))
     names, where = np.unique(plate.wells[rows], return_inverse=True)
     labels, controls = np.zeros(len(names), np.int64), np.zeros(len(names), np.bool_)
     labels[where], controls[where] = plate.labels[rows], plate.controls[rows]
@@ -123,14 +134,12 @@ def _wells(network: ResNet, method: Method, plate: PlateSites, recipe: ImageReci
         controls=controls,
         site_logits=logits,
         site_wells=where.astype(np.int64),
-        left_out=_left_out_controls(network, method, plate, recipe),
+        left_out=left_out,
     )
 
 
-def _normaliser(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> Normaliser:
-    if method.context == "source":
-        return Running(update=False)
-    return given(network, control_statistics(network, plate, recipe))
+def _normaliser(network: ResNet, method: Method, statistics: BatchNormStatistics) -> Normaliser:
+    return Running(update=False) if method.context == "source" else given(network, statistics)
 
 
 def _left_out_controls(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> dict[int, Float]:
@@ -152,11 +161,7 @@ def _scored_others(
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
     others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
-    norm: Normaliser = (
-        Running(update=False)
-        if method.context == "source"
-        else given(network, statistics_of(network, plate, recipe, context))
-    )
+    norm = _normaliser(network, method, statistics_of(network, plate, recipe, context))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
     means = _means(embeddings, where, len(names))
@@ -165,7 +170,7 @@ def _scored_others(
     return differences
 
 
-def _means(values: NDArray[np.float32], where: NDArray[np.int64], groups: int) -> Float:
+def _means(values: NDArray[np.floating], where: NDArray[np.int64], groups: int) -> Float:
     """Mean of rows by group: (rows, dim) → (groups, dim)."""
     sums = np.zeros((groups, values.shape[1]))
     np.add.at(sums, where, values)
@@ -234,10 +239,8 @@ def fit_temperature(plates: Sequence[_Wells]) -> float:
         losses = []
         for plate in plates:
             probabilities = softmax(plate.site_logits, float(np.exp(log_temperature)))
-            sums = np.zeros((len(plate.labels), probabilities.shape[1]))
-            np.add.at(sums, plate.site_wells, probabilities)
             wells = np.flatnonzero(~plate.controls)
-            means = sums[wells] / np.bincount(plate.site_wells)[wells, None]
+            means = _means(probabilities, plate.site_wells, len(plate.labels))[wells]
             losses.append(-np.log(np.maximum(means[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 
