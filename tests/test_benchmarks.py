@@ -12,7 +12,7 @@ from benchmarks.first_light import LABS, bars, by_split, headline, measures, res
 
 WAYS = (
     ("erm", "source"), ("cs-arm-bn", "controls"), ("cs-arm-bn", "source"), ("arm-bn", "treated"),
-    ("instancenorm", "instance"), ("erm-zscore", "source"),
+    ("instancenorm", "instance"), ("erm-zscore", "source"), ("erm-zscore-raw", "source"),
 )  # fmt: skip
 
 
@@ -41,14 +41,14 @@ def test_the_measures_are_what_the_scores_were_made_with() -> None:
 
 def test_the_headline_says_beaten_only_when_the_interval_does() -> None:
     clear, close = made_up(ours=0.86, instancenorm=0.7), made_up(ours=0.70, instancenorm=0.70)
-    assert "beats InstanceNorm and z-score + ERM" in headline(resampled(clear, draws=40))
+    assert "beats InstanceNorm and z-score + ERM, also raw" in headline(resampled(clear, draws=40))
     assert "does NOT clearly beat InstanceNorm on" in headline(resampled(close, draws=40))
 
 
 def test_every_bound_has_a_row_and_every_split_a_line() -> None:
     scores = made_up(ours=0.86, instancenorm=0.7)
     rows = bars(scores, resampled(scores, draws=20))
-    assert [row.holds for row in rows[:6]] == [True] * 6
+    assert [row.holds for row in rows[:7]] == [True] * 7
     assert {f"well_accuracy_{m}_{c}_new_lab" for m, c in WAYS} <= {row.name for row in rows}
     assert by_split(scores).count("\n") == 1 + 6
 
