@@ -58,15 +58,11 @@ class Provenance(_Value):
     version: str
 
 
-class ControlsReport(Provenance):
-    """What became of control images: the statistics measured, or how many wells they still need."""
+class Measured(Provenance):
+    """What was sent to a batch, and the statistics that it is answered with."""
 
     batch_id: str
     adapted: bool
-    wells_needed: int = Field(description="control wells missing before the batch is adapted")
-    control_wells: int = Field(description="control wells kept so far")
-    control_sites: int = Field(description="control sites kept so far")
-    unusable_sites: int = Field(description="kept control sites that another bundle's image recipe prepared")
     statistics_id: str | None
     context: str
     trained_context: str
@@ -75,13 +71,22 @@ class ControlsReport(Provenance):
     left_out: tuple[LeftOut, ...]
     distance: float | None
     percentile: float | None
-    out_of_range: bool | None
-    created_at: datetime | None
+    out_of_range: bool | None = Field(description="whether the plate's statistics are unlike those of training")
     pixel_size_um: float | None
     notices: tuple[str, ...]
     saturation: tuple[Saturation, ...]
     skipped: tuple[SkippedFile, ...]
     seconds: Mapping[str, float]
+
+
+class ControlsReport(Measured):
+    """What became of control images: the statistics measured, or how many wells they still need."""
+
+    wells_needed: int = Field(description="control wells missing before the batch is adapted")
+    control_wells: int = Field(description="control wells kept so far")
+    control_sites: int = Field(description="control sites kept so far")
+    unusable_sites: int = Field(description="kept control sites that another bundle's image recipe prepared")
+    created_at: datetime | None
 
 
 class WellPrediction(_Value):
@@ -102,26 +107,10 @@ class WellPrediction(_Value):
     control: bool
 
 
-class Prediction(Provenance):
+class Prediction(Measured):
     """Answers of the wells sent, and the statistics that all of them were normalised with."""
 
-    batch_id: str
-    adapted: bool
-    statistics_id: str | None
-    context: str
-    trained_context: str
-    context_wells: tuple[str, ...]
-    context_sites: int
-    left_out: tuple[LeftOut, ...]
-    distance: float | None
-    percentile: float | None
-    out_of_range: bool | None = Field(description="whether the plate's statistics are unlike those of training")
-    pixel_size_um: float | None
-    notices: tuple[str, ...]
     wells: tuple[WellPrediction, ...]
-    saturation: tuple[Saturation, ...]
-    skipped: tuple[SkippedFile, ...]
-    seconds: Mapping[str, float]
 
 
 class BatchSummary(_Value):

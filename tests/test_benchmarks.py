@@ -1,12 +1,16 @@
 """The reports of measuring scripts say what the numbers say."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from numpy.typing import NDArray
 
+from benchmarks import real_images
 from benchmarks.bars import Bar, table, write_bars
 from benchmarks.first_light import LABS, bars, by_split, headline, measures, resampled
 
@@ -63,3 +67,46 @@ def test_bars_are_written_with_their_bounds_and_say_whether_they_hold(tmp_path: 
     ]
     lines = table(rows).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["FAILS", "holds", ""]
+
+
+def drawn_fields() -> dict[tuple[str, int], NDArray[np.float32]]:
+    """Fields of four rows whose GFP moves into the nuclei and grows dimmer as the column rises."""
+    y, x = np.mgrid[:160, :160] % 40 - 20
+    cell, nucleus = (x**2 + y**2 < 15**2), (x**2 + y**2 < 6**2)
+    return {
+        (row, column): np.stack([
+            np.where(nucleus, 20 + 8 * column, 20 + 100 * cell) - 2.0 * column, np.where(nucleus, 150.0, 5.0)
+        ]).astype(np.float32)
+        for row in real_images.ROWS for column in real_images.COLUMNS
+    }  # fmt: skip
+
+
+def test_measures_without_a_network_take_their_sign_from_the_training_rows() -> None:
+    found = real_images.without_network(drawn_fields(), "AD", [0])
+    assert set(found["images"]) == {"as taken", "degraded"}
+    assert found[found["images"] == "as taken"]["rho"].to_list() == pytest.approx([1.0] * 4)
+
+
+def test_another_microscope_is_outside_the_training_ones_and_keeps_all_light_positive() -> None:
+    field = np.full((2, 64, 64), 50, np.float32)
+    for row, seed in itertools.product(real_images.ROWS, range(5)):
+        microscope = real_images.unseen_microscope(row, seed)
+        noiseless = replace(microscope, noise=(0.0, 0.0)).photograph(field, 1)
+        assert all((noiseless[c] > microscope.offset[c]).all() for c in range(2))
+    assert any(
+        max(real_images.unseen_microscope(row, seed).gain) > real_images.TRAINING.gain[1]
+        for row, seed in itertools.product(real_images.ROWS, range(5))
+    )
+
+
+def test_each_row_and_seed_is_scored_by_rank_and_by_its_trained_columns() -> None:
+    columns = [2, *real_images.DOSES, 12]
+    answers = pd.DataFrame([
+        {"training": "plain", "images": "as taken", "method": "erm", "adapted": adapted, "row": "A", "seed": 0,
+         "column": column, "p": column / 13 if adapted else 0.9 - column / 100}
+        for adapted in (True, False) for column in columns
+    ])  # fmt: skip
+    scores = real_images.scored(answers).set_index("adapted")
+    assert scores["rho"].to_dict() == pytest.approx({True: 1.0, False: -1.0})
+    assert scores["negative_called"].to_dict() == {True: 1.0, False: 0.0}
+    assert "1.00 (1.00 to 1.00)" in real_images.by_row(scores.reset_index())

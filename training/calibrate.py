@@ -18,7 +18,7 @@ from model.network import Normaliser, ResNet, Running
 from model.predictions import EmbeddingReference, softmax
 from model.statistics import BatchNormStatistics, TrainingStatistics, summarise_training
 from training.contexts import control_statistics, given, source_statistics, statistics_of
-from training.dataset import NO_LABEL, PlateSites
+from training.dataset import NO_LABEL, PlateSites, group_means
 from training.methods import Method, classify
 
 CONTROL_WELL_COUNTS = (4, 8, 16, 24)
@@ -129,7 +129,7 @@ def _wells(
     labels[where], controls[where] = plate.labels[rows], plate.controls[rows]
     return _Wells(
         batch=plate.batch,
-        embeddings=_means(embeddings, where, len(names)),
+        embeddings=group_means(embeddings, where, len(names)),
         labels=labels,
         controls=controls,
         site_logits=logits,
@@ -164,17 +164,10 @@ def _scored_others(
     norm = _normaliser(network, method, statistics_of(network, plate, recipe, context))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
-    means = _means(embeddings, where, len(names))
+    means = group_means(embeddings, where, len(names))
     inside = np.isin(names, wells[:count])
     differences: Float = means[~inside] - means[inside].mean(0)
     return differences
-
-
-def _means(values: NDArray[np.floating], where: NDArray[np.int64], groups: int) -> Float:
-    """Mean of rows by group: (rows, dim) → (groups, dim)."""
-    sums = np.zeros((groups, values.shape[1]))
-    np.add.at(sums, where, values)
-    return sums / np.bincount(where, minlength=groups)[:, None]
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
@@ -240,7 +233,7 @@ def fit_temperature(plates: Sequence[_Wells]) -> float:
         for plate in plates:
             probabilities = softmax(plate.site_logits, float(np.exp(log_temperature)))
             wells = np.flatnonzero(~plate.controls)
-            means = _means(probabilities, plate.site_wells, len(plate.labels))[wells]
+            means = group_means(probabilities, plate.site_wells, len(plate.labels))[wells]
             losses.append(-np.log(np.maximum(means[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 

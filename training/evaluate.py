@@ -16,7 +16,7 @@ from model.network import ResNet
 from model.predictions import softmax
 from model.statistics import BatchNormStatistics
 from training.contexts import context_rows, control_statistics, given, source_statistics
-from training.dataset import PlateSites
+from training.dataset import PlateSites, group_means
 from training.methods import Context, Method, classify, plate_normaliser
 from training.splits import Split
 
@@ -75,11 +75,9 @@ def by_well(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Call each well by its mean probabilities: (calls, true labels), wells sorted."""
     names, where = np.unique(wells, return_inverse=True)
-    sums = np.zeros((len(names), probabilities.shape[1]))
-    np.add.at(sums, where, probabilities)
     truth = np.zeros(len(names), np.int64)
     truth[where] = labels
-    return sums.argmax(1), truth
+    return group_means(probabilities, where, len(names)).argmax(1), truth
 
 
 def label_shift(
