@@ -38,6 +38,7 @@ def test_the_measures_are_what_the_scores_were_made_with() -> None:
     found = measures(made_up(ours=0.86, instancenorm=0.7))
     assert found["erm_loss_in_domain_to_new_lab"] == pytest.approx(40, abs=2)
     assert found["cs_arm_bn_share_of_loss_closed"] == pytest.approx(0.9, abs=0.05)
+    assert found["cs_arm_bn_share_of_way_to_its_own_in_domain"] == pytest.approx(0.9, abs=0.05)
     assert found["cs_arm_bn_one_class_drop"] == pytest.approx(0)
     assert found["arm_bn_one_class_drop"] == pytest.approx(20)
     assert found["cs_arm_bn_over_instancenorm"] == pytest.approx(16, abs=2)
@@ -52,7 +53,7 @@ def test_the_headline_says_beaten_only_when_the_interval_does() -> None:
 def test_every_bound_has_a_row_and_every_split_a_line() -> None:
     scores = made_up(ours=0.86, instancenorm=0.7)
     rows = bars(scores, resampled(scores, draws=20))
-    assert [row.holds for row in rows[:7]] == [True] * 7
+    assert [row.holds for row in rows[:8]] == [True] * 8
     assert {f"well_accuracy_{m}_{c}_new_lab" for m, c in WAYS} <= {row.name for row in rows}
     assert by_split(scores).count("\n") == 1 + 6
 
