@@ -75,9 +75,7 @@ def one_run(index: Path, method: str, test_lab: str, seed: int, steps: int, thre
     run = train(config, folder, resume=(folder / RUN).is_file(), quiet=True)
     seconds = time.monotonic() - started
     found = evaluate(load_network(run), run.method, run.recipe, run.split, load_run_plates(run))
-    if method.endswith("-raw"):
-        found["method"] = method
-    found.assign(seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
+    found.assign(method=method, seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
     return scores
 
 
