@@ -16,7 +16,7 @@ from benchmarks.first_light import LABS, bars, by_split, headline, measures, res
 
 WAYS = (
     ("erm", "source"), ("cs-arm-bn", "controls"), ("cs-arm-bn", "source"), ("arm-bn", "treated"),
-    ("instancenorm", "instance"), ("erm-zscore", "source"), ("erm-zscore-raw", "source"),
+    ("instancenorm", "instance"), ("erm-zscore", "source"), ("erm-zscore-raw", "source"), ("erm", "controls"),
 )  # fmt: skip
 
 
@@ -42,18 +42,19 @@ def test_the_measures_are_what_the_scores_were_made_with() -> None:
     assert found["cs_arm_bn_one_class_drop"] == pytest.approx(0)
     assert found["arm_bn_one_class_drop"] == pytest.approx(20)
     assert found["cs_arm_bn_over_instancenorm"] == pytest.approx(16, abs=2)
+    assert found["cs_arm_bn_over_adabn_erm"] == pytest.approx(36, abs=2)
 
 
 def test_the_headline_says_beaten_only_when_the_interval_does() -> None:
     clear, close = made_up(ours=0.86, instancenorm=0.7), made_up(ours=0.70, instancenorm=0.70)
-    assert "beats InstanceNorm and z-score + ERM, also raw" in headline(resampled(clear, draws=40))
+    assert "beats InstanceNorm, z-score + ERM, raw z-score + ERM, AdaBN of ERM on" in headline(resampled(clear, draws=40))
     assert "does NOT clearly beat InstanceNorm on" in headline(resampled(close, draws=40))
 
 
 def test_every_bound_has_a_row_and_every_split_a_line() -> None:
     scores = made_up(ours=0.86, instancenorm=0.7)
     rows = bars(scores, resampled(scores, draws=20))
-    assert [row.holds for row in rows[:8]] == [True] * 8
+    assert [row.holds for row in rows[:9]] == [True] * 9
     assert {f"well_accuracy_{m}_{c}_new_lab" for m, c in WAYS} <= {row.name for row in rows}
     assert by_split(scores).count("\n") == 1 + 6
 
