@@ -119,6 +119,7 @@ def parse_site(text: str | int) -> int:
 # --- file names ------------------------------------------------------------------------------------------------------
 
 _TIFF = r"\.(?:ome\.)?tiff?"
+_SUFFIX = re.compile(_TIFF + "$", re.IGNORECASE)
 _GUID = r"(?:[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12})?"
 _CONVENTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
@@ -166,7 +167,7 @@ def parse_file_name(path: str) -> ParsedName:
     """
     name = file_name(path)
     for convention, pattern in _CONVENTIONS:
-        match = pattern.fullmatch(name)
+        match = pattern.fullmatch(_SUFFIX.sub(lambda found: found[0].lower(), name))
         if match:
             return _parsed(match.groupdict(), convention)
     known = ", ".join(convention for convention, _ in _CONVENTIONS)
@@ -244,6 +245,7 @@ def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
             for row in rows
         ]
     elif {"Metadata_Well", "Metadata_Site"} <= columns:
+        _require_one_plate(rows)
         pairs = _load_data_pairs(rows, channels)
     else:
         raise LayoutError(
@@ -271,6 +273,12 @@ def layout_pixel_size_um(text: str) -> float | None:
         listed = ", ".join(f"{size:g}" for size in sorted(sizes)[:4])
         raise LayoutError(f"the images of one request have one pixel size; {column} gives {listed} µm")
     return sizes.pop()
+
+
+def _require_one_plate(rows: Sequence[Mapping[str, str]]) -> None:
+    plates = sorted({row["Metadata_Plate"] for row in rows if "Metadata_Plate" in row})
+    if len(plates) > 1:
+        raise LayoutError(f"the LoadData table is of {len(plates)} plates ({', '.join(plates)[:80]}); send one plate's rows")
 
 
 def _load_data_pairs(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> list[tuple[str, PlaneKey]]:
@@ -327,7 +335,7 @@ def duplicate_image(first: PlaneKey, second: PlaneKey) -> DuplicateImageError:
 
 def _table(text: str) -> list[dict[str, str]]:
     """Read a CSV, TSV or JSON table as rows of text."""
-    body = text.lstrip("\ufeff").strip()
+    body = text.lstrip("\ufeff").strip("\r\n ")
     rows = _json_rows(body) if body.startswith(("[", "{")) else _csv_rows(body)
     if not rows:
         raise LayoutError("the table has no rows")
@@ -348,7 +356,8 @@ def _json_rows(body: str) -> list[dict[str, str]]:
 
 
 def _csv_rows(body: str) -> list[dict[str, str]]:
-    delimiter = "\t" if "\t" in body.partition("\n")[0] else ","
+    first = body.partition("\n")[0]
+    delimiter = next((mark for mark in ("\t", ",", ";") if mark in first), ",")
     try:
         reader = csv.DictReader(io.StringIO(body), delimiter=delimiter, strict=True)
         header, rows = reader.fieldnames or (), list(reader)
@@ -364,37 +373,55 @@ def _csv_rows(body: str) -> list[dict[str, str]]:
 
 # --- plate maps ------------------------------------------------------------------------------------------------------
 
-_WELL_COLUMNS = ("well", "Metadata_Well", "well_position")
-_NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control"})
+WELL_COLUMNS = ("well", "metadata_well", "well_position")
+_ROLE_COLUMNS = ("role", "control_type", "metadata_control_type", "pert_type", "metadata_pert_type")
+_NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control", "dmso"})
+_TREATED = frozenset({"treated", "trt", "compound", "sample", "positive", "positive_control", ""})
 
 
 def parse_platemap(text: str) -> dict[str, Role]:
     """Read a plate map's roles: which wells are negative controls.
 
     Takes CSV or TSV with a well column (``well``, ``Metadata_Well`` or ``well_position``) and one that tells the role:
-    ``role`` (control | treated), ``pert_type``/``control_type``/``Metadata_pert_type`` (negcon), or, as on JUMP plate
-    maps, ``broad_sample`` that is empty in DMSO wells.
+    ``role``, ``control_type`` or ``pert_type`` (control, negcon, negative, DMSO; or treated, trt, compound, sample,
+    positive, poscon…, nothing), or, as on JUMP plate maps, ``broad_sample`` that is empty in DMSO wells. A role that is
+    none of these is refused, so that no control is taken for a treated well by its spelling.
 
     Raises:
-        LayoutError: no such columns, or a well named twice.
+        LayoutError: no such columns, a role that is not known, or a well named twice.
     """
-    rows = _table(text)
-    well_column = next((name for name in _WELL_COLUMNS if name in rows[0]), None)
+    rows = [{name.strip().casefold(): cell for name, cell in row.items()} for row in _table(text)]
+    well_column = next((name for name in WELL_COLUMNS if name in rows[0]), None)
     if well_column is None:
-        raise LayoutError(f"a plate map needs one of the columns {', '.join(_WELL_COLUMNS)}")
+        raise LayoutError(
+            f"a plate map needs a column well, Metadata_Well or well_position; it has {', '.join(rows[0])[:200]}"
+        )
     roles: dict[str, Role] = {}
     for row in rows:
         well = parse_well(row[well_column])
         if well in roles:
             raise LayoutError(f"the plate map names well {well} twice", well=well)
-        roles[well] = Role.CONTROL if _is_control(row) else Role.TREATED
+        roles[well] = _role(well, row)
     return roles
 
 
-def _is_control(row: Mapping[str, str]) -> bool:
-    for column in ("role", "control_type", "pert_type", "Metadata_pert_type"):
-        if column in row:
-            return row[column].strip().casefold() in _NEGATIVE
-    if "broad_sample" in row:
-        return row["broad_sample"].strip() in ("", "DMSO")
-    raise LayoutError("a plate map needs a role, pert_type, control_type or broad_sample column")
+def _role(well: str, row: Mapping[str, str]) -> Role:
+    column = next((name for name in _ROLE_COLUMNS if name in row), None)
+    if column is None and "broad_sample" in row:
+        return Role.CONTROL if row["broad_sample"].strip() in ("", "DMSO") else Role.TREATED
+    if column is None:
+        raise LayoutError("a plate map needs a role, pert_type, control_type or broad_sample column")
+    value = row[column].strip().casefold()
+    if column.endswith("pert_type") and value == "control":
+        raise LayoutError(
+            f"well {well}: pert_type 'control' may be positive; say negcon or poscon in control_type", well=well
+        )
+    if value in _NEGATIVE:
+        return Role.CONTROL
+    if value in _TREATED or value.startswith("poscon"):
+        return Role.TREATED
+    raise LayoutError(
+        f"well {well} has the role {row[column][:40]!r}, which is neither a negative control (control, negcon, DMSO) nor "
+        "treated (treated, trt, poscon); leave unused wells and their images out",
+        well=well,
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from model.errors import LayoutError, MissingChannelError
-from model.layout import Role, parse_platemap, parse_site, parse_well
+from model.layout import WELL_COLUMNS, Role, parse_platemap, parse_site, parse_well
 
 KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 COLUMNS = [*KEYS, "label", "role", "pixel_size_um"]
@@ -125,7 +125,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _labels(platemap: Path) -> dict[str, str]:
     table = pd.read_csv(platemap, sep=None, engine="python", dtype=str, keep_default_na=False)
-    well = next(name for name in ("well", "Metadata_Well", "well_position") if name in table.columns)
+    table.columns = table.columns.str.strip().str.casefold()
+    well = next(name for name in WELL_COLUMNS if name in table.columns)
     if "label" not in table.columns:
         raise LayoutError(f"{platemap} has no label column: which class does each well belong to?")
     return {parse_well(name): label.strip() for name, label in zip(table[well], table["label"], strict=True)}

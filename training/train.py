@@ -209,6 +209,10 @@ def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tupl
     classes = config.classes or tuple(sorted({label for label in treated["label"] if label}))
     if len(classes) < 2:  # noqa: PLR2004
         raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
+    absent = sorted(set(classes) - set(treated["label"]))
+    if absent:
+        known = ", ".join(sorted(set(treated["label"]) - {""}))
+        raise LayoutError(f"no training well is labelled {', '.join(absent)}; the labels are {known}"[:600])
     recipe = ImageRecipe(
         channels=channels_of(index),
         size=config.size,

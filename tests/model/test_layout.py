@@ -205,3 +205,31 @@ def test_a_load_data_table_tells_the_pixel_size_in_micrometres() -> None:
         layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,6.5e-07\n")
     with pytest.raises(LayoutError, match="not a number"):
         layout_pixel_size_um(head + "A01,1,a.tif,wide\n")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "Well;Role\nA01;DMSO\nA02;trt\n",
+        "Metadata_Well,Metadata_control_type\nA01,negcon\nA02,poscon_cp\n",
+        "well_position\tbroad_sample\nA02\tBRD-1\nA01\t\n",
+    ],
+)
+def test_plate_maps_as_instruments_and_jump_write_them(table: str) -> None:
+    assert parse_platemap(table) == {"A01": Role.CONTROL, "A02": Role.TREATED}
+
+
+@pytest.mark.parametrize("table", ["well,role\nA01,ctrl\n", "well,role\nA01,empty\n", "well,pert_type\nA01,control\n"])
+def test_a_role_that_might_mean_either_is_refused(table: str) -> None:
+    with pytest.raises(LayoutError, match="A01"):
+        parse_platemap(table)
+
+
+def test_a_load_data_table_of_several_plates_is_refused() -> None:
+    table = "Metadata_Plate,Metadata_Well,Metadata_Site,FileName_OrigDNA\nP1,A01,1,a.tif\nP2,A02,1,b.tif\n"
+    with pytest.raises(LayoutError, match="2 plates"):
+        parse_layout(table, ["DNA"])
+
+
+def test_an_upper_case_suffix_is_the_same_name() -> None:
+    assert parse_file_name("P_A01_s1_w1.TIF") == parse_file_name("P_A01_s1_w1.tif")
