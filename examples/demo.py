@@ -227,7 +227,7 @@ def show(summary: dict[str, object], plates: list[Plate], answers: list[Answers]
     table = Table(title=f"Accuracy per well, {summary['wells']} wells of 8 classes (chance 0.125)", title_justify="left")
     table.add_column("what answers")
     table.add_column("accuracy", justify="right")
-    table.add_row("ERM network, unadapted (what a lab would use today)", f"{summary['unadapted_accuracy']:.3f}")
+    table.add_row("ERM network, unadapted", f"{summary['unadapted_accuracy']:.3f}")
     table.add_row("CS-ARM-BN network on its source statistics", f"{summary['source_accuracy']:.3f}")
     table.add_row("CS-ARM-BN network, adapted to each plate's DMSO wells", f"[bold]{summary['adapted_accuracy']:.3f}[/]")
     console.print()
