@@ -235,6 +235,7 @@ def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
         LayoutError: not such a table. WellNameError, UnknownChannelError, DuplicatePlaneError: as they say.
     """
     rows = _table(text)
+    _plate(rows)
     columns = set(rows[0])
     if {"file", "well", "site", "channel"} <= columns:
         pairs = [
@@ -245,7 +246,6 @@ def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
             for row in rows
         ]
     elif {"Metadata_Well", "Metadata_Site"} <= columns:
-        _require_one_plate(rows)
         pairs = _load_data_pairs(rows, channels)
     else:
         raise LayoutError(
@@ -275,10 +275,20 @@ def layout_pixel_size_um(text: str) -> float | None:
     return sizes.pop()
 
 
-def _require_one_plate(rows: Sequence[Mapping[str, str]]) -> None:
-    plates = sorted({row["Metadata_Plate"] for row in rows if "Metadata_Plate" in row})
+def layout_plate(text: str) -> str | None:
+    """Return the plate that a table names (``Metadata_Plate``); None when it names none.
+
+    Raises:
+        LayoutError: the table is of several plates.
+    """
+    return _plate(_table(text))
+
+
+def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
+    plates = sorted({row["Metadata_Plate"].strip() for row in rows if "Metadata_Plate" in row} - {""})
     if len(plates) > 1:
-        raise LayoutError(f"the LoadData table is of {len(plates)} plates ({', '.join(plates)[:80]}); send one plate's rows")
+        raise LayoutError(f"the table is of {len(plates)} plates ({', '.join(plates)[:80]}); send one plate's rows")
+    return plates[0] if plates else None
 
 
 def _load_data_pairs(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> list[tuple[str, PlaneKey]]:

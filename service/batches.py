@@ -29,12 +29,13 @@ from service.errors import (
     BatchNotFoundError,
     ControlConflictError,
     PixelSizeConflictError,
+    PlateConflictError,
     RecipeChangedError,
     TreatedAsControlError,
 )
-from service.reports import CONTEXT, context_report, provenance, saturation_report, skipped_report, well_prediction
+from service.reports import CONTEXT, context_report, notices, provenance, saturation_report, skipped_report, well_prediction
 from service.store import Adaptation, BatchRecord, Change, ControlSite, RevisionConflictError, Store
-from service.uploads import PreparedSite, Preparer, RefusedSite, Skipped, Upload
+from service.uploads import PreparedSite, Preparer, RefusedSite, Upload
 
 SITES_PER_CALL = 64
 COMMIT_ATTEMPTS = 20
@@ -102,18 +103,19 @@ class Batches:
         def story(batch: BatchRecord) -> tuple[Change | None, schemas.ControlsReport]:
             refuse_treated(batch, upload.wells)
             require_pixel_size(batch, pixel_size_um)
+            require_plate(batch, upload.plate)
             new = self._new_controls(batch, sent, replace=replace)
             kept = {**batch.controls, **{site.key: site for site, _ in new}}
-            after = replace_fields(batch, controls=kept, pixel_size_um=pixel_size_um)
+            after = replace_fields(batch, controls=kept, pixel_size_um=pixel_size_um, plate=batch.plate or upload.plate)
             usable = self._usable(after)
             adaptation = None
             if not self._wells_needed(usable):
                 adaptation = self._adaptation(after, usable, sent, measured, watch)
             stored = adaptation is None or _names(adaptation) in batch.adaptations
             change = None
-            if new or not stored:
-                change = Change(self.now(), pixel_size_um, new, adaptation=None if stored else adaptation)
-            return change, self._controls_report(after, usable, adaptation, upload.skipped, sent.values())
+            if new or not stored or after.plate != batch.plate:
+                change = Change(self.now(), pixel_size_um, upload.plate, new, adaptation=None if stored else adaptation)
+            return change, self._controls_report(after, usable, adaptation, upload, sent.values())
 
         report = self._retold(batch_id, story, watch)
         return report.model_copy(update={"seconds": watch.seconds()})
@@ -128,6 +130,7 @@ class Batches:
         self.preparer.require_room(max(Counter(site.well for site in upload.sites).values()))
         batch, frame = self._frame(batch_id, watch, source=source)
         pixel_size_um = agreed_pixel_size(batch, upload.pixel_size_um)
+        require_plate(batch, upload.plate)
         wells: list[schemas.WellPrediction] = []
         seen: list[PreparedSite] = []
         with self.preparer.prepared(upload, pixel_size_um) as prepared:
@@ -142,7 +145,7 @@ class Batches:
                 seen += [_without_image(site) for site in sites]
         if not source:
             self._retold(batch_id, lambda now: (self._answered(now, batch, frame, upload.wells), None), watch)
-        return self._prediction(batch, frame, pixel_size_um, wells, upload.skipped, seen, watch)
+        return self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
 
     # --- what is kept ------------------------------------------------------------------------------------------------
 
@@ -395,23 +398,26 @@ class Batches:
         batch: BatchRecord,
         usable: Mapping[SiteKey, ControlSite],
         adaptation: Adaptation | None,
-        skipped: Iterable[Skipped],
+        upload: Upload,
         sent: Iterable[PreparedSite],
     ) -> schemas.ControlsReport:
+        unusable = len(batch.controls) - len(usable)
         return schemas.ControlsReport.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, adaptation, batch.pixel_size_um, len(batch.controls) - len(usable)),
+                **context_report(self.bundle.manifest, adaptation),
                 "batch_id": batch.batch_id,
+                "pixel_size_um": batch.pixel_size_um,
+                "notices": notices(self.bundle.manifest, adaptation, batch, upload, unusable_sites=unusable),
                 "adapted": adaptation is not None,
                 "wells_needed": self._wells_needed(usable),
                 "control_wells": len(batch.control_wells),
                 "control_sites": len(batch.controls),
-                "unusable_sites": len(batch.controls) - len(usable),
+                "unusable_sites": unusable,
                 "context": CONTEXT,
                 "created_at": adaptation.created_at if adaptation else None,
                 "saturation": saturation_report(sent),
-                "skipped": skipped_report(skipped),
+                "skipped": skipped_report(upload.skipped),
                 "seconds": {},
             }
         )
@@ -422,21 +428,24 @@ class Batches:
         frame: Frame,
         pixel_size_um: float | None,
         wells: Sequence[schemas.WellPrediction],
-        skipped: Iterable[Skipped],
+        upload: Upload,
         seen: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
         unusable = len(batch.controls) - len(self._usable(batch)) if frame.adaptation else 0
+        prepared = replace_fields(batch, pixel_size_um=pixel_size_um)
         return schemas.Prediction.model_validate(
             {
                 **provenance(self.bundle, self.engine),
-                **context_report(self.bundle.manifest, frame.adaptation, pixel_size_um, unusable),
+                **context_report(self.bundle.manifest, frame.adaptation),
                 "batch_id": batch.batch_id,
+                "pixel_size_um": pixel_size_um,
+                "notices": notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
                 "adapted": frame.adaptation is not None,
                 "context": CONTEXT if frame.adaptation else "source",
                 "wells": tuple(wells),
                 "saturation": saturation_report(seen),
-                "skipped": skipped_report(skipped),
+                "skipped": skipped_report(upload.skipped),
                 "seconds": watch.seconds(),
             }
         )
@@ -457,6 +466,7 @@ class Batches:
             unusable_sites=len(batch.controls) - len(usable),
             treated_wells=tuple(sorted(batch.treated)),
             pixel_size_um=batch.pixel_size_um,
+            plate=batch.plate,
             changed_at=batch.changed_at,
         )
 
@@ -488,6 +498,24 @@ def require_pixel_size(batch: BatchRecord, pixel_size_um: float | None) -> None:
             f"{_at(pixel_size_um)}: send the same, or delete the batch and send its controls again",
             batch_id=batch.batch_id,
         )
+
+
+def require_plate(batch: BatchRecord, plate: str | None) -> None:
+    """Check the plate that an upload's table names.
+
+    Raises:
+        PlateConflictError: the batch's controls are of another one.
+    """
+    if batch.controls and None not in (batch.plate, plate) and plate != batch.plate:
+        raise PlateConflictError(
+            f"the controls of batch {batch.batch_id} are of plate {_short(batch.plate)}, these images are of plate "
+            f"{_short(plate)}: send them to that plate's batch",
+            batch_id=batch.batch_id,
+        )
+
+
+def _short(name: str | None) -> str:
+    return repr((name or "")[:80])
 
 
 def _at(pixel_size_um: float | None) -> str:

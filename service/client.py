@@ -231,6 +231,7 @@ def merged(answers: Sequence[schemas.Prediction]) -> schemas.Prediction:
             seconds[stage] += value
     return first.model_copy(
         update={
+            "notices": tuple(dict.fromkeys(notice for answer in answers for notice in answer.notices)),
             "wells": tuple(sorted((well for answer in answers for well in answer.wells), key=lambda well: well.well)),
             "saturation": merged_saturation(answers),
             "skipped": tuple(item for answer in answers for item in answer.skipped),

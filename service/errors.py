@@ -13,6 +13,7 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── ControlConflictError     another image for a control plane that is kept
 │   ├── TreatedAsControlError    a control well that was answered as a treated one
 │   ├── PixelSizeConflictError   another pixel size than the batch's
+│   ├── PlateConflictError       images of another plate than the batch's controls
 │   └── RecipeChangedError       kept controls that were prepared by another bundle's image recipe
 ├── UnavailableError             not now: the same request may succeed later
 │   ├── NotReadyError            the bundle's golden images have not been replayed, or did not agree
@@ -98,6 +99,10 @@ class TreatedAsControlError(BatchError):
 
 class PixelSizeConflictError(BatchError):
     """Another pixel size than the batch's."""
+
+
+class PlateConflictError(BatchError):
+    """Images of another plate than the batch's controls."""
 
 
 class RecipeChangedError(BatchError):
@@ -186,6 +191,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     ControlConflictError: Problem("control-conflict", "Another image is kept for this control plane", 409),
     TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
     PixelSizeConflictError: Problem("pixel-size-conflict", "The batch has another pixel size", 409),
+    PlateConflictError: Problem("plate-conflict", "The batch is of another plate", 409),
     RecipeChangedError: Problem("controls-of-another-recipe", "The kept controls need to be sent again", 409),
     NotReadyError: Problem("not-ready", "The service is not ready", 503, retry_after_s=2),
     BusyError: Problem("busy", "Every request slot is taken", 503, retry_after_s=1),

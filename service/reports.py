@@ -1,5 +1,6 @@
 """How the stories' results are told: values of ``schemas`` from those of ``model`` and ``store``."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -10,8 +11,8 @@ from model.predictions import WellAnswer
 from service import schemas
 from service.engine import Engine
 from service.errors import problem_of
-from service.store import Adaptation
-from service.uploads import PreparedSite, RefusedSite, Skipped
+from service.store import Adaptation, BatchRecord
+from service.uploads import PreparedSite, RefusedSite, Skipped, Upload
 
 CONTEXT = "controls"
 VERSION = version("anchorwell")
@@ -28,9 +29,7 @@ def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     }
 
 
-def context_report(
-    manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None, unusable_sites: int
-) -> dict[str, Any]:
+def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[str, Any]:
     """What the statistics were measured on and how far they lie from training: members of both reports."""
     return {
         "statistics_id": adaptation.statistics_id if adaptation else None,
@@ -48,16 +47,34 @@ def context_report(
         "distance": adaptation.distance if adaptation else None,
         "percentile": adaptation.percentile if adaptation else None,
         "out_of_range": adaptation.out_of_range if adaptation else None,
-        "pixel_size_um": pixel_size_um,
-        "notices": tuple(_notices(manifest, adaptation, pixel_size_um, unusable_sites)),
     }
 
 
-def _notices(
-    manifest: Manifest, adaptation: Adaptation | None, pixel_size_um: float | None, unusable_sites: int
+def notices(
+    manifest: Manifest, adaptation: Adaptation | None, batch: BatchRecord, upload: Upload, *, unusable_sites: int
+) -> tuple[str, ...]:
+    """What a reader of an answer should know of how it came about: assumptions made, and what is unlike training."""
+    return (*_upload_notices(batch, upload), *_context_notices(manifest, adaptation, batch, unusable_sites))
+
+
+def _upload_notices(batch: BatchRecord, upload: Upload) -> Iterator[str]:
+    if upload.numbered:
+        order = ", ".join(f"{number} {channel}" for number, channel in enumerate(upload.numbered, start=1))
+        yield f"the files number their channels, and the bundle's order was taken: {order}; send channels to name others"
+    if upload.plate is not None and not _names_plate(batch.batch_id, upload.plate):
+        yield f"the images' table is of plate {upload.plate[:80]!r}, the batch is named {batch.batch_id}"
+
+
+def _names_plate(batch_id: str, plate: str) -> bool:
+    """Whether an id is a plate's name, or starts with it: BR00116991, or BR00116991-rescan."""
+    return re.fullmatch(re.escape(plate) + "([._-].*)?", batch_id, re.IGNORECASE) is not None
+
+
+def _context_notices(
+    manifest: Manifest, adaptation: Adaptation | None, batch: BatchRecord, unusable_sites: int
 ) -> Iterator[str]:
     recipe = manifest.recipe
-    if recipe.pixel_size_um is not None and pixel_size_um is None:
+    if recipe.pixel_size_um is not None and batch.pixel_size_um is None:
         yield (
             f"the images' pixel size is not known: they were taken for {recipe.pixel_size_um / recipe.shrink:g} µm per "
             "pixel; send pixel_size_um, or a LoadData table that has it"

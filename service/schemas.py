@@ -125,6 +125,7 @@ class BatchSummary(_Value):
     unusable_sites: int
     treated_wells: tuple[str, ...]
     pixel_size_um: float | None
+    plate: str | None
     changed_at: datetime
 
 

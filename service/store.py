@@ -110,6 +110,7 @@ class BatchRecord:
     batch_id: str
     revision: str | None = None
     pixel_size_um: float | None = None
+    plate: str | None = None
     controls: Mapping[SiteKey, ControlSite] = field(default_factory=dict)
     treated: frozenset[str] = frozenset()
     adaptations: frozenset[tuple[str, str]] = frozenset()
@@ -132,6 +133,7 @@ class Change:
 
     changed_at: datetime
     pixel_size_um: float | None = None
+    plate: str | None = None
     controls: Sequence[tuple[ControlSite, NDArray[np.float32]]] = ()
     treated: frozenset[str] = frozenset()
     adaptation: Adaptation | None = None

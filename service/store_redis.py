@@ -64,11 +64,12 @@ class RedisStore:
         if not head:
             return None
         sites = sorted((_control(name, value) for name, value in controls.items()), key=lambda site: site.key)
-        size = head.get(b"pixel_size_um")
+        size, plate = head.get(b"pixel_size_um"), head.get(b"plate")
         return BatchRecord(
             batch_id=batch_id,
             revision=head[b"revision"].decode(),
             pixel_size_um=None if size is None else float(size),
+            plate=None if plate is None else plate.decode(),
             controls={site.key: site for site in sites},
             treated=frozenset(well.decode() for well in treated),
             adaptations=frozenset(_pair(name.decode()) for name in adaptations),
@@ -103,6 +104,8 @@ class RedisStore:
         values = {"revision": revision, "changed_at": change.changed_at.isoformat()}
         if change.pixel_size_um is not None:
             values["pixel_size_um"] = repr(change.pixel_size_um)
+        if change.plate is not None:
+            values["plate"] = change.plate
         pipe.sadd(self._tenant_key + "batches", batch_id)
         pipe.hset(self._key(batch_id, "head"), mapping=values)
         for site, image in change.controls:

@@ -30,7 +30,8 @@ SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 30.0
 _SCHEMA = """
 CREATE TABLE batch (
-    tenant TEXT NOT NULL, batch_id TEXT NOT NULL, revision TEXT NOT NULL, pixel_size_um REAL, changed_at TEXT NOT NULL,
+    tenant TEXT NOT NULL, batch_id TEXT NOT NULL, revision TEXT NOT NULL, pixel_size_um REAL, plate TEXT,
+    changed_at TEXT NOT NULL,
     PRIMARY KEY (tenant, batch_id)
 ) WITHOUT ROWID;
 CREATE TABLE control_site (
@@ -76,7 +77,7 @@ class SqliteStore:
         at = (self._tenant, batch_id)
         with self._connection() as db, _transaction(db, "DEFERRED"):
             head = db.execute(
-                "SELECT revision, pixel_size_um, changed_at FROM batch WHERE tenant = ? AND batch_id = ?", at
+                "SELECT revision, pixel_size_um, plate, changed_at FROM batch WHERE tenant = ? AND batch_id = ?", at
             ).fetchone()
             if head is None:
                 return None
@@ -92,10 +93,11 @@ class SqliteStore:
             batch_id=batch_id,
             revision=head[0],
             pixel_size_um=head[1],
+            plate=head[2],
             controls={site.key: site for site in sorted(sites, key=lambda site: site.key)},
             treated=frozenset(well for (well,) in treated),
             adaptations=frozenset((bundle, statistics) for bundle, statistics in adaptations),
-            changed_at=datetime.fromisoformat(head[2]),
+            changed_at=datetime.fromisoformat(head[3]),
         )
 
     def image(self, batch_id: str, site: SiteKey) -> NDArray[np.float32] | None:
@@ -127,9 +129,10 @@ class SqliteStore:
             if (None if head is None else head[0]) != expected_revision:
                 raise RevisionConflictError
             db.execute(
-                "INSERT INTO batch VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET revision = excluded.revision, "
-                "pixel_size_um = coalesce(excluded.pixel_size_um, pixel_size_um), changed_at = excluded.changed_at",
-                (*at, next_revision(expected_revision), change.pixel_size_um, change.changed_at.isoformat()),
+                "INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET revision = excluded.revision, "
+                "pixel_size_um = coalesce(excluded.pixel_size_um, pixel_size_um), plate = coalesce(excluded.plate, plate), "
+                "changed_at = excluded.changed_at",
+                (*at, next_revision(expected_revision), change.pixel_size_um, change.plate, change.changed_at.isoformat()),
             )
             db.executemany("INSERT OR REPLACE INTO control_site VALUES (?, ?, ?, ?, ?, ?, ?)", images)
             db.executemany(

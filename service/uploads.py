@@ -7,7 +7,7 @@ has to fit in memory.
 
 import hashlib
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from model.layout import (
     duplicate_plane,
     file_name,
     layout_pixel_size_um,
+    layout_plate,
     parse_file_name,
     parse_layout,
     plane_key,
@@ -59,12 +60,17 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Upload:
-    """Which file is which plane: complete sites, in order; nothing is decoded yet."""
+    """Which file is which plane: complete sites, in order; nothing is decoded yet.
+
+    ``plate`` is the one that the layout names; ``numbered``, the channels that numbers were taken for unasked.
+    """
 
     form: Form
     sites: Mapping[SiteKey, Mapping[str, ReceivedFile]]
     skipped: tuple[Skipped, ...]
     pixel_size_um: float | None
+    plate: str | None
+    numbered: tuple[str, ...]
 
     @property
     def wells(self) -> frozenset[str]:
@@ -102,6 +108,7 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     fields, images = _split(form)
     numbered = _channel_names(fields.get("channels"))
     layout = parse_layout(fields["layout"], channels) if "layout" in fields else None
+    plate = layout_plate(fields["layout"]) if "layout" in fields else None
     planes: dict[PlaneKey, ReceivedFile] = {}
     skipped: list[Skipped] = []
     for file in images:
@@ -114,7 +121,8 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
             planes[key] = file
     if not planes:
         raise NoImagesError(f"no image to use among {len(images)} files: send them as parts named 'images'")
-    return Upload(form, _complete_sites(planes, channels), tuple(skipped), _pixel_size(fields))
+    assumed = tuple(channels) if layout is None and numbered is None and _any_numbered(planes.values()) else ()
+    return Upload(form, _complete_sites(planes, channels), tuple(skipped), _pixel_size(fields), plate, assumed)
 
 
 def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
@@ -124,6 +132,10 @@ def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
         if name == LAYOUT:
             fields[name] = utf8(form.read(file), name)
     return fields, [file for name, file in form.files if name == IMAGES]
+
+
+def _any_numbered(files: Iterable[ReceivedFile]) -> bool:
+    return any(isinstance(parse_file_name(file.name).channel, int) for file in files)
 
 
 def _channel_names(text: str | None) -> tuple[str, ...] | None:
