@@ -22,6 +22,7 @@ AnchorwellError                  everything below
 ├── ContextError                 the controls cannot give statistics
 │   ├── NoControlsError          no control site at all
 │   └── TooFewControlsError      fewer control wells than the bundle's minimum
+├── RunError                     a training run that cannot be made or gone on with there
 └── BundleError                  the exported directory is not what its manifest says
 """
 
@@ -127,6 +128,10 @@ class NoControlsError(ContextError):
 
 class TooFewControlsError(ContextError):
     """Fewer control wells than the bundle's minimum."""
+
+
+class RunError(AnchorwellError):
+    """A training run that cannot be made or gone on with there."""
 
 
 class BundleError(AnchorwellError):

@@ -325,7 +325,8 @@ def _unique_files(pairs: Iterable[tuple[str, PlaneKey]]) -> dict[str, PlaneKey]:
 def duplicate_plane(key: PlaneKey, first: str, second: str) -> DuplicatePlaneError:
     """Say that two files claim one well, site and channel."""
     return DuplicatePlaneError(
-        f"well {key.well} site {key.site} channel {key.channel} is given twice: {first[:80]!r} and {second[:80]!r}",
+        f"well {key.well} site {key.site} channel {key.channel} is given twice: {first[:80]!r} and {second[:80]!r}; "
+        "of several focal planes or time points send one",
         well=key.well,
         site=key.site,
         channel=key.channel,

@@ -114,7 +114,8 @@ class Batches:
             stored = adaptation is None or _names(adaptation) in batch.adaptations
             change = None
             if new or not stored or after.plate != batch.plate:
-                change = Change(self.now(), pixel_size_um, upload.plate, new, adaptation=None if stored else adaptation)
+                measured_now = None if stored else adaptation
+                change = Change(self.now(), pixel_size_um, new, adaptation=measured_now, plate=upload.plate)
             return change, self._controls_report(after, usable, adaptation, upload, sent.values())
 
         report = self._retold(batch_id, story, watch)

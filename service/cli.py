@@ -31,6 +31,16 @@ from service.client import (
 from service.settings import Settings, is_loopback
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
+NOT_ADAPTED = 3
+"""Exit code of ``adapt`` when the controls are kept but too few."""
+WIDE = 100
+"""Columns of a terminal from which every number of an answer is shown."""
+_FLAGS = {
+    "?replace=true": "--replace",
+    "?context=source": "--source",
+    "send channels": "give --channels",
+    "send pixel_size_um": "give --pixel-size-um",
+}
 
 app = typer.Typer(
     name="anchorwell",
@@ -62,12 +72,18 @@ def main() -> None:
     try:
         app()
     except (AnchorwellError, ProblemError, ServiceUnreachableError, StatisticsChangedError, OSError) as error:
-        err.print(f"[bold red]error[/]  {_escaped(str(error))}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error[/]  {_escaped(_in_flags(str(error)))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        err.print(f"[bold red]error[/]  settings: {_escaped(reasons)}", soft_wrap=True, highlight=False)
+        reasons = "; ".join(_setting_fault(str(item["loc"][0]), item["type"], item["msg"]) for item in error.errors())
+        err.print(f"[bold red]error[/]  {_escaped(reasons)}", soft_wrap=True, highlight=False)
         sys.exit(1)
+
+
+def _setting_fault(name: str, kind: str, reason: str) -> str:
+    if kind == "missing":
+        return f"no {name} is given: say --{name}, or set ANCHORWELL_{name.upper()}"
+    return f"setting {name}: {reason}"
 
 
 # --- serve -----------------------------------------------------------------------------------------------------------
@@ -87,15 +103,15 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
     for line in settings.lines():
         err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
+    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+    application = create_app(settings)
     if not is_loopback(settings.host):
         err.print(
             f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
             "every batch: ANCHORWELL_ALLOW_ANONYMOUS is set and there are no API keys",
             soft_wrap=True,
         )
-    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
-
-    application = create_app(settings)
     config = uvicorn.Config(application, host=settings.host, port=settings.port, log_config=None, access_log=False)
     _AnnouncingServer(config, application.state.served.readiness.decided).run()
 
@@ -140,10 +156,16 @@ def adapt(
     url: _Url = _DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
-    """Send a batch's negative controls; the statistics are measured on all that are kept."""
+    """Send a batch's negative controls; the statistics are measured on all that are kept.
+
+    Exits with 3 when they are kept, but more control wells are needed.
+    """
     with AnchorwellClient(url) as client, _progress("controls", hidden=as_json) as progress:
         table = _text(layout)
-        paths = _of_role(_images(files), platemap, table, client, Role.CONTROL)
+        paths = _images(files)
+        if platemap is None:
+            _refuse_folders(files)
+        paths = _of_role(paths, platemap, table, client, Role.CONTROL)
         report = client.adapt(
             batch,
             paths,
@@ -154,6 +176,8 @@ def adapt(
             progress=progress,
         )
     _show(report, as_json, _report_table)
+    if not report.adapted:
+        raise typer.Exit(NOT_ADAPTED)
 
 
 @app.command()
@@ -211,15 +235,30 @@ def _images(places: Iterable[Path]) -> list[Path]:
     return found
 
 
+def _refuse_folders(files: Iterable[Path]) -> None:
+    """Let no whole plate be taken for controls."""
+    folder = next((place for place in files if place.is_dir()), None)
+    if folder is not None:
+        raise AnchorwellError(
+            f"which wells of {folder} are controls? Give --platemap, or name the control images themselves"
+        )
+
+
 def _of_role(
     paths: list[Path], platemap: Path | None, layout: str | None, client: AnchorwellClient, role: Role
 ) -> list[Path]:
     """Return the images of wells with a role on the plate map; all of them without one."""
-    if platemap is None:
-        return paths
-    roles = parse_platemap(_text(platemap) or "")
     places = None if layout is None else parse_layout(layout, client.model().channels)
     wells = {path: well_of(path, places) for path in paths}
+    if platemap is None:
+        sent = sorted({well for well in wells.values() if well is not None})
+        if role is Role.CONTROL and sent:
+            _note(f"no plate map: {len(sent)} wells are taken for controls, {', '.join(sent)}")
+        return paths
+    left_out = 0 if places is None else sum(path.name not in places for path in paths)
+    if left_out:
+        _note(f"{left_out} of {len(paths)} image files are not in the layout and are not sent")
+    roles = parse_platemap(_text(platemap) or "")
     unknown = sorted({well for well in wells.values() if well is not None} - set(roles))
     if unknown:
         raise AnchorwellError(f"the plate map {platemap} does not name well {', '.join(unknown[:5])}")
@@ -276,6 +315,10 @@ def write_csv(prediction: schemas.Prediction, path: Path) -> None:
             )
 
 
+def _note(text: str) -> None:
+    err.print(f"[yellow]note[/] {_escaped(text)}", soft_wrap=True, highlight=False)
+
+
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 
@@ -314,22 +357,22 @@ def _report_table(report: schemas.ControlsReport) -> Iterator[Table | str]:
 
 def _prediction_table(prediction: schemas.Prediction) -> Iterator[Table | str]:
     table = Table(title=f"{_escaped(prediction.batch_id)}: {len(prediction.wells)} wells, context {prediction.context}")
-    for name in ("well", "class"):
-        table.add_column(name)
-    for name in ("probability", "entropy", "sites", "spread", "to controls"):
+    table.add_column("well")
+    table.add_column("class", min_width=max(len(well.label) for well in prediction.wells))
+    wide = out.width >= WIDE
+    numbers = ("probability", "entropy", "sites", "spread", "to controls") if wide else ("probability", "sites")
+    for name in numbers:
         table.add_column(name, justify="right")
     table.add_column("remarks")
     for well in prediction.wells:
-        table.add_row(
-            well.well,
-            _escaped(well.label),
-            f"{well.probability:.3f}",
-            f"{well.entropy:.2f}",
-            str(well.sites),
-            f"{well.spread:.3f}",
-            "" if well.distance_to_controls is None else f"{well.distance_to_controls:.2f}",
-            ", ".join(_remarks(well)),
-        )
+        values = {
+            "probability": f"{well.probability:.3f}",
+            "entropy": f"{well.entropy:.2f}",
+            "sites": str(well.sites),
+            "spread": f"{well.spread:.3f}",
+            "to controls": "" if well.distance_to_controls is None else f"{well.distance_to_controls:.2f}",
+        }
+        table.add_row(well.well, _escaped(well.label), *(values[name] for name in numbers), ", ".join(_remarks(well)))
     yield table
     yield from _warnings(prediction.notices, prediction.saturation)
 
@@ -347,7 +390,7 @@ def _remarks(well: schemas.WellPrediction) -> Iterator[str]:
 
 def _warnings(notices: Iterable[str], saturation: Iterable[schemas.Saturation]) -> Iterator[str]:
     for notice in notices:
-        yield f"[yellow]note[/] {_escaped(notice)}"
+        yield f"[yellow]note[/] {_escaped(_in_flags(notice))}"
     for item in saturation:
         yield (
             f"[yellow]note[/] {item.planes} {_escaped(item.channel)} images are saturated, at worst "
@@ -356,7 +399,8 @@ def _warnings(notices: Iterable[str], saturation: Iterable[schemas.Saturation]) 
 
 
 def _batches_table(kept: schemas.BatchList) -> Iterator[Table | str]:
-    table = Table(title=f"{len(kept.batches)} batches")
+    count = len(kept.batches)
+    table = Table(title="1 batch" if count == 1 else f"{count} batches")
     for name in ("batch", "adapted", "control wells", "sites", "treated wells", "changed"):
         table.add_column(name)
     for batch in kept.batches:
@@ -369,6 +413,13 @@ def _batches_table(kept: schemas.BatchList) -> Iterator[Table | str]:
             f"{batch.changed_at:%Y-%m-%d %H:%M}",
         )
     yield table
+
+
+def _in_flags(text: str) -> str:
+    """Name this command line's flags where the service names its own fields."""
+    for field, flag in _FLAGS.items():
+        text = text.replace(field, flag)
+    return text
 
 
 def _escaped(text: str) -> str:

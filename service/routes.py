@@ -192,6 +192,7 @@ def get_model(served: Annotated[Served, Depends(get_served)]) -> schemas.ModelCa
     return served.batches.model_card()
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", response_model=schemas.Live)
 async def live() -> schemas.Live:
     """Answer while the process does."""

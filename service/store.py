@@ -133,10 +133,10 @@ class Change:
 
     changed_at: datetime
     pixel_size_um: float | None = None
-    plate: str | None = None
     controls: Sequence[tuple[ControlSite, NDArray[np.float32]]] = ()
     treated: frozenset[str] = frozenset()
     adaptation: Adaptation | None = None
+    plate: str | None = None
 
 
 class Store(Protocol):

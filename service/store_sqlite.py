@@ -62,7 +62,8 @@ class SqliteStore:
         self._tenant = tenant
         self._idle: deque[sqlite3.Connection] = deque()
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if not Path(path).parent.is_dir():
+                raise StartError(f"the store {path} cannot be opened: there is no folder {Path(path).parent}")
             with self._connection() as db:
                 _prepare_schema(db, path)
         except (OSError, sqlite3.Error, StoreUnavailableError) as error:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.errors import AnchorwellError
+from model.errors import AnchorwellError, LayoutError, RunError
 from training.simulate import CHANNELS, SimulationPlan, simulate
 
 if TYPE_CHECKING:
@@ -66,10 +66,21 @@ def index_command(
 ) -> None:
     """Index plates for training: one row a site."""
     from training.index import index_tree, write_index  # noqa: PLC0415 (pandas)
+    from training.splits import split_by_batch  # noqa: PLC0415 (pandas)
 
     index = index_tree(root, tuple(name.strip() for name in channels.split(",")))
     write_index(index, out)
+    for lab, rows in index.groupby("Metadata_Source"):
+        counts = rows.groupby("role")["Metadata_Well"].size()
+        typer.echo(
+            f"lab {lab}: {rows['Metadata_Batch'].nunique()} batches, {rows['Metadata_Plate'].nunique()} plates, "
+            f"{counts.get('control', 0)} control sites, {counts.get('treated', 0)} treated"
+        )
     typer.echo(f"{index['Metadata_Plate'].nunique()} plates, {len(index)} sites: {out}")
+    try:
+        split_by_batch(index, None)
+    except LayoutError as error:
+        console.print(f"[yellow]note:[/yellow] not enough to train on: {error.detail}", soft_wrap=True)
 
 
 @app.command("train")
@@ -128,12 +139,21 @@ def train_command(
 
 
 def _check_choices(config: "TrainingConfig") -> None:
+    import torch  # noqa: PLC0415 (slow)
+
     from training.methods import make_method  # noqa: PLC0415 (torch)
 
-    choices = {"depth": (18, 34, 50), "scaling": ("percentile", "fixed"), "schedule": ("constant", "cosine")}
+    choices = {
+        "depth": (18, 34, 50),
+        "scaling": ("percentile", "fixed"),
+        "schedule": ("constant", "cosine"),
+        "accelerator": ("auto", "cpu", "gpu"),
+    }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise typer.BadParameter(f"--{name} is one of {', '.join(map(str, allowed))}")
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("--accelerator gpu: torch sees no GPU here")
     try:
         make_method(config.method, config.context)
     except ValueError as error:
@@ -151,6 +171,8 @@ def export_command(
     """Export a run as a bundle, refused unless ONNX agrees with torch."""
     from training.release import release  # noqa: PLC0415 (torch)
 
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty: name another directory, so that no bundle is written over")
     bundle, parity = release(run, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
     typer.echo(
         f"bundle {bundle.digest[:12]}: {out}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "

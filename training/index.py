@@ -42,6 +42,8 @@ def index_plate(load_data: Path, platemap: Path, channels: Sequence[str]) -> pd.
         LayoutError, MissingChannelError: a table lacks a column, or a well is not on the plate map.
     """
     table = _read_table(load_data)
+    if not platemap.is_file():
+        raise LayoutError(f"{load_data} has no {platemap.name} beside it: which wells are controls?")
     text = platemap.read_text(encoding="utf-8")
     roles = parse_platemap(text)
     labels = _labels(platemap)
@@ -64,12 +66,29 @@ def index_tree(root: Path, channels: Sequence[str]) -> pd.DataFrame:
     """Index every folder below ``root`` that holds ``load_data.csv`` (or .parquet) and ``platemap.csv``.
 
     Raises:
-        LayoutError: there is none, or a site is there twice.
+        LayoutError: there is none, a site is there twice, a plate has no controls, or an image is not there.
     """
     tables = sorted([*root.rglob("load_data.csv"), *root.rglob("load_data.parquet")])
     if not tables:
         raise LayoutError(f"no load_data.csv below {root}")
-    return checked(pd.concat([index_plate(t, t.parent / "platemap.csv", channels) for t in tables], ignore_index=True))
+    index = checked(pd.concat([index_plate(t, t.parent / "platemap.csv", channels) for t in tables], ignore_index=True))
+    _require_controls(index)
+    _require_images(index)
+    return index
+
+
+def _require_controls(index: pd.DataFrame) -> None:
+    roles = index.groupby(KEYS[:3])["role"].agg(set)
+    without = [plate for (_, _, plate), found in roles.items() if Role.CONTROL.value not in found]
+    if without:
+        raise LayoutError(f"{len(without)} plates have no control site in their tables: {', '.join(without[:8])}")
+
+
+def _require_images(index: pd.DataFrame) -> None:
+    paths = [path for channel in channels_of(index) for path in index[path_column(channel)]]
+    absent = [path for path in paths if not Path(path).is_file()]
+    if absent:
+        raise LayoutError(f"{len(absent)} of {len(paths)} images are not there, the first is {absent[0]}")
 
 
 def checked(index: pd.DataFrame) -> pd.DataFrame:

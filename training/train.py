@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from model.bundle import recipe_from_json, recipe_json
-from model.errors import LayoutError
+from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
 from training.dataset import PlateSites, load_plates, moments
@@ -35,6 +35,10 @@ from training.methods import Method, make_method, training_loss
 from training.splits import Split, split_by_batch
 
 RUN = "run.json"
+_HOW = frozenset({"accelerator", "loader_workers", "cache", "steps"})
+"""What a resumed run may do otherwise; ``steps`` is looked at by itself."""
+
+log = logging.getLogger("anchorwell.training")
 BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"
 
 
@@ -229,20 +233,50 @@ def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tupl
 def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train as ``config`` says into the run directory ``path``.
 
-    ``resume`` goes on from the last checkpoint if there is one; the directory's own config is then used.
+    ``resume`` goes on from the last checkpoint if there is one.
+
+    Raises:
+        RunError: the directory holds a run and ``resume`` is off, or the run was started with another config.
     """
+    if (path / RUN).is_file():
+        require_same_run(Run.load(path).config, config, path, resume=resume)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     last = path / LAST
-    resumed = resume and last.is_file()
-    if resumed:
-        config = Run.load(path).config
+    resumed = last.is_file()
     run, plates = prepare_run(config, path, read_index(Path(config.index)))
     run.save()
     module = MetaTraining(run, plates)
+    done = _steps_done(last) if resumed else -1
     with _quietly(quiet=quiet):
         trainer = _trainer(run, resumed=resumed, quiet=quiet)
         trainer.fit(module, ckpt_path=str(last) if resumed else None, weights_only=True)
+    if trainer.global_step == done:
+        log.warning("nothing is left to train: %s has had its steps, or stopped early", path)
     return run
+
+
+def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path, *, resume: bool) -> None:
+    """Check that a run directory may be gone on with: as it was started, or for more steps at a constant rate.
+
+    Raises:
+        RunError: it may not; names what differs.
+    """
+    if not resume:
+        raise RunError(f"{path} holds a run already: resume it, or name another directory")
+    differences = [
+        f"{item.name} (it is {getattr(started, item.name)}, asked for is {getattr(asked, item.name)})"
+        for item in fields(TrainingConfig)
+        if item.name not in _HOW and getattr(started, item.name) != getattr(asked, item.name)
+    ]
+    longer = asked.schedule == "constant" and asked.steps >= started.steps
+    if asked.steps != started.steps and not longer:
+        differences.append(f"steps (it is {started.steps}; only more, at a constant rate, can be gone on with)")
+    if differences:
+        raise RunError(f"{path} was started with another {', another '.join(differences)}")
+
+
+def _steps_done(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def _trainer(run: Run, *, resumed: bool, quiet: bool) -> lightning.Trainer:

@@ -57,8 +57,15 @@ def serving(bundle, folder, **environment):
         process.wait(20)
 
 
-def run(*arguments):
-    return subprocess.run([ANCHORWELL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+def run(*arguments, **environment):
+    return subprocess.run(
+        [ANCHORWELL, *map(str, arguments)],
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +177,7 @@ def test_the_commands_tell_a_plate_from_start_to_end(url, plate, tmp_path):
         (["predict", "none", "PLATE", "--platemap", "PLATE/platemap.csv"], "no controls"),
         (["adapt", "no/such", "PLATE", "--platemap", "PLATE/platemap.csv"], "not a batch id"),
         (["adapt", "K2", "EMPTY"], "no .tif"),
+        (["adapt", "K2", "PLATE"], "Give --platemap"),
         (["adapt", "K2", "PLATE", "--platemap", "PLATE/nowhere.csv"], "nowhere.csv"),
     ],
 )
@@ -181,10 +189,41 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(arguments, words, url, pla
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_too_few_controls_are_kept_and_told_by_exit_code(url, plate):
+    done = run("adapt", "K3", *of_wells(plate, CONTROL_WELLS[:1]), "--url", url)
+    assert done.returncode == 3
+    assert "3 more are needed" in done.stdout
+    assert f"1 wells are taken for controls, {CONTROL_WELLS[0]}" in done.stderr
+
+
+def test_a_refusal_names_the_flag_and_files_left_out_are_counted(url, plate, tmp_path):
+    wells = sorted(of_wells(plate, CONTROL_WELLS))
+    rows = [",".join([path.name, *path.stem.split("_")]) for path in wells]
+    (tmp_path / "layout.csv").write_text("\n".join(["file,well,site,channel", *rows]))
+    options = ["--platemap", plate / "platemap.csv", "--url", url]
+    adapted = run("adapt", "K4", plate, "--layout", tmp_path / "layout.csv", *options)
+    assert adapted.returncode == 0, adapted.stderr
+    assert "19 of 43 image files are not in the layout" in adapted.stderr
+    changed = tmp_path / wells[0].name
+    changed.write_bytes((plate / f"{TREATED[0]}_1_DNA.tif").read_bytes())
+    assert "--replace puts the new one" in run("adapt", "K4", changed, *wells[1:3], *options).stderr
+
+
+def test_a_table_never_cuts_a_class(url, plate):
+    platemap = ["--platemap", plate / "platemap.csv", "--url", url]
+    run("adapt", "K5", plate, *platemap)
+    for width, columns in ((60, ["probability", "sites"]), (140, ["probability", "entropy", "to controls"])):
+        done = run("predict", "K5", plate, *platemap, COLUMNS=width)
+        assert all(column in done.stdout for column in columns), done.stdout
+        assert ("entropy" in done.stdout) == (width > 100)
+        assert "…" not in done.stdout
+
+
 def test_serve_refuses_what_it_cannot_do_in_one_line(tiny_bundle_path, tmp_path):
     store = f"sqlite:///{tmp_path}/s.db"
     for arguments, words in (
         (["--bundle", tmp_path, "--store", store], "not a bundle"),
+        (["--store", store], "say --bundle, or set ANCHORWELL_BUNDLE"),
         (["--bundle", tiny_bundle_path, "--store", store, "--host", "0.0.0.0"], "ALLOW_ANONYMOUS"),
         (["--bundle", tiny_bundle_path, "--store", "mysql://x"], "a store is"),
         (["--bundle", tiny_bundle_path, "--store", store, "--device", "tpu"], "device"),

@@ -179,6 +179,20 @@ def test_a_well_answered_as_treated_is_no_control(client, store):
     assert everything(store) == before
 
 
+def test_another_plates_images_are_refused(client, store):
+    def table(plate, wells):
+        rows = [f"{w}_{s}_{c}.tif,{w},{s},{c},{plate}" for w in wells for s in (1, 2) for c in CHANNELS]
+        return {"layout": "\n".join(["file,well,site,channel,Metadata_Plate", *rows])}
+
+    client.post(CONTROLS, files=FILES, data=table("P1", CONTROL_WELLS))
+    before = everything(store)
+    answer = client.post("/batches/P1/predict", files=well_files(["E05"]), data=table("P2", ["E05"]))
+    refused(answer, "plate-conflict", names=["P1", "P2"])
+    refused(client.post(CONTROLS, files=well_files(["E01"]), data=table("P2", ["E01"])), "plate-conflict", names=["P2"])
+    assert everything(store) == before
+    assert client.post("/batches/P1/predict", files=well_files(["E05"]), data=table("P1", ["E05"])).status_code == 200
+
+
 def test_another_pixel_size_than_the_batchs_is_refused(client, store):
     client.post(CONTROLS, files=FILES)
     before = everything(store)

@@ -197,6 +197,22 @@ def test_numbered_channels_are_named_by_the_request_and_thumbnails_skipped(clien
     assert len(report["skipped"]) == 5
 
 
+def test_numbers_taken_in_the_bundles_order_and_a_batch_of_another_name_are_noticed(client):
+    numbered = [
+        image(f"Mix_{well}_s1_w{number}.tif", tiff(plane((well, number)))) for well in CONTROL_WELLS for number in (1, 2, 3)
+    ]
+    assert "1 DNA, 2 ER, 3 RNA" in client.post("/batches/P1/controls", files=numbered).json()["notices"][0]
+    named = client.post("/batches/P2/controls", files=numbered, data={"channels": ",".join(CHANNELS)}).json()
+    assert named["notices"] == []
+    rows = [f"{w}_{s}_{c}.tif,{w},{s},{c},BR1" for w in CONTROL_WELLS for s in (1, 2) for c in CHANNELS]
+    layout = "\n".join(["file,well,site,channel,Metadata_Plate", *rows])
+    for batch, noticed in (("BR1", 0), ("br1-rescan", 0), ("BR10", 1)):
+        answer = client.post(f"/batches/{batch}/controls", files=well_files(CONTROL_WELLS), data={"layout": layout}).json()
+        assert len(answer["notices"]) == noticed, answer["notices"]
+    assert "BR1" in answer["notices"][0]
+    assert client.get("/batches/BR10").json()["plate"] == "BR1"
+
+
 def test_channel_zero_has_no_name_even_when_the_last_is_unused(client):
     files = [image("r01c01f01p01-ch0sk1fk1fl1.tiff", tiff(plane("x")))]
     answer = client.post("/batches/P1/controls", files=files, data={"channels": "DNA,ER,RNA,-"})

@@ -57,6 +57,12 @@ def test_a_commit_keeps_all_of_a_change_and_reads_back_as_it_was(any_store):
     assert (read.used, read.left_out, read.wells) == ((A01, B01), (SiteKey("B01", 13),), ("A01", "B01"))
 
 
+def test_a_batch_keeps_its_plate_and_pixel_size(any_store):
+    any_store.commit("P1", None, Change(NOW, 0.65, [control(A01)], plate="BR1"))
+    any_store.commit("P1", any_store.batch("P1").revision, Change(NOW, treated=frozenset({"E05"})))
+    assert (any_store.batch("P1").plate, any_store.batch("P1").pixel_size_um) == ("BR1", 0.65)
+
+
 def test_changes_add_up_and_old_statistics_stay(any_store):
     any_store.commit("P1", None, Change(NOW, 0.65, [control(A01)], adaptation=adaptation("s1")))
     any_store.commit("P1", any_store.batch("P1").revision, Change(NOW, controls=[control(B01)], treated=frozenset("C")))
@@ -142,6 +148,12 @@ def test_a_sqlite_file_of_a_newer_release_is_refused(tmp_path):
     db.close()
     with pytest.raises(StartError, match="schema 99"):
         SqliteStore(str(path))
+
+
+def test_no_folder_is_made_for_a_mistyped_path(tmp_path):
+    with pytest.raises(StartError, match="there is no folder"):
+        open_store(f"sqlite:///{tmp_path}/no/such/s.db")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):
@@ -232,7 +244,7 @@ def test_another_kind_of_store_is_refused(url):
 
 
 def test_a_store_url_opens_its_store(tmp_path, redis_url):
-    for url, kind in ((f"sqlite:///{tmp_path}/deep/er/s.db", SqliteStore), (redis_url, RedisStore)):
+    for url, kind in ((f"sqlite:///{tmp_path}/s.db", SqliteStore), (redis_url, RedisStore)):
         store = open_store(url)
         assert isinstance(store, kind)
         store.check()

@@ -47,6 +47,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
         (("train", "{out}/index.csv", "{out}/run", "--method", "magic"), "no method 'magic'"),
         (("train", "{out}/index.csv", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
+        (("train", "{out}/index.csv", "{out}/run", "--accelerator", "tpu"), "--accelerator is one of auto, cpu, gpu"),
+        (("export", "{out}/run", "."), "is not empty"),
         (("export", "{out}/run", "{out}/bundle"), "run.json"),
     ],
 )

@@ -1,6 +1,7 @@
 """The index: from LoadData tables and plate maps to one row a site."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -33,6 +34,33 @@ def test_an_index_beside_its_images_can_be_moved_with_them(index: pd.DataFrame, 
 def test_a_site_that_is_there_twice_is_refused(index: pd.DataFrame) -> None:
     with pytest.raises(LayoutError, match="1 sites are there twice"):
         checked(pd.concat([index, index.iloc[:1]]))
+
+
+def small_plate(folder: Path, *, role: str = "control", platemap: bool = True, image: bool = True) -> Path:
+    folder.mkdir()
+    names = ",".join(f"FileName_Orig{channel}" for channel in CHANNELS)
+    row = ",".join(["L", "B", "P", "A01", "1", *(["a.tif"] * len(CHANNELS))])
+    (folder / "load_data.csv").write_text(
+        f"Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_Well,Metadata_Site,{names}\n{row}\n"
+    )
+    if platemap:
+        (folder / "platemap.csv").write_text(f"well,role,label\nA01,{role},x\n")
+    if image:
+        (folder / "a.tif").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"role": "treated"}, "1 plates have no control site in their tables: P"),
+        ({"platemap": False}, "has no platemap.csv beside it"),
+        ({"image": False}, r"5 of 5 images are not there, the first is .*a\.tif"),
+    ],
+)
+def test_what_training_would_stumble_over_is_told_at_once(fault: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=told):
+        index_tree(small_plate(tmp_path / "plate", **fault), CHANNELS)
 
 
 def test_a_folder_without_plates_is_refused(tmp_path: Path) -> None:
