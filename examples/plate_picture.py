@@ -17,12 +17,21 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#b
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a well was called, how surely, and whether it resembles the plate's controls."""
+
+    label: str
+    probability: float
+    like_control: bool = False
+
+
+@dataclass(frozen=True)
 class PlatePicture:
-    """A plate's name, the true label of each treated well, and the calls (label, probability) by panel."""
+    """A plate's name, the true label of each treated well, and the calls by panel."""
 
     name: str
     labels: Mapping[str, str]
-    panels: Mapping[str, Mapping[str, tuple[str, float]]]
+    panels: Mapping[str, Mapping[str, Call]]
 
 
 def draw_plates(plates: Sequence[PlatePicture], classes: Sequence[str], path: Path) -> None:
@@ -51,12 +60,12 @@ def _draw_panel(
     at: tuple[int, int],
     title: str,
     labels: Mapping[str, str],
-    calls: Mapping[str, tuple[str, float]],
+    calls: Mapping[str, Call],
     colours: Mapping[str, str],
 ) -> None:
     left, top = at
     scored = [well for well, label in labels.items() if label in colours]
-    right = sum(calls[well][0] == labels[well] for well in scored)
+    right = sum(calls[well].label == labels[well] for well in scored)
     draw.text((left, top), f"{title}: {right} of {len(scored)} right", INK, _font(15))
     rows, columns = PLATE_FORMATS[96]
     for column in range(columns):
@@ -73,7 +82,7 @@ def _draw_well(
     at: tuple[int, int],
     well: str,
     label: str | None,
-    call: tuple[str, float] | None,
+    call: Call | None,
     colours: Mapping[str, str],
 ) -> None:
     row, column = well_position(well)
@@ -83,12 +92,12 @@ def _draw_well(
         outer = column in (0, PLATE_FORMATS[96][1] - 1)  # the simulated plates' control columns
         draw.rounded_rectangle(box, 6, fill=CONTROL if outer else EMPTY)
         return
-    called, probability = call
-    draw.rounded_rectangle(box, 6, fill=_faded(colours[called], probability))
+    outline = INK if call.like_control else None
+    draw.rounded_rectangle(box, 6, fill=_faded(colours[call.label], call.probability), outline=outline, width=2)
     centre = (left + CELL // 2, top + CELL // 2)
     if label not in colours:
         draw.text((centre[0] - 3, centre[1] - 9), "i", INK, _font(15))
-    elif label != called:
+    elif label != call.label:
         draw.ellipse(
             (centre[0] - 6, centre[1] - 6, centre[0] + 6, centre[1] + 6), fill=colours[label], outline=BACKGROUND, width=2
         )
@@ -109,5 +118,6 @@ def _draw_legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: Mappin
         draw.rounded_rectangle((x, y, x + 18, y + 18), 4, fill=colour)
         draw.text((x + 26, y + 1), name, INK, _font(14))
     y = top + -(-len(colours) // LEGEND_COLUMNS) * LEGEND_ROW
-    words = "fill: the class called, stronger the surer; dot: the true class of a wrong call; i: inactive; grey: DMSO"
+    words = "fill: the class called, stronger the surer; dot: the true class of a wrong call; i: inactive; grey: DMSO; "
+    words += "frame: like a control"
     draw.text((left, y + 2), words, INK, _font(14))

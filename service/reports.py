@@ -17,6 +17,8 @@ from service.uploads import PreparedSite, RefusedSite, Skipped, Upload
 CONTEXT = "controls"
 VERSION = version("anchorwell")
 REPORTED_SATURATION = 0.001
+FURTHEST = 100.0
+"""Percentile of a plate that no held-out training plate is as far away as."""
 
 
 def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
@@ -58,9 +60,7 @@ def notices(
 
 
 def _upload_notices(batch: BatchRecord, upload: Upload) -> Iterator[str]:
-    if upload.numbered:
-        order = ", ".join(f"{number} {channel}" for number, channel in enumerate(upload.numbered, start=1))
-        yield f"the files number their channels, and the bundle's order was taken: {order}; send channels to name others"
+    yield from upload.notices
     if upload.plate is not None and not _names_plate(batch.batch_id, upload.plate):
         yield f"the images' table is of plate {upload.plate[:80]!r}, the batch is named {batch.batch_id}"
 
@@ -89,6 +89,11 @@ def _context_notices(
         yield f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
     if adaptation is not None and adaptation.out_of_range:
         yield "the statistics of this plate's controls are unlike those of the training plates"
+    elif adaptation is not None and adaptation.percentile >= FURTHEST:
+        yield (
+            "the statistics of this plate's controls lie further from the training plates than those of any held-out one: "
+            "are pixel size, channels and stain what the network was trained on?"
+        )
 
 
 def well_prediction(

@@ -53,30 +53,36 @@ class Provenance(_Value):
     """What answered."""
 
     bundle: str = Field(description="digest of the served bundle")
-    provider: str
-    precision: str
-    version: str
+    provider: str = Field(description="what onnxruntime really ran on: CUDAExecutionProvider or CPUExecutionProvider")
+    precision: str = Field(description="arithmetic of the network: fp32")
+    version: str = Field(description="of the service")
 
 
 class Measured(Provenance):
     """What was sent to a batch, and the statistics that it is answered with."""
 
     batch_id: str
-    adapted: bool
-    statistics_id: str | None
-    context: str
-    trained_context: str
-    context_wells: tuple[str, ...]
-    context_sites: int
-    left_out: tuple[LeftOut, ...]
-    distance: float | None
-    percentile: float | None
+    adapted: bool = Field(description="whether the answer stands on this batch's control statistics")
+    statistics_id: str | None = Field(
+        description="digest of what the statistics were measured on and with; None: not adapted"
+    )
+    context: str = Field(description="controls; or source, the answer without adaptation")
+    trained_context: str = Field(description="the context that the network was trained for")
+    context_wells: tuple[str, ...] = Field(description="control wells that were measured")
+    context_sites: int = Field(description="control sites that were measured")
+    left_out: tuple[LeftOut, ...] = Field(description="control sites that are kept but were not measured")
+    distance: float | None = Field(
+        description="how far the plate's statistics lie from those of the training plates, in spreads between them"
+    )
+    percentile: float | None = Field(description="share of held-out training plates, in percent, that lie as near or nearer")
     out_of_range: bool | None = Field(description="whether the plate's statistics are unlike those of training")
-    pixel_size_um: float | None
-    notices: tuple[str, ...]
-    saturation: tuple[Saturation, ...]
-    skipped: tuple[SkippedFile, ...]
-    seconds: Mapping[str, float]
+    pixel_size_um: float | None = Field(description="µm per pixel that the images were taken at")
+    notices: tuple[str, ...] = Field(
+        description="what was assumed, and what is unlike training: to be read before the answers"
+    )
+    saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
+    skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
+    seconds: Mapping[str, float] = Field(description="seconds by stage")
 
 
 class ControlsReport(Measured):
@@ -93,18 +99,24 @@ class WellPrediction(_Value):
     """One well's answer. ``control`` wells are kept as controls of this batch."""
 
     well: str
-    label: str
-    probability: float
-    probabilities: Mapping[str, float]
-    entropy: float
-    sites: int
-    refused: tuple[RefusedImage, ...]
-    spread: float
-    distance_to_controls: float | None
-    distance_to_class: float
-    resembles_controls: bool | None
-    out_of_range: bool
-    control: bool
+    label: str = Field(description="the most probable class")
+    probability: float = Field(description="of that class, calibrated on held-out plates")
+    probabilities: Mapping[str, float] = Field(description="of every class; the mean over the well's sites")
+    entropy: float = Field(description="of the probabilities, in nats: 0 is certain, ln(classes) is no idea")
+    sites: int = Field(description="sites that were answered")
+    refused: tuple[RefusedImage, ...] = Field(description="sites that were left out, and why")
+    spread: float = Field(description="how much the sites disagree: standard deviation of the label's probability over them")
+    distance_to_controls: float | None = Field(
+        description="the well's embedding against this plate's controls; None without adaptation"
+    )
+    distance_to_class: float = Field(description="the well's embedding against the nearest class of the training plates")
+    resembles_controls: bool | None = Field(
+        description="whether the well is as near this plate's controls as held-out control wells are to theirs"
+    )
+    out_of_range: bool = Field(
+        description="whether the well is far from every class of training, or its plate is out of range"
+    )
+    control: bool = Field(description="whether the well is kept as one of this batch's controls")
 
 
 class Prediction(Measured):
@@ -125,7 +137,7 @@ class BatchSummary(_Value):
     unusable_sites: int
     treated_wells: tuple[str, ...]
     pixel_size_um: float | None
-    plate: str | None
+    plate: str | None = Field(description="what the controls' table names; None when none did")
     changed_at: datetime
 
 

@@ -62,7 +62,7 @@ class Skipped:
 class Upload:
     """Which file is which plane: complete sites, in order; nothing is decoded yet.
 
-    ``plate`` is the one that the layout names; ``numbered``, the channels that numbers were taken for unasked.
+    ``plate`` is the one that the layout names; ``notices`` tell what was assumed, or chosen of two, unasked.
     """
 
     form: Form
@@ -70,7 +70,7 @@ class Upload:
     skipped: tuple[Skipped, ...]
     pixel_size_um: float | None
     plate: str | None
-    numbered: tuple[str, ...]
+    notices: tuple[str, ...]
 
     @property
     def wells(self) -> frozenset[str]:
@@ -121,8 +121,10 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
             planes[key] = file
     if not planes:
         raise NoImagesError(f"no image to use among {len(images)} files: send them as parts named 'images'")
-    assumed = tuple(channels) if layout is None and numbered is None and _any_numbered(planes.values()) else ()
-    return Upload(form, _complete_sites(planes, channels), tuple(skipped), _pixel_size(fields), plate, assumed)
+    assumed = layout is None and numbered is None and _any_numbered(planes.values())
+    pixel_size_um, of_table = _pixel_size(fields)
+    notices = (*_order_notice(channels if assumed else ()), *_pixel_size_notice(pixel_size_um, of_table))
+    return Upload(form, _complete_sites(planes, channels), tuple(skipped), pixel_size_um, plate, notices)
 
 
 def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
@@ -138,22 +140,34 @@ def _any_numbered(files: Iterable[ReceivedFile]) -> bool:
     return any(isinstance(parse_file_name(file.name).channel, int) for file in files)
 
 
+def _order_notice(assumed: Sequence[str]) -> Iterator[str]:
+    if assumed:
+        order = ", ".join(f"{number} {channel}" for number, channel in enumerate(assumed, start=1))
+        yield f"the files number their channels, and the bundle's order was taken: {order}; send channels to name others"
+
+
+def _pixel_size_notice(taken: float | None, of_table: float | None) -> Iterator[str]:
+    if taken is not None and of_table is not None and taken != of_table:
+        yield f"pixel_size_um {taken:g} was taken; the table says {of_table:g}"
+
+
 def _channel_names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _pixel_size(fields: Mapping[str, str]) -> float | None:
-    """Return the pixel size that the form gives, or else its LoadData table."""
+def _pixel_size(fields: Mapping[str, str]) -> tuple[float | None, float | None]:
+    """Return the pixel size that the form gives, or else its LoadData table; and that of the table."""
+    of_table = layout_pixel_size_um(fields["layout"]) if "layout" in fields else None
     text = fields.get("pixel_size_um")
     if text is None:
-        return layout_pixel_size_um(fields["layout"]) if "layout" in fields else None
+        return of_table, of_table
     try:
         value = round(float(text), PIXEL_SIZE_DECIMALS)
     except ValueError:
         value = float("nan")
     if not (isfinite(value) and 0 < value <= MAX_PIXEL_SIZE_UM):
         raise InvalidRequestError(f"pixel_size_um {text[:40]!r} is not a number of micrometres above 0")
-    return value
+    return value, of_table
 
 
 def _place(

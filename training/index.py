@@ -78,8 +78,11 @@ def index_tree(root: Path, channels: Sequence[str]) -> pd.DataFrame:
 
 
 def _require_controls(index: pd.DataFrame) -> None:
-    roles = index.groupby(KEYS[:3])["role"].agg(set)
-    without = [plate for (_, _, plate), found in roles.items() if Role.CONTROL.value not in found]
+    key = KEYS[:3]
+    plates = index[key].drop_duplicates()
+    controls = index.loc[index["role"] == Role.CONTROL.value, key].drop_duplicates()
+    merged = plates.merge(controls, on=key, how="left", indicator=True)
+    without = list(merged.loc[merged["_merge"] == "left_only", "Metadata_Plate"])
     if without:
         raise LayoutError(f"{len(without)} plates have no control site in their tables: {', '.join(without[:8])}")
 

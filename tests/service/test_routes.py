@@ -167,6 +167,37 @@ def test_health_names_provider_and_precision(client):
     assert (ready["provider"], ready["precision"]) == ("CPUExecutionProvider", "fp32")
 
 
+def test_openapi_describes_every_field_of_an_answer(client):
+    told = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("WellPrediction", "Prediction", "ControlsReport"):
+        bare = [field for field, value in told[name]["properties"].items() if "description" not in value]
+        assert set(bare) <= {"well", "wells", "batch_id", "created_at"}, bare
+
+
+def test_live_answers_a_head_request(client):
+    assert client.request("HEAD", "/health/live").status_code == 200
+
+
+def test_a_plate_further_than_any_held_out_one_is_noticed(settings, store):
+    with running(settings, FakeEngine(), store) as client:
+        near = client.post("/batches/P1/controls", files=well_files(CONTROL_WELLS)).json()
+    dim = [image(f"{w}_1_{c}.tif", tiff(plane((w, c), brightness=0.62))) for w in CONTROL_WELLS for c in CHANNELS]
+    with running(settings, FakeEngine(), store) as client:
+        far = client.post("/batches/P2/controls", files=dim).json()
+    assert (near["percentile"] < 100) == (near["notices"] == [])
+    assert far["percentile"] == 100
+    assert any("further from the training plates" in n or "unlike those of the training" in n for n in far["notices"])
+
+
+def test_a_pixel_size_that_the_table_contradicts_is_noticed(client):
+    header = "file,well,site,channel,Metadata_ImageResolutionX"
+    rows = [f"{w}_{s}_{c}.tif,{w},{s},{c},6e-7" for w in CONTROL_WELLS for s in (1, 2) for c in CHANNELS]
+    form = {"layout": "\n".join([header, *rows]), "pixel_size_um": "0.65"}
+    report = client.post("/batches/P1/controls", files=well_files(CONTROL_WELLS), data=form).json()
+    assert report["pixel_size_um"] == 0.65
+    assert report["notices"] == ["pixel_size_um 0.65 was taken; the table says 0.6"]
+
+
 def test_openapi_describes_the_upload(client):
     form = client.get("/openapi.json").json()["paths"]["/batches/{batch_id}/predict"]["post"]["requestBody"]
     assert "images" in form["content"]["multipart/form-data"]["schema"]["properties"]
