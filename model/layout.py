@@ -34,6 +34,7 @@ PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
 
 MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
 MAX_PIXEL_SIZE_UM = 1_000.0
+MAX_PLATE_NAME = 128
 PIXEL_SIZE_DECIMALS = 6
 """Decimals of a pixel size in µm: metres of a table and µm of a form give the same number."""
 
@@ -288,6 +289,8 @@ def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
     plates = sorted({row["Metadata_Plate"].strip() for row in rows if "Metadata_Plate" in row} - {""})
     if len(plates) > 1:
         raise LayoutError(f"the table is of {len(plates)} plates ({', '.join(plates)[:80]}); send one plate's rows")
+    if plates and len(plates[0]) > MAX_PLATE_NAME:
+        raise LayoutError(f"Metadata_Plate has {len(plates[0]):,} characters; a plate's name has {MAX_PLATE_NAME} at most")
     return plates[0] if plates else None
 
 
@@ -363,7 +366,7 @@ def _json_rows(body: str) -> list[dict[str, str]]:
     for number, row in enumerate(value, start=1):
         if row.keys() != value[0].keys():
             raise LayoutError(f"object {number} of the layout does not have the keys of the first")
-    return [{str(name): str(cell) for name, cell in row.items()} for row in value]
+    return [{str(name): "" if cell is None else str(cell) for name, cell in row.items()} for row in value]
 
 
 def _csv_rows(body: str) -> list[dict[str, str]]:

@@ -507,7 +507,7 @@ def require_plate(batch: BatchRecord, plate: str | None) -> None:
     Raises:
         PlateConflictError: the batch's controls are of another one.
     """
-    if batch.controls and None not in (batch.plate, plate) and plate != batch.plate:
+    if batch.controls and batch.plate and plate and plate.casefold() != batch.plate.casefold():
         raise PlateConflictError(
             f"the controls of batch {batch.batch_id} are of plate {_short(batch.plate)}, these images are of plate "
             f"{_short(plate)}: send them to that plate's batch",

@@ -14,6 +14,7 @@ from model.layout import (
     PlaneKey,
     Role,
     layout_pixel_size_um,
+    layout_plate,
     parse_file_name,
     parse_layout,
     parse_platemap,
@@ -233,3 +234,16 @@ def test_a_load_data_table_of_several_plates_is_refused() -> None:
 
 def test_an_upper_case_suffix_is_the_same_name() -> None:
     assert parse_file_name("P_A01_s1_w1.TIF") == parse_file_name("P_A01_s1_w1.tif")
+
+
+def test_a_tables_plate_is_read_and_bounded():
+    def table(*plates):
+        return "\n".join(["file,Metadata_Plate", *(f"{number}.tif,{plate}" for number, plate in enumerate(plates))])
+
+    assert layout_plate(table("BR1", "BR1", " ")) == "BR1"
+    assert layout_plate("file,well\na.tif,A01") is None
+    assert layout_plate('[{"file": "a.tif", "Metadata_Plate": null}]') is None
+    with pytest.raises(LayoutError, match="2 plates"):
+        layout_plate(table("BR1", "BR2"))
+    with pytest.raises(LayoutError, match="200 characters"):
+        layout_plate(table("x" * 200))
