@@ -242,7 +242,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
         require_same_run(Run.load(path).config, config, path, resume=resume)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     last = path / LAST
-    resumed = last.is_file()
+    resumed = resume and last.is_file()
     run, plates = prepare_run(config, path, read_index(Path(config.index)))
     run.save()
     module = MetaTraining(run, plates)
