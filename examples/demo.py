@@ -195,7 +195,7 @@ class Server:
     def __init__(self, bundle: Path, folder: Path) -> None:
         command = [
             str(Path(sys.executable).with_name("anchorwell")), "serve", "--bundle", str(bundle),
-            "--store", f"sqlite:///{(folder / bundle.name).resolve()}.db", "--port", "0", "--device", "cpu",
+            "--data", str((folder / bundle.name).resolve()), "--port", "0", "--device", "cpu",
         ]  # fmt: skip
         self.log = folder / f"{bundle.name}.log"
         with self.log.open("wb") as log:

@@ -17,6 +17,7 @@ AnchorwellError                  everything below
 │   ├── UnsupportedImageError    a TIFF of a kind that is not read: pages, colours, type, compression
 │   ├── NonFiniteImageError      NaN or infinity among the pixels
 │   ├── BlankImageError          every pixel, but for a few at most, has the same value
+│   ├── UndecodableImageError    an image that takes more time or memory to decode than it may
 │   ├── SaturatedImageError      too many pixels at the top of the range
 │   └── MixedSizesError          planes of one site that differ in size
 ├── ContextError                 the controls cannot give statistics
@@ -108,6 +109,10 @@ class NonFiniteImageError(ImageError):
 
 class BlankImageError(ImageError):
     """Every pixel, but for a few at most, has the same value."""
+
+
+class UndecodableImageError(ImageError):
+    """An image that takes more time or memory to decode than it may."""
 
 
 class SaturatedImageError(ImageError):

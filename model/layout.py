@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath, PureWindowsPath
@@ -225,18 +225,43 @@ def match_channel(name: str, channels: Sequence[str]) -> str:
 # --- layout tables ---------------------------------------------------------------------------------------------------
 
 
-def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
+@dataclass(frozen=True)
+class Layout:
+    """What a table says of images: which file is which plane, of which plate, and at which pixel sizes (µm)."""
+
+    files: Mapping[str, PlaneKey]
+    plate: str | None
+    pixel_sizes_um: tuple[float, ...]
+
+    @property
+    def pixel_size_um(self) -> float | None:
+        """The one pixel size; None when the table gives none.
+
+        Raises:
+            LayoutError: it gives several.
+        """
+        if len(self.pixel_sizes_um) > 1:
+            listed = ", ".join(f"{size:g}" for size in self.pixel_sizes_um[:4])
+            raise LayoutError(f"the images of one request have one pixel size; {_RESOLUTION} gives {listed} µm")
+        return self.pixel_sizes_um[0] if self.pixel_sizes_um else None
+
+
+_RESOLUTION = "Metadata_ImageResolutionX"
+_LOAD_DATA = frozenset({"Metadata_Well", "Metadata_Site"})
+
+
+def parse_layout(text: str, channels: Sequence[str]) -> Layout:
     """Read a layout: which file is which well, site and channel.
 
     Takes CSV with the columns ``file,well,site,channel``; JSON, a list of objects with the same keys; or a JUMP
     LoadData CSV (``Metadata_Well``, ``Metadata_Site`` and, per channel, ``FileName_Orig…``; channels that the bundle
-    does not have are left out). Files are keyed by their last path component.
+    does not have are left out; ``Metadata_ImageResolutionX`` is metres per pixel). Files are keyed by their last path
+    component.
 
     Raises:
         LayoutError: not such a table. WellNameError, UnknownChannelError, DuplicatePlaneError: as they say.
     """
-    rows = _table(text)
-    _plate(rows)
+    rows = read_table(text)
     columns = set(rows[0])
     if {"file", "well", "site", "channel"} <= columns:
         pairs = [
@@ -246,43 +271,52 @@ def parse_layout(text: str, channels: Sequence[str]) -> dict[str, PlaneKey]:
             )
             for row in rows
         ]
-    elif {"Metadata_Well", "Metadata_Site"} <= columns:
-        pairs = _load_data_pairs(rows, channels)
+    elif columns >= _LOAD_DATA:
+        pairs = [(file_name(place), key) for key, place in _load_data_places(rows, channels, ("FileName", "URL"))]
     else:
         raise LayoutError(
             "a layout needs the columns file, well, site, channel (or JUMP's Metadata_Well, Metadata_Site and "
             f"FileName_Orig…); it has {', '.join(sorted(columns))[:200]}"
         )
-    return _unique_files(pairs)
+    return Layout(_unique_files(pairs), _plate(rows), _pixel_sizes_um(rows))
 
 
-def layout_pixel_size_um(text: str) -> float | None:
-    """Return the µm per pixel that a LoadData table gives (``Metadata_ImageResolutionX``, metres); None without it.
+@dataclass(frozen=True)
+class Places:
+    """What a LoadData table says of images that lie elsewhere: each plane's address, the plate, and the pixel size (µm)."""
+
+    addresses: Mapping[PlaneKey, str]
+    plate: str | None
+    pixel_size_um: float | None
+
+
+def load_data_places(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> Places:
+    """Read where a LoadData table says that images are: ``URL_Orig…``, or else ``PathName_Orig…`` and ``FileName_Orig…``.
 
     Raises:
-        LayoutError: the table gives several, or none that is a length.
+        LayoutError: not such a table. WellNameError, MissingChannelError, DuplicatePlaneError: as they say.
     """
-    column = "Metadata_ImageResolutionX"
-    found = {row[column].strip() for row in _table(text) if column in row} - {""}
-    if not found:
-        return None
+    if not rows or not set(rows[0]) >= _LOAD_DATA:
+        raise LayoutError(
+            "a LoadData table needs the columns Metadata_Well and Metadata_Site, and URL_Orig… for each channel"
+        )
+    addresses: dict[PlaneKey, str] = {}
+    for key, place in _load_data_places(rows, channels, ("URL", "FileName")):
+        if key in addresses:
+            raise duplicate_plane(key, addresses[key], place)
+        addresses[key] = place
+    return Places(addresses, _plate(rows), Layout({}, None, _pixel_sizes_um(rows)).pixel_size_um)
+
+
+def _pixel_sizes_um(rows: Sequence[Mapping[str, str]]) -> tuple[float, ...]:
+    found = {row[_RESOLUTION].strip() for row in rows if _RESOLUTION in row} - {""}
     try:
-        sizes = {round(float(value) * 1e6, PIXEL_SIZE_DECIMALS) for value in found}
+        sizes = sorted({round(float(value) * 1e6, PIXEL_SIZE_DECIMALS) for value in found})
     except ValueError:
-        raise LayoutError(f"{column} is not a number of metres per pixel") from None
-    if len(sizes) > 1 or not all(0 < size < MAX_PIXEL_SIZE_UM for size in sizes):
-        listed = ", ".join(f"{size:g}" for size in sorted(sizes)[:4])
-        raise LayoutError(f"the images of one request have one pixel size; {column} gives {listed} µm")
-    return sizes.pop()
-
-
-def layout_plate(text: str) -> str | None:
-    """Return the plate that a table names (``Metadata_Plate``); None when it names none.
-
-    Raises:
-        LayoutError: the table is of several plates.
-    """
-    return _plate(_table(text))
+        raise LayoutError(f"{_RESOLUTION} is not a number of metres per pixel") from None
+    if not all(0 < size < MAX_PIXEL_SIZE_UM for size in sizes):
+        raise LayoutError(f"{_RESOLUTION} gives {', '.join(f'{size:g}' for size in sizes[:4])} µm per pixel")
+    return tuple(sizes)
 
 
 def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
@@ -294,22 +328,25 @@ def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
     return plates[0] if plates else None
 
 
-def _load_data_pairs(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> list[tuple[str, PlaneKey]]:
+def _load_data_places(
+    rows: Sequence[Mapping[str, str]], channels: Sequence[str], kinds: Sequence[str]
+) -> Iterator[tuple[PlaneKey, str]]:
+    """Give each plane and its place, from the first of the kinds of columns that there is."""
     columns = {
-        channel: next((f"{kind}_Orig{channel}" for kind in ("FileName", "URL") if f"{kind}_Orig{channel}" in rows[0]), None)
+        channel: next((f"{kind}_Orig{channel}" for kind in kinds if f"{kind}_Orig{channel}" in rows[0]), None)
         for channel in channels
     }
     missing = [channel for channel, column in columns.items() if column is None]
     if missing:
         raise MissingChannelError(
-            f"the LoadData table has no FileName_Orig… column for {', '.join(missing)}", channels=missing
+            f"the LoadData table has no {kinds[0]}_Orig… column for {', '.join(missing)}", channels=missing
         )
-    return [
-        (file_name(row[column]), PlaneKey(parse_well(row["Metadata_Well"]), parse_site(row["Metadata_Site"]), channel))
-        for row in rows
-        for channel, column in columns.items()
-        if column is not None
-    ]
+    for row in rows:
+        well, site = parse_well(row["Metadata_Well"]), parse_site(row["Metadata_Site"])
+        for channel, column in columns.items():
+            assert column is not None
+            folder = row.get(f"PathName_Orig{channel}", "") if column.startswith("FileName") else ""
+            yield PlaneKey(well, site, channel), f"{folder.rstrip('/')}/{row[column]}" if folder else row[column]
 
 
 def _unique_files(pairs: Iterable[tuple[str, PlaneKey]]) -> dict[str, PlaneKey]:
@@ -347,7 +384,7 @@ def duplicate_image(first: PlaneKey, second: PlaneKey) -> DuplicateImageError:
     )
 
 
-def _table(text: str) -> list[dict[str, str]]:
+def read_table(text: str) -> list[dict[str, str]]:
     """Read a CSV, TSV or JSON table as rows of text."""
     body = text.lstrip("\ufeff").strip("\r\n ")
     rows = _json_rows(body) if body.startswith(("[", "{")) else _csv_rows(body)
@@ -393,6 +430,19 @@ _NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control", "dms
 _TREATED = frozenset({"treated", "trt", "compound", "sample", "positive", "positive_control", ""})
 
 
+@dataclass(frozen=True)
+class PlateMap:
+    """A plate map: its columns, each well's values, and the roles that it tells, if it tells any."""
+
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    roles: Mapping[str, Role]
+
+    def wells(self, role: Role) -> frozenset[str]:
+        """The wells of a role."""
+        return frozenset(well for well, found in self.roles.items() if found is role)
+
+
 def parse_platemap(text: str) -> dict[str, Role]:
     """Read a plate map's roles: which wells are negative controls.
 
@@ -404,27 +454,44 @@ def parse_platemap(text: str) -> dict[str, Role]:
     Raises:
         LayoutError: no such columns, a role that is not known, or a well named twice.
     """
-    rows = [{name.strip().casefold(): cell for name, cell in row.items()} for row in _table(text)]
-    well_column = next((name for name in WELL_COLUMNS if name in rows[0]), None)
+    platemap = read_platemap(text)
+    if not platemap.roles:
+        raise LayoutError("a plate map needs a role, pert_type, control_type or broad_sample column")
+    return dict(platemap.roles)
+
+
+def read_platemap(text: str) -> PlateMap:
+    """Read a whole plate map, as ``parse_platemap`` does; one without a role column tells no roles.
+
+    Raises:
+        LayoutError: no well column, a role that is not known, or a well named twice.
+    """
+    rows = read_table(text)
+    names = {name: name.strip().casefold() for name in rows[0]}
+    well_column = next((name for name, folded in names.items() if folded in WELL_COLUMNS), None)
     if well_column is None:
         raise LayoutError(
             f"a plate map needs a column well, Metadata_Well or well_position; it has {', '.join(rows[0])[:200]}"
         )
+    values: dict[str, tuple[str, ...]] = {}
     roles: dict[str, Role] = {}
     for row in rows:
         well = parse_well(row[well_column])
-        if well in roles:
+        if well in values:
             raise LayoutError(f"the plate map names well {well} twice", well=well)
-        roles[well] = _role(well, row)
-    return roles
+        values[well] = tuple(row.values())
+        role = _role(well, {names[name]: cell for name, cell in row.items()})
+        if role is not None:
+            roles[well] = role
+    return PlateMap(tuple(rows[0]), values, roles)
 
 
-def _role(well: str, row: Mapping[str, str]) -> Role:
+def _role(well: str, row: Mapping[str, str]) -> Role | None:
     column = next((name for name in _ROLE_COLUMNS if name in row), None)
     if column is None and "broad_sample" in row:
         return Role.CONTROL if row["broad_sample"].strip() in ("", "DMSO") else Role.TREATED
     if column is None:
-        raise LayoutError("a plate map needs a role, pert_type, control_type or broad_sample column")
+        return None
     value = row[column].strip().casefold()
     if column.endswith("pert_type") and value == "control":
         raise LayoutError(

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from model.errors import AnchorwellError
 from model.layout import Role, parse_layout, parse_platemap
-from service import schemas
+from service import cli_operate, schemas
 from service.client import (
     AnchorwellClient,
     ProblemError,
@@ -49,6 +49,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_operate.keys)
+app.add_typer(cli_operate.audits)
+app.command("restore")(cli_operate.restore)
 out = Console()
 err = Console(stderr=True)
 
@@ -92,13 +95,13 @@ def _setting_fault(name: str, kind: str, reason: str) -> str:
 @app.command()
 def serve(
     bundle: Annotated[Path | None, typer.Option(help="the bundle to serve (ANCHORWELL_BUNDLE)")] = None,
-    store: Annotated[str | None, typer.Option(help="sqlite:///FILE or redis://… (ANCHORWELL_STORE)")] = None,
+    data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on (ANCHORWELL_HOST)")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on (ANCHORWELL_PORT)")] = None,
 ) -> None:
     """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
-    given = {"bundle": bundle, "store": store, "device": device, "host": host, "port": port}
+    given = {"bundle": bundle, "data": data, "device": device, "host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
     for line in settings.lines():
@@ -106,10 +109,10 @@ def serve(
     from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
 
     application = create_app(settings)
-    if not is_loopback(settings.host):
+    if settings.allow_anonymous and not is_loopback(settings.host):
         err.print(
             f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
-            "every batch: ANCHORWELL_ALLOW_ANONYMOUS is set and there are no API keys",
+            "every batch without an API key: ANCHORWELL_ALLOW_ANONYMOUS is set",
             soft_wrap=True,
         )
     config = uvicorn.Config(application, host=settings.host, port=settings.port, log_config=None, access_log=False)
@@ -248,7 +251,7 @@ def _of_role(
     paths: list[Path], platemap: Path | None, layout: str | None, client: AnchorwellClient, role: Role
 ) -> list[Path]:
     """Return the images of wells with a role on the plate map; all of them without one."""
-    places = None if layout is None else parse_layout(layout, client.model().channels)
+    places = None if layout is None else parse_layout(layout, client.model().channels).files
     wells = {path: well_of(path, places) for path in paths}
     if platemap is None:
         sent = sorted({well for well in wells.values() if well is not None})

@@ -101,7 +101,7 @@ class AnchorwellClient:
             ProblemError: the service refused a well. StatisticsChangedError: the controls changed on the way.
             ServiceUnreachableError: the service did not answer. AnchorwellError: a file's well is not known.
         """
-        places = parse_layout(layout, self.model().channels) if layout is not None else None
+        places = parse_layout(layout, self.model().channels).files if layout is not None else None
         paths = _some(files)
         sent = _Sent(len(paths), progress)
         form = _form(layout, channels, pixel_size_um)

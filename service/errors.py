@@ -3,13 +3,25 @@
 ServiceError                     what is wrong with a request or the service, beyond the plate itself (``model.errors``)
 ├── RequestError                 the request cannot be taken as it is
 │   ├── InvalidBatchIdError      a batch id that could not stand in a path or a key
+│   ├── DigestError              a body that is not what its Content-Digest says, or without one
+│   ├── NotAcceptableError       an answer in a form that is not given
 │   ├── InvalidRequestError      a field of the request that is missing, unknown or malformed
 │   ├── MalformedUploadError     a body that is no complete multipart form
 │   ├── NoImagesError            a form without one image that could be used
 │   ├── UploadTooLargeError      more bytes, files or sites than the service takes
 │   └── UploadTimeoutError       a body of which nothing more arrived
+├── AccessError                  the caller may not do that
+│   ├── UnauthorizedError        no key where one is needed, or none that opens anything
+│   ├── ForbiddenError           the key lacks a scope
+│   ├── KeyNotFoundError         there is no such key
+│   └── TooManyRequestsError     more requests, or bytes, than the key may send
+├── RepeatError                  an Idempotency-Key that cannot be used so
+│   ├── IdempotencyConflictError the key was used for another request
+│   └── StillRunningError        the same request is still running
 ├── BatchError                   the request does not fit what is kept for the batch
 │   ├── BatchNotFoundError       nothing is kept under that id
+│   ├── PlateMapNotFoundError    the batch has no plate map
+│   ├── StagedConflictError      another image for a plane that was sent ahead
 │   ├── ControlConflictError     another image for a control plane that is kept
 │   ├── TreatedAsControlError    a control well that was answered as a treated one
 │   ├── PixelSizeConflictError   another pixel size than the batch's
@@ -19,11 +31,14 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── NotReadyError            the bundle's golden images have not been replayed, or did not agree
 │   ├── BusyError                every request slot is taken
 │   ├── BatchBusyError           other requests kept changing the batch
-│   └── StoreUnavailableError    the store cannot be reached, or cannot write
+│   ├── DecoderKilledError       the process that decoded an image was killed from outside
+│   ├── StoreUnavailableError    the store cannot be reached, or cannot write
+│   └── StoreLostError           the store answers, but the lab's records are gone from it
 ├── RouteError                   the path or its method does not exist
 │   ├── RouteNotFoundError       no such path
 │   ├── MethodNotAllowedError    the path does not take this method
 │   └── BadRequestError          a request that HTTP itself does not allow
+├── BlobMissingError             what a record names is not among the kept files
 └── StartError                   the service cannot start as it is configured; never an HTTP answer
 """
 
@@ -61,6 +76,14 @@ class InvalidBatchIdError(RequestError):
     """A batch id that could not stand in a path or a key."""
 
 
+class DigestError(RequestError):
+    """A body that is not what its Content-Digest says, or without one."""
+
+
+class NotAcceptableError(RequestError):
+    """An answer in a form that is not given."""
+
+
 class InvalidRequestError(RequestError):
     """A field of the request that is missing, unknown or malformed."""
 
@@ -81,12 +104,52 @@ class UploadTimeoutError(RequestError):
     """A body of which nothing more arrived."""
 
 
+class AccessError(ServiceError):
+    """The caller may not do that."""
+
+
+class UnauthorizedError(AccessError):
+    """No key where one is needed, or none that opens anything."""
+
+
+class ForbiddenError(AccessError):
+    """The key lacks a scope."""
+
+
+class KeyNotFoundError(AccessError):
+    """There is no such key."""
+
+
+class TooManyRequestsError(AccessError):
+    """More requests, or bytes, than the key may send."""
+
+
+class RepeatError(ServiceError):
+    """An Idempotency-Key that cannot be used so."""
+
+
+class IdempotencyConflictError(RepeatError):
+    """The key was used for another request."""
+
+
+class StillRunningError(RepeatError):
+    """The same request is still running."""
+
+
 class BatchError(ServiceError):
     """The request does not fit what is kept for the batch."""
 
 
 class BatchNotFoundError(BatchError):
     """Nothing is kept under that id."""
+
+
+class PlateMapNotFoundError(BatchError):
+    """The batch has no plate map."""
+
+
+class StagedConflictError(BatchError):
+    """Another image for a plane that was sent ahead."""
 
 
 class ControlConflictError(BatchError):
@@ -125,8 +188,20 @@ class BatchBusyError(UnavailableError):
     """Other requests kept changing the batch."""
 
 
+class DecoderKilledError(UnavailableError):
+    """The process that decoded an image was killed from outside."""
+
+
 class StoreUnavailableError(UnavailableError):
     """The store cannot be reached, or cannot write."""
+
+
+class StoreLostError(UnavailableError):
+    """The store answers, but the lab's records are gone from it."""
+
+
+class BlobMissingError(ServiceError):
+    """What a record names is not among the kept files."""
 
 
 class RouteError(ServiceError):
@@ -147,6 +222,15 @@ class BadRequestError(RouteError):
 
 class StartError(ServiceError):
     """The service cannot start as it is configured; never an HTTP answer."""
+
+
+class AnsweredBefore(Exception):  # noqa: N818 (no error: the answer of the first request)
+    """The request was answered before: ``status`` and ``body`` are that answer's."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__("answered before")
+        self.status = status
+        self.body = body
 
 
 @dataclass(frozen=True)
@@ -176,10 +260,13 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     plate.BlankImageError: Problem("blank-image", "The image is blank", 422),
     plate.SaturatedImageError: Problem("saturated-image", "Too many saturated pixels", 422),
     plate.MixedSizesError: Problem("mixed-sizes", "The channels of one site differ in size", 422),
+    plate.UndecodableImageError: Problem("undecodable-image", "The image cannot be decoded within bounds", 422),
     plate.NoControlsError: Problem("controls-required", "The batch has no controls", 409),
     plate.TooFewControlsError: Problem("too-few-controls", "The batch has too few control wells", 409),
     plate.ContextError: Problem("unusable-controls", "The controls give no usable statistics", 422),
     InvalidBatchIdError: Problem("invalid-batch-id", "Not a batch id", 422),
+    DigestError: Problem("digest-mismatch", "The body is not what its Content-Digest says", 400),
+    NotAcceptableError: Problem("not-acceptable", "The answer is not given in that form", 406),
     InvalidRequestError: Problem("invalid-request", "A field of the request is not valid", 422),
     RequestValidationError: Problem("invalid-request", "A field of the request is not valid", 422),
     MalformedUploadError: Problem("malformed-upload", "Not a complete multipart form", 400),
@@ -187,7 +274,15 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     NoImagesError: Problem("no-images", "The form has no usable image", 422),
     UploadTooLargeError: Problem("upload-too-large", "The upload is too large", 413),
     UploadTimeoutError: Problem("upload-timeout", "Nothing more of the upload arrived", 408),
+    UnauthorizedError: Problem("unauthorized", "An API key is needed", 401),
+    ForbiddenError: Problem("forbidden", "The API key lacks a scope", 403),
+    KeyNotFoundError: Problem("key-not-found", "No such API key", 404),
+    TooManyRequestsError: Problem("too-many-requests", "More than this API key may send", 429, retry_after_s=1),
+    IdempotencyConflictError: Problem("idempotency-conflict", "The Idempotency-Key is another request's", 422),
+    StillRunningError: Problem("still-running", "The same request is still running", 409, retry_after_s=1),
     BatchNotFoundError: Problem("batch-not-found", "No such batch", 404),
+    PlateMapNotFoundError: Problem("platemap-not-found", "The batch has no plate map", 404),
+    StagedConflictError: Problem("staged-conflict", "Another image was sent ahead for this plane", 409),
     ControlConflictError: Problem("control-conflict", "Another image is kept for this control plane", 409),
     TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
     PixelSizeConflictError: Problem("pixel-size-conflict", "The batch has another pixel size", 409),
@@ -196,7 +291,9 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     NotReadyError: Problem("not-ready", "The service is not ready", 503, retry_after_s=2),
     BusyError: Problem("busy", "Every request slot is taken", 503, retry_after_s=1),
     BatchBusyError: Problem("batch-busy", "Other requests keep changing the batch", 503, retry_after_s=2),
+    DecoderKilledError: Problem("decoder-killed", "The decoder was killed", 503, retry_after_s=5),
     StoreUnavailableError: Problem("store-unavailable", "The store cannot be used", 503, retry_after_s=5),
+    StoreLostError: Problem("store-lost", "The lab's records are gone from the store", 503, retry_after_s=30),
     RouteNotFoundError: Problem("not-found", "No such path", 404),
     MethodNotAllowedError: Problem("method-not-allowed", "The path does not take this method", 405),
     BadRequestError: Problem("bad-request", "Not a valid HTTP request", 400),
@@ -211,11 +308,11 @@ def problem_of(error: Exception) -> Problem:
 
 
 def problem_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    """Render an error as problem+json; 503 carries ``Retry-After``."""
+    """Render an error as problem+json; 429 and 503 carry ``Retry-After``."""
     problem = problem_of(error)
     members: dict[str, Any] = dict(error.members) if isinstance(error, AnchorwellError) else {}
     if problem.retry_after_s is not None:
-        members["retry_after_s"] = problem.retry_after_s
+        members.setdefault("retry_after_s", problem.retry_after_s)
     body = {
         **members,
         "type": PROBLEM_TYPE + problem.slug,
@@ -223,7 +320,9 @@ def problem_response(error: Exception, headers: Mapping[str, str] | None = None)
         "status": problem.status,
         "detail": _detail(error),
     }
-    extra = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s is not None else {}
+    extra = {"Retry-After": str(members["retry_after_s"])} if problem.retry_after_s is not None else {}
+    if problem.status == 401:  # noqa: PLR2004 (RFC 9110 asks for it)
+        extra["WWW-Authenticate"] = "Bearer"
     if problem.status == 408:  # noqa: PLR2004 (the rest of the body may still come: it is not the next request)
         extra["Connection"] = "close"
     return Response(
@@ -251,6 +350,12 @@ def install_handlers(app: FastAPI) -> None:
         log.error("reference %s: %s %s failed", reference, request.method, request.url.path, exc_info=error)
         return problem_response(_UnexpectedError(reference))
 
+    async def answered(_: Request, answer: Exception) -> Response:
+        assert isinstance(answer, AnsweredBefore)
+        headers = {"Idempotency-Replayed": "true"}
+        return Response(answer.body, status_code=answer.status, media_type="application/json", headers=headers)
+
+    app.add_exception_handler(AnsweredBefore, answered)
     for known_class in (AnchorwellError, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(known_class, known)
     app.add_exception_handler(HTTPException, http)

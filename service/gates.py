@@ -1,12 +1,17 @@
-"""What lets a request in, and its pixels into memory: the golden replay, a free slot, and room to decode."""
+"""What lets a request in: the golden replay, a free slot, room for its bytes, and what its key may send."""
 
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import anyio
+from limits import RateLimitItemPerDay, RateLimitItemPerMinute
+from limits.errors import StorageError
+from limits.storage import storage_from_string
+from limits.strategies import FixedWindowRateLimiter
 
-from service.errors import BusyError, NotReadyError
+from service.access import Caller
+from service.errors import BusyError, NotReadyError, TooManyRequestsError
 
 
 class Readiness:
@@ -47,45 +52,56 @@ class Readiness:
 
 
 class Slots:
-    """Bounds the uploads worked on at once; used from the event loop alone."""
+    """Bounds what is worked on at once, uploads or bytes; used from the event loop alone."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, what: str = "uploads") -> None:
         self._size = size
+        self._what = what
         self._taken = 0
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Hold a slot.
+    def taken(self, count: int = 1) -> Iterator[None]:
+        """Hold a slot, or several; more than there are is held alone.
 
         Raises:
             BusyError: there is none.
         """
-        if self._taken >= self._size:
-            raise BusyError(f"{self._size} uploads are being worked on, which is all that is taken at once")
-        self._taken += 1
+        if self._taken and self._taken + count > self._size:
+            raise BusyError(f"{self._taken:,} {self._what} are being worked on; {self._size:,} are taken at once")
+        self._taken += count
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken -= count
 
 
-class PixelBudget:
-    """Bounds the pixels decoded at once, over all requests; used from any thread."""
+class Rates:
+    """Bounds what each key sends: requests a minute and bytes a day. Counts are shared through Redis when there is one."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._taken = 0
-        self._changed = threading.Condition()
+    def __init__(self, redis: str | None = None) -> None:
+        self._limiter = FixedWindowRateLimiter(storage_from_string(redis or "memory://", wrap_exceptions=True))
 
-    @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Wait for room for a plane and hold it; a plane larger than the whole budget waits to be alone."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + pixels <= self._size)
-            self._taken += pixels
+    def count(self, caller: Caller, sent_bytes: int) -> None:
+        """Count a request; while Redis is away none is.
+
+        Raises:
+            TooManyRequestsError: it is one too many, or too large for what is left of the day; says when to come back.
+        """
+        if caller.requests_per_minute is not None:
+            self._hit(
+                RateLimitItemPerMinute(caller.requests_per_minute, namespace="requests"), caller, 1, "requests a minute"
+            )
+        if caller.bytes_per_day is not None and sent_bytes:
+            self._hit(RateLimitItemPerDay(caller.bytes_per_day, namespace="bytes"), caller, sent_bytes, "bytes a day")
+
+    def _hit(self, limit: RateLimitItemPerMinute | RateLimitItemPerDay, caller: Caller, cost: int, what: str) -> None:
         try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= pixels
-                self._changed.notify_all()
+            if self._limiter.hit(limit, caller.by, cost=cost):
+                return
+            reset = self._limiter.get_window_stats(limit, caller.by).reset_time
+        except StorageError:
+            return
+        wait_s = max(1, round(reset - time.time()))
+        raise TooManyRequestsError(
+            f"this key may send {limit.amount:,} {what}: come back in {wait_s} s", retry_after_s=wait_s
+        )

@@ -1,15 +1,17 @@
-"""A multipart body → its fields, and its files in one spool on disk.
+"""A request's body, in memory or, as a multipart form, in one spool on disk.
 
 Knows nothing of plates. The body is parsed and written off the event loop, block by block, while it arrives, under a
 limit that holds with and without Content-Length; a request of thousands of files keeps one file descriptor.
 """
 
+import hashlib
 import os
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import anyio
 from python_multipart.exceptions import FormParserError
@@ -17,12 +19,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from service.decoding import FileSlice
 from service.errors import InvalidRequestError, MalformedUploadError, UploadTimeoutError, UploadTooLargeError
 
 IMAGES = "images"
 LAYOUT = "layout"
 OPTIONS = (LAYOUT, "channels", "pixel_size_um")
 """The parts that a form has at most once; a layout may be a file."""
+SPOOL_PREFIX = "anchorwell-spool-"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -36,6 +40,7 @@ class FormLimits:
     layout_bytes: int = 16 << 20
     field_bytes: int = 1_000
     idle_timeout_s: float = 30.0
+    spool: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,27 @@ class ReceivedFile:
     """One file part, by its place in the spool."""
 
     name: str
+    spool: Path
     offset: int
     size: int
+    sha256: str
+
+    @property
+    def content(self) -> str:
+        """What the file is, whatever it is named."""
+        return self.sha256
+
+    def read(self) -> bytes:
+        """Return the file's bytes, while the request lasts."""
+        return self._slice().read()
+
+    @contextmanager
+    def on_disk(self) -> Iterator[FileSlice]:
+        """Give the file as bytes on this machine's disk."""
+        yield self._slice()
+
+    def _slice(self) -> FileSlice:
+        return FileSlice(self.spool, self.offset, self.size, self.name)
 
 
 @dataclass(frozen=True)
@@ -53,11 +77,6 @@ class Form:
 
     fields: dict[str, str]
     files: list[tuple[str, ReceivedFile]]
-    spool: BinaryIO
-
-    def read(self, file: ReceivedFile) -> bytes:
-        """Return a file's bytes."""
-        return os.pread(self.spool.fileno(), file.size, file.offset)
 
 
 @asynccontextmanager
@@ -68,7 +87,7 @@ async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[F
         UploadTooLargeError, MalformedUploadError, InvalidRequestError: as they say.
     """
     _check_declared_length(request, limits.body_bytes)
-    with tempfile.TemporaryFile() as spool:
+    with spooled(limits.spool) as spool:
         reader = _FormReader(_boundary(request), spool, limits)
         block, received = bytearray(), 0
         async for chunk in _chunks(request, limits.idle_timeout_s):
@@ -81,6 +100,36 @@ async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[F
                 block.clear()
         await run_in_threadpool(reader.feed, bytes(block))
         yield await run_in_threadpool(reader.finish)
+
+
+async def received_body(request: Request, limit: int, idle_timeout_s: float) -> bytes:
+    """Receive a whole body into memory.
+
+    Raises:
+        UploadTooLargeError, UploadTimeoutError: as they say.
+    """
+    _check_declared_length(request, limit)
+    body = bytearray()
+    async for chunk in _chunks(request, idle_timeout_s):
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+@contextmanager
+def spooled(directory: Path | None) -> Iterator[BinaryIO]:
+    """Give a file that other processes can open by its name, and that goes with the request."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=f"{SPOOL_PREFIX}{os.getpid()}-", buffering=0) as spool:
+        yield spool  # type: ignore[misc]  # what is wrapped is a plain file
+
+
+def sweep_spool(directory: Path) -> None:
+    """Delete what requests of processes that are no more left behind."""
+    for path in directory.glob(f"{SPOOL_PREFIX}*"):
+        process = path.name.removeprefix(SPOOL_PREFIX).partition("-")[0]
+        if not Path(f"/proc/{process}").exists():
+            path.unlink(missing_ok=True)
 
 
 async def _chunks(request: Request, idle_timeout_s: float) -> AsyncIterator[bytes]:
@@ -109,7 +158,7 @@ def _check_declared_length(request: Request, limit: int) -> None:
 
 def _too_large(limit: int) -> UploadTooLargeError:
     return UploadTooLargeError(
-        f"the request's body is larger than {limit:,} bytes; send fewer wells a request", max_upload_bytes=limit
+        f"the request's body is larger than {limit:,} bytes: send less a request", max_upload_bytes=limit
     )
 
 
@@ -129,6 +178,7 @@ class _Part:
     offset: int = 0
     size: int = 0
     text: bytearray = field(default_factory=bytearray)
+    digest: Any = field(default_factory=hashlib.sha256)
 
 
 class _FormReader:
@@ -172,7 +222,7 @@ class _FormReader:
         if not self._complete:
             raise MalformedUploadError("the body ends before its last part does; send it again")
         self._spool.flush()
-        return Form(fields=self._fields, files=self._files, spool=self._spool)
+        return Form(fields=self._fields, files=self._files)
 
     def _begin(self) -> None:
         self._part = _Part(offset=self._written)
@@ -222,7 +272,9 @@ class _FormReader:
             name = f"{part.name[:40]!r} {(part.file_name or '')[:80]!r}"
             raise UploadTooLargeError(f"the part {name} is larger than {self._limit(part):,} bytes")
         if is_file:
-            self._spool.write(memoryview(data)[start:end])
+            block = memoryview(data)[start:end]
+            part.digest.update(block)
+            self._spool.write(block)
             self._written += end - start
         else:
             part.text += data[start:end]
@@ -230,7 +282,8 @@ class _FormReader:
     def _end(self) -> None:
         part = self._part
         if part.file_name is not None:
-            self._files.append((part.name, ReceivedFile(part.file_name, part.offset, part.size)))
+            place = Path(self._spool.name), part.offset, part.size
+            self._files.append((part.name, ReceivedFile(part.file_name, *place, part.digest.hexdigest())))
         else:
             self._fields[part.name] = utf8(bytes(part.text), part.name)
 

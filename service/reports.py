@@ -3,15 +3,20 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from model.bundle import Bundle, Manifest
+import numpy as np
+from numpy.typing import NDArray
+
+from model.bundle import Bundle, Manifest, recipe_json
+from model.layout import PlateMap, Role
 from model.predictions import WellAnswer
 from service import schemas
 from service.engine import Engine
 from service.errors import problem_of
-from service.store import Adaptation, BatchRecord
+from service.store import Adaptation, BatchRecord, KeptAnswer
 from service.uploads import PreparedSite, RefusedSite, Skipped, Upload
 
 CONTEXT = "controls"
@@ -29,6 +34,26 @@ def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
         "precision": engine.precision,
         "version": VERSION,
     }
+
+
+def model_card(bundle: Bundle, engine: Engine) -> schemas.ModelCard:
+    """The served bundle."""
+    manifest = bundle.manifest
+    return schemas.ModelCard(
+        **provenance(bundle, engine),
+        name=manifest.name,
+        classes=manifest.classes,
+        channels=manifest.channels,
+        recipe=recipe_json(manifest.recipe),
+        method=manifest.method,
+        trained_context=manifest.context,
+        minimum_control_wells=manifest.minimum_control_wells,
+        max_context_sites=manifest.max_context_sites,
+        features=manifest.features,
+        temperature=manifest.temperature,
+        network=manifest.network,
+        training=manifest.training,
+    )
 
 
 def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[str, Any]:
@@ -149,3 +174,60 @@ def saturation_report(sites: Iterable[PreparedSite]) -> tuple[schemas.Saturation
 def skipped_report(skipped: Iterable[Skipped]) -> tuple[schemas.SkippedFile, ...]:
     """Tell the files that were skipped."""
     return tuple(schemas.SkippedFile(file=item.file, reason=item.reason) for item in skipped)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def kept_answers(prediction: schemas.Prediction, embeddings: Iterable[NDArray[np.float32]]) -> list[KeptAnswer]:
+    """What is kept of a prediction: each well's answer and embedding, by the statistics they stand on."""
+    assert prediction.statistics_id is not None
+    return [
+        KeptAnswer(
+            well=well.well,
+            told={**well.model_dump(mode="json"), "answered_at": datetime.now(UTC).isoformat()},
+            statistics_id=prediction.statistics_id,
+            bundle_digest=prediction.bundle,
+            embedding=embedding,
+        )
+        for well, embedding in zip(prediction.wells, embeddings, strict=True)
+    ]
+
+
+def kept_predictions(
+    batch: BatchRecord, platemap: PlateMap | None, answers: Iterable[KeptAnswer], current: tuple[str, str | None]
+) -> schemas.KeptPredictions:
+    """Tell kept answers; ``current`` is the served bundle, and the statistics that it would answer with now."""
+    wells = tuple(
+        schemas.KeptPrediction.model_validate(
+            {
+                **answer.told,
+                "batch_id": batch.batch_id,
+                "plate": batch.plate or batch.batch_id,
+                "statistics_id": answer.statistics_id,
+                "bundle": answer.bundle_digest,
+                "stale": (answer.bundle_digest, answer.statistics_id) != current,
+                "control": answer.well in batch.control_wells,
+                "platemap": {} if platemap is None else row_of(platemap, answer.well),
+                "embedding": tuple(float(value) for value in answer.embedding),
+            }
+        )
+        for answer in answers
+    )
+    return schemas.KeptPredictions(batch_id=batch.batch_id, wells=wells)
+
+
+def platemap_report(batch_id: str, platemap: PlateMap) -> schemas.PlateMapReport:
+    """Tell a plate map."""
+    return schemas.PlateMapReport(
+        batch_id=batch_id,
+        columns=platemap.columns,
+        wells={well: row_of(platemap, well) for well in platemap.rows},
+        control_wells=tuple(sorted(platemap.wells(Role.CONTROL))),
+        treated_wells=tuple(sorted(platemap.wells(Role.TREATED))),
+    )
+
+
+def row_of(platemap: PlateMap, well: str) -> dict[str, str]:
+    """Return a well's values by column; nothing for a well that the plate map does not name."""
+    return dict(zip(platemap.columns, platemap.rows[well], strict=True)) if well in platemap.rows else {}

@@ -1,7 +1,7 @@
 """HTTP in, HTTP out. Knows no rule of a plate and holds no ``try``: what is raised below leaves as problem+json."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -9,12 +9,16 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from model.layout import Role
 from service import schemas
-from service.batches import Batches, Stopwatch
+from service.access import Access, Caller, Scope
+from service.batches import Batches
+from service.deeds import Deed
 from service.errors import InvalidBatchIdError
-from service.gates import Readiness, Slots
-from service.multipart import FormLimits, received_form
-from service.uploads import Upload, read_upload
+from service.gates import Rates, Readiness, Slots
+from service.kept import Kept
+from service.posts import JSON, Post, Receiver, Sent
+from service.reports import model_card, provenance
 
 BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
@@ -26,23 +30,52 @@ class Served:
     """What the routes hand requests to; the app carries one."""
 
     batches: Batches
+    kept: Kept
+    access: Access
+    rates: Rates
     readiness: Readiness
-    slots: Slots
-    limits: FormLimits
+    receiver: Receiver
+    upload_slots: Slots
+    staging_bytes: Slots
+    max_plane_bytes: int
 
 
-@dataclass(frozen=True)
-class TimedUpload:
-    """A received upload and the watch that runs since its first byte."""
-
-    upload: Upload
-    watch: Stopwatch
+# --- who asks, for what ----------------------------------------------------------------------------------------------
 
 
 def get_served(request: Request) -> Served:
     """What the app was composed of."""
     served: Served = request.app.state.served
     return served
+
+
+Serving = Annotated[Served, Depends(get_served)]
+
+
+def caller_of(request: Request, served: Serving) -> Caller:
+    """Who asks; counted against what their key may send.
+
+    Raises:
+        UnauthorizedError: nobody whom the service knows. TooManyRequestsError: one who sent too much.
+    """
+    caller = served.access.caller(request.headers.get("authorization"))
+    declared = request.headers.get("content-length", "0")
+    served.rates.count(caller, int(declared) if declared.isdecimal() else 0)
+    return caller
+
+
+def asked_with(scope: Scope) -> Callable[..., Deed]:
+    """A dependency that gives the deed of a request whose key has a scope."""
+
+    def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Deed:
+        caller.require(scope)
+        return Deed(caller.tenant, caller.by, request.scope.get("state", {}).get("request_id", "-"))
+
+    return deed_of
+
+
+Reading = Annotated[Deed, Depends(asked_with(Scope.READ))]
+Writing = Annotated[Deed, Depends(asked_with(Scope.WRITE))]
 
 
 def valid_batch_id(batch_id: Annotated[str, Path(description="normally the plate's barcode")]) -> str:
@@ -58,7 +91,7 @@ def valid_batch_id(batch_id: Annotated[str, Path(description="normally the plate
     return batch_id
 
 
-def ready_batches(served: Annotated[Served, Depends(get_served)]) -> Batches:
+def ready_batches(served: Serving) -> Batches:
     """The batches, once the golden images agreed.
 
     Raises:
@@ -68,23 +101,29 @@ def ready_batches(served: Annotated[Served, Depends(get_served)]) -> Batches:
     return served.batches
 
 
+def kept_batches(served: Serving, _: Annotated[Batches, Depends(ready_batches)]) -> Kept:
+    """What is kept of batches, once requests are taken."""
+    return served.kept
+
+
 BatchId = Annotated[str, Depends(valid_batch_id)]
 Ready = Annotated[Batches, Depends(ready_batches)]
+KeptBatches = Annotated[Kept, Depends(kept_batches)]
 
 
-async def received_upload(
-    request: Request, _: BatchId, batches: Ready, served: Annotated[Served, Depends(get_served)]
-) -> AsyncIterator[TimedUpload]:
-    """Receive an upload in a slot of its own and tell which file is which plane."""
-    watch = Stopwatch()
-    with served.slots.taken():
-        async with received_form(request, served.limits) as form:
-            upload = await run_in_threadpool(read_upload, form, batches.bundle.manifest.channels)
-            watch.lap("receive")
-            yield TimedUpload(upload, watch)
+def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
+    """A dependency that receives a post in a slot of its own."""
+
+    async def received(request: Request, deed: Writing, batch_id: BatchId, _: Ready, served: Serving) -> AsyncIterator[Post]:
+        with served.upload_slots.taken():
+            async with served.receiver.received(request, deed, batch_id, role, status) as post:
+                yield post
+
+    return received
 
 
-Received = Annotated[TimedUpload, Depends(received_upload)]
+PostedControls = Annotated[Post, Depends(posted(Role.CONTROL, 201))]
+PostedTreated = Annotated[Post, Depends(posted(Role.TREATED, 200))]
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -112,58 +151,73 @@ _FORM: dict[str, Any] = {
                         "pixel_size_um": {"type": "number", "description": "µm per pixel of these images"},
                     },
                 }
-            }
+            },
+            JSON: {"schema": Sent.model_json_schema(), "example": {"staged": True, "wells": ["A01", "B01"]}},
         },
-    }
+    },
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+            "description": "the same key and content gets the first answer, and takes effect once",
+        }
+    ],
 }
-_PROBLEM: dict[int | str, dict[str, Any]] = {
+PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "RFC 9457 problem; docs/errors.md lists the types",
-        "content": {"application/problem+json": {"schema": {"type": "object"}}},
+        "content": {"application/problem+json": {"schema": schemas.Problem.model_json_schema()}},
     }
 }
+
+
+# --- the two stories -------------------------------------------------------------------------------------------------
 
 
 @router.post(
     "/batches/{batch_id:path}/controls",
     status_code=201,
     response_model=schemas.ControlsReport,
-    responses=_PROBLEM,
+    responses=PROBLEM,
     openapi_extra=_FORM,
 )
 async def send_controls(
     batch_id: BatchId,
     batches: Ready,
-    received: Received,
+    post: PostedControls,
     replace: Annotated[bool, Query(description="put other images in the place of kept ones")] = False,
 ) -> schemas.ControlsReport:
     """Send negative-control images: they are kept, and the batch's statistics are measured on all that are kept."""
-    return await run_in_threadpool(batches.adapt, batch_id, received.upload, received.watch, replace=replace)
+    return await run_in_threadpool(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace)
 
 
 @router.post(
     "/batches/{batch_id:path}/predict",
     response_model=schemas.Prediction,
-    responses=_PROBLEM,
+    responses=PROBLEM,
     openapi_extra=_FORM,
 )
 async def predict(
     batch_id: BatchId,
     batches: Ready,
-    received: Received,
+    post: PostedTreated,
     context: Annotated[
         Literal["controls", "source"], Query(description="source asks for the answer without adaptation")
     ] = "controls",
 ) -> schemas.Prediction:
     """Send treated images: one answer per well, against the statistics of the batch's controls."""
     source = context == "source"
-    return await run_in_threadpool(batches.classify, batch_id, received.upload, received.watch, source=source)
+    return await run_in_threadpool(batches.classify, post.deed, batch_id, post.upload, post.watch, source=source)
 
 
-@router.get("/batches", response_model=schemas.BatchList, responses=_PROBLEM)
-def list_batches(batches: Ready) -> schemas.BatchList:
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@router.get("/batches", response_model=schemas.BatchList, responses=PROBLEM)
+def list_batches(deed: Reading, kept: KeptBatches) -> schemas.BatchList:
     """List the batches kept."""
-    return batches.summaries()
+    return kept.summaries(deed.tenant)
 
 
 @router.api_route("/batches/{batch_id:path}/controls", methods=["GET", "DELETE"], include_in_schema=False)
@@ -173,23 +227,26 @@ def refuse_method(batch_id: str) -> None:  # noqa: ARG001
     raise HTTPException(405, headers={"Allow": "POST"})
 
 
-@router.get("/batches/{batch_id:path}", response_model=schemas.BatchSummary, responses=_PROBLEM)
-def get_batch(batch_id: BatchId, batches: Ready) -> schemas.BatchSummary:
+@router.get("/batches/{batch_id:path}", response_model=schemas.BatchSummary, responses=PROBLEM)
+def get_batch(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.BatchSummary:
     """Tell what is kept of a batch."""
-    return batches.summary(batch_id)
+    return kept.summary(deed.tenant, batch_id)
 
 
-@router.delete("/batches/{batch_id:path}", status_code=204, responses=_PROBLEM)
-def delete_batch(batch_id: BatchId, batches: Ready) -> Response:
-    """Forget a batch: its controls, its statistics, and which wells were answered."""
-    batches.delete(batch_id)
+@router.delete("/batches/{batch_id:path}", status_code=204, responses=PROBLEM)
+def delete_batch(deed: Writing, batch_id: BatchId, kept: KeptBatches) -> Response:
+    """Forget a batch: its images, its statistics, its plate map and its answers."""
+    kept.delete(deed, batch_id)
     return Response(status_code=204)
 
 
-@router.get("/model", response_model=schemas.ModelCard, responses=_PROBLEM)
-def get_model(served: Annotated[Served, Depends(get_served)]) -> schemas.ModelCard:
+# --- the service -----------------------------------------------------------------------------------------------------
+
+
+@router.get("/model", response_model=schemas.ModelCard, responses=PROBLEM)
+def get_model(_: Reading, served: Serving) -> schemas.ModelCard:
     """Describe the served bundle."""
-    return served.batches.model_card()
+    return model_card(served.batches.bundle, served.batches.engine)
 
 
 @router.head("/health/live", include_in_schema=False)
@@ -199,7 +256,8 @@ async def live() -> schemas.Live:
     return schemas.Live()
 
 
-@router.get("/health/ready", response_model=schemas.Ready, responses=_PROBLEM)
+@router.get("/health/ready", response_model=schemas.Ready, responses=PROBLEM)
 def ready(batches: Ready) -> schemas.Ready:
     """Answer 200 once the bundle's golden images were replayed and agreed, and while the store answers."""
-    return batches.ready()
+    batches.storage.records.check()
+    return schemas.Ready(**provenance(batches.bundle, batches.engine))

@@ -2,13 +2,25 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class Problem(BaseModel):
+    """RFC 9457: what was wrong, and what to do next. Members beside these name the batch, well, site, channel or file."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str = Field(description="ends in the slug of docs/errors.md: what a program looks at")
+    title: str
+    status: int
+    detail: str = Field(description="for people: what was expected, what was found, and the next step")
+    retry_after_s: int | None = Field(default=None, description="with 429 and 503: when to come back")
 
 
 class Site(_Value):
@@ -123,6 +135,55 @@ class Prediction(Measured):
     """Answers of the wells sent, and the statistics that all of them were normalised with."""
 
     wells: tuple[WellPrediction, ...]
+    kept: bool = Field(
+        description="whether the answers are kept, for GET …/predictions; without adaptation, and while the store is away, "
+        "they are not"
+    )
+
+
+class KeptPrediction(WellPrediction):
+    """A well's latest answer, and what it stood on."""
+
+    batch_id: str
+    plate: str = Field(description="Metadata_Plate of the controls' table; the batch's id when none named one")
+    statistics_id: str
+    bundle: str = Field(description="digest of the bundle that answered")
+    stale: bool = Field(description="whether the batch's controls, or the served bundle, are others since")
+    answered_at: datetime
+    platemap: Mapping[str, str] = Field(description="the well's row of the plate map")
+    embedding: tuple[float, ...] = Field(description="mean of the network's embedding over the well's sites")
+
+
+class KeptPredictions(_Value):
+    """The latest answer of every well of a batch."""
+
+    batch_id: str
+    wells: tuple[KeptPrediction, ...]
+
+
+class KeptImage(Site):
+    """One plane that is kept: staged until its well is asked for, or of a control."""
+
+    channel: str
+    sha256: str
+    state: Literal["staged", "control"]
+
+
+class ImageList(_Value):
+    """The planes kept of a batch."""
+
+    batch_id: str
+    images: tuple[KeptImage, ...]
+
+
+class PlateMapReport(_Value):
+    """A plate map as it is kept."""
+
+    batch_id: str
+    columns: tuple[str, ...]
+    wells: Mapping[str, Mapping[str, str]] = Field(description="each well's row")
+    control_wells: tuple[str, ...] = Field(description="wells that it calls negative controls")
+    treated_wells: tuple[str, ...] = Field(description="wells that it calls anything else")
 
 
 class BatchSummary(_Value):

@@ -1,26 +1,77 @@
-"""What an operator sets, read once from ``ANCHORWELL_…`` variables; docs/settings.md tells each."""
+"""What an operator sets, read once from variables, a secrets directory and a file; docs/settings.md tells each."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from model.images import ImageLimits
 from service.errors import StartError
+from service.storage import Storage, open_storage
+
+CONFIG = "ANCHORWELL_CONFIG"
+"""Names a TOML file of settings; variables go before it."""
+SECRETS = "ANCHORWELL_SECRETS_DIR"
+"""Names a directory with a file a setting, as containers mount secrets: ``anchorwell_redis``."""
 
 
-class Settings(BaseSettings):
+class StorageSettings(BaseSettings):
+    """Where everything is kept: all that the operator's commands need."""
+
+    model_config = SettingsConfigDict(env_prefix="ANCHORWELL_", frozen=True, extra="ignore")
+
+    data: Path = Field(
+        default=Path("anchorwell-data"),
+        description="directory of everything kept, made when missing: records, images, spool",
+    )
+    redis: str | None = Field(
+        default=None, description="keep records in Redis instead: redis://…, rediss://… or redis+sentinel://host:port/NAME"
+    )
+    objects: str | None = Field(default=None, description="keep images in object storage instead: s3://bucket/prefix")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (no .env file is read)
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (its directory is named by a variable)
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Options of the command line go before variables, variables before secrets, secrets before the file."""
+        config, secrets = os.environ.get(CONFIG), os.environ.get(SECRETS)
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if secrets:
+            sources.append(SecretsSettingsSource(settings_cls, secrets_dir=_existing(Path(secrets), SECRETS)))
+        if config:
+            sources.append(TomlConfigSettingsSource(settings_cls, toml_file=_existing(Path(config), CONFIG)))
+        return tuple(sources)
+
+    def open_storage(self) -> Storage:
+        """Open what is kept.
+
+        Raises:
+            StartError: it cannot be used.
+        """
+        return open_storage(self.data, self.redis, self.objects)
+
+
+class Settings(StorageSettings):
     """The service's configuration: frozen, and printed at start without secrets."""
 
     model_config = SettingsConfigDict(env_prefix="ANCHORWELL_", frozen=True, extra="forbid")
 
     bundle: Path = Field(description="directory of the exported bundle to serve")
-    store: str = Field(
-        "sqlite:///anchorwell.db", description="where batches are kept: sqlite:///FILE, redis://… or rediss://…"
-    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )
@@ -33,13 +84,14 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(4 << 30, gt=0, description="largest request body")
     max_upload_files: int = Field(20_000, gt=0, description="most files in one request")
     max_concurrent_requests: int = Field(8, gt=0, description="uploads worked on at once; further ones get a 503")
+    max_staging_bytes: int = Field(
+        1 << 30, gt=0, description="bytes of single planes received at once, in memory; further ones get a 503"
+    )
     upload_idle_timeout_s: float = Field(30.0, gt=0, description="longest time in which nothing of an upload arrives")
     max_request_input_bytes: int = Field(
         2 << 30, gt=0, description="largest network input of one request's controls, or of one well's sites"
     )
-    max_decoding_pixels: int = Field(
-        128_000_000, gt=0, description="most pixels decoded at once, over all requests; one plane is always taken"
-    )
+    decode_timeout_s: float = Field(120.0, gt=0, description="longest time that one site may take to decode")
     max_image_pixels: int = Field(64_000_000, gt=0, description="most pixels that one plane may declare")
     max_saturated_share: float = Field(
         0.25, gt=0, le=1, description="largest share of a plane's pixels at the top of the range"
@@ -50,22 +102,28 @@ class Settings(BaseSettings):
         """What one plane may be."""
         return ImageLimits(max_pixels=self.max_image_pixels, max_saturated_share=self.max_saturated_share)
 
-    def check_exposure(self) -> None:
-        """Refuse an address that others can reach unless that was allowed by name.
+    def check_exposure(self, *, keys: bool) -> None:
+        """Refuse an address that others can reach unless there are API keys, or that was allowed by name.
 
         Raises:
-            StartError: the host is not loopback and ``allow_anonymous`` is off.
+            StartError: the host is not loopback, there are no keys, and ``allow_anonymous`` is off.
         """
-        if not self.allow_anonymous and not is_loopback(self.host):
+        if not (keys or self.allow_anonymous or is_loopback(self.host)):
             raise StartError(
-                f"host {self.host} can be reached by others and there are no API keys: listen on 127.0.0.1, "
-                "or set ANCHORWELL_ALLOW_ANONYMOUS=1 if something else keeps strangers out"
+                f"host {self.host} can be reached by others and there are no API keys: make one with 'anchorwell keys "
+                "create', listen on 127.0.0.1, or set ANCHORWELL_ALLOW_ANONYMOUS=1 if something else keeps strangers out"
             )
 
     def lines(self) -> list[str]:
         """Every setting as ``name = value``, passwords left out."""
-        values = {**self.model_dump(), "store": without_password(self.store)}
-        return [f"{name} = {value}" for name, value in values.items()]
+        values = {**self.model_dump(), "redis": self.redis and without_password(self.redis)}
+        return [f"{name} = {value}" for name, value in values.items() if value is not None]
+
+
+def _existing(path: Path, variable: str) -> Path:
+    if not path.exists():
+        raise StartError(f"{variable} names {path}, which is not there")
+    return path
 
 
 def is_loopback(host: str) -> bool:

@@ -5,14 +5,14 @@ no decoding. Sites are then prepared in sorted order, a few ahead of whoever con
 has to fit in memory.
 """
 
-import hashlib
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,26 +23,24 @@ from model.errors import (
     ImageError,
     LayoutError,
     MissingChannelError,
-    NonFiniteImageError,
     SaturatedImageError,
 )
-from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, declared_pixels, decode_plane, prepare_site
+from model.images import ImageRecipe
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
     PIXEL_SIZE_DECIMALS,
+    Layout,
     PlaneKey,
     SiteKey,
     duplicate_image,
     duplicate_plane,
     file_name,
-    layout_pixel_size_um,
-    layout_plate,
     parse_file_name,
     parse_layout,
     plane_key,
 )
+from service.decoding import Decoder, FileSlice
 from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
-from service.gates import PixelBudget
 from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile, utf8
 
 UNUSED_CHANNEL = "-"
@@ -58,6 +56,24 @@ class Skipped:
     reason: str
 
 
+class SentFile(Protocol):
+    """One plane's file, wherever it lies."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """What tells its content from another's before it is decoded: a digest, or an address."""
+        ...
+
+    def on_disk(self) -> AbstractContextManager[FileSlice]:
+        """Give the file as bytes on this machine's disk."""
+        ...
+
+
 @dataclass(frozen=True)
 class Upload:
     """Which file is which plane: complete sites, in order; nothing is decoded yet.
@@ -65,17 +81,26 @@ class Upload:
     ``plate`` is the one that the layout names; ``notices`` tell what was assumed, or chosen of two, unasked.
     """
 
-    form: Form
-    sites: Mapping[SiteKey, Mapping[str, ReceivedFile]]
-    skipped: tuple[Skipped, ...]
-    pixel_size_um: float | None
-    plate: str | None
-    notices: tuple[str, ...]
+    sites: Mapping[SiteKey, Mapping[str, SentFile]]
+    skipped: tuple[Skipped, ...] = ()
+    pixel_size_um: float | None = None
+    plate: str | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def wells(self) -> frozenset[str]:
         """The wells sent."""
         return frozenset(site.well for site in self.sites)
+
+    @property
+    def identity(self) -> list[object]:
+        """What was sent, whatever its files were called and in whatever order they came."""
+        planes = [
+            [key.well, key.site, channel, file.content]
+            for key, files in sorted(self.sites.items())
+            for channel, file in sorted(files.items())
+        ]
+        return [planes, self.pixel_size_um, self.plate]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +133,10 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     fields, images = _split(form)
     numbered = _channel_names(fields.get("channels"))
     layout = parse_layout(fields["layout"], channels) if "layout" in fields else None
-    plate = layout_plate(fields["layout"]) if "layout" in fields else None
     planes: dict[PlaneKey, ReceivedFile] = {}
     skipped: list[Skipped] = []
     for file in images:
-        key = _place(file, layout, channels, numbered)
+        key = _place(file, None if layout is None else layout.files, channels, numbered)
         if isinstance(key, Skipped):
             skipped.append(key)
         elif key in planes:
@@ -122,9 +146,10 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     if not planes:
         raise NoImagesError(f"no image to use among {len(images)} files: send them as parts named 'images'")
     assumed = layout is None and numbered is None and _any_numbered(planes.values())
-    pixel_size_um, of_table = _pixel_size(fields)
-    notices = (*_order_notice(channels if assumed else ()), *_pixel_size_notice(pixel_size_um, of_table))
-    return Upload(form, _complete_sites(planes, channels), tuple(skipped), pixel_size_um, plate, notices)
+    pixel_size_um = chosen_pixel_size(fields.get("pixel_size_um"), layout)
+    notices = (*_order_notice(channels if assumed else ()), *_pixel_size_notice(pixel_size_um, layout))
+    plate = None if layout is None else layout.plate
+    return Upload(complete_sites(planes, channels), tuple(skipped), pixel_size_um, plate, notices)
 
 
 def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
@@ -132,7 +157,7 @@ def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
     fields = dict(form.fields)
     for name, file in form.files:
         if name == LAYOUT:
-            fields[name] = utf8(form.read(file), name)
+            fields[name] = utf8(file.read(), name)
     return fields, [file for name, file in form.files if name == IMAGES]
 
 
@@ -146,28 +171,31 @@ def _order_notice(assumed: Sequence[str]) -> Iterator[str]:
         yield f"the files number their channels, and the bundle's order was taken: {order}; send channels to name others"
 
 
-def _pixel_size_notice(taken: float | None, of_table: float | None) -> Iterator[str]:
-    if taken is not None and of_table is not None and taken != of_table:
-        yield f"pixel_size_um {taken:g} was taken; the table says {of_table:g}"
+def _pixel_size_notice(taken: float | None, layout: Layout | None) -> Iterator[str]:
+    others = [size for size in (layout.pixel_sizes_um if layout is not None else ()) if size != taken]
+    if others:
+        yield f"pixel_size_um {taken:g} was taken; the table says {', '.join(f'{size:g}' for size in others[:4])}"
 
 
 def _channel_names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _pixel_size(fields: Mapping[str, str]) -> tuple[float | None, float | None]:
-    """Return the pixel size that the form gives, or else its LoadData table; and that of the table."""
-    of_table = layout_pixel_size_um(fields["layout"]) if "layout" in fields else None
-    text = fields.get("pixel_size_um")
+def chosen_pixel_size(text: str | None, layout: Layout | None) -> float | None:
+    """Return the µm per pixel that a request gives, or else its table.
+
+    Raises:
+        InvalidRequestError: what it gives is no length. LayoutError: the table gives several.
+    """
     if text is None:
-        return of_table, of_table
+        return None if layout is None else layout.pixel_size_um
     try:
         value = round(float(text), PIXEL_SIZE_DECIMALS)
     except ValueError:
         value = float("nan")
     if not (isfinite(value) and 0 < value <= MAX_PIXEL_SIZE_UM):
         raise InvalidRequestError(f"pixel_size_um {text[:40]!r} is not a number of micrometres above 0")
-    return value, of_table
+    return value
 
 
 def _place(
@@ -193,10 +221,13 @@ def _is_unused(number: int, numbered: Sequence[str] | None) -> bool:
     return numbered is not None and 1 <= number <= len(numbered) and numbered[number - 1] == UNUSED_CHANNEL
 
 
-def _complete_sites(
-    planes: Mapping[PlaneKey, ReceivedFile], channels: Sequence[str]
-) -> dict[SiteKey, Mapping[str, ReceivedFile]]:
-    sites: dict[SiteKey, dict[str, ReceivedFile]] = defaultdict(dict)
+def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str]) -> dict[SiteKey, Mapping[str, SentFile]]:
+    """Group planes to sites.
+
+    Raises:
+        MissingChannelError: a site lacks one.
+    """
+    sites: dict[SiteKey, dict[str, SentFile]] = defaultdict(dict)
     for key in sorted(planes):
         sites[key.site_key][key.channel] = planes[key]
     for site, files in sites.items():
@@ -218,12 +249,11 @@ def _complete_sites(
 
 @dataclass(frozen=True)
 class Preparer:
-    """Turns an upload's files into network input by the bundle's recipe, on ``workers`` threads."""
+    """Turns an upload's files into network input by the bundle's recipe, a few sites ahead of whoever takes them."""
 
     recipe: ImageRecipe
-    limits: ImageLimits
-    workers: int
-    budget: PixelBudget
+    decoder: Decoder
+    ahead: int
     max_input_bytes: int
 
     @contextmanager
@@ -234,13 +264,13 @@ class Preparer:
             ImageError: any other fault of a file; it names file, well, site and channel.
             DuplicateImageError: one file is sent as two planes.
         """
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="prepare") as pool:
+        with ThreadPoolExecutor(self.ahead, thread_name_prefix="prepare") as pool:
             waiting: deque[Future[PreparedSite | RefusedSite]] = deque()
 
             def ahead() -> Iterator[PreparedSite | RefusedSite]:
                 for key, files in upload.sites.items():
-                    waiting.append(pool.submit(partial(self._prepare, upload.form, key, files, pixel_size_um)))
-                    if len(waiting) > 2 * self.workers:
+                    waiting.append(pool.submit(partial(self._prepare, key, files, pixel_size_um)))
+                    if len(waiting) > self.ahead:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
@@ -266,50 +296,17 @@ class Preparer:
             )
 
     def _prepare(
-        self, form: Form, key: SiteKey, files: Mapping[str, ReceivedFile], pixel_size_um: float | None
+        self, key: SiteKey, files: Mapping[str, SentFile], pixel_size_um: float | None
     ) -> PreparedSite | RefusedSite:
-        seen: dict[str, _Seen] = {}
-        at: dict[str, str | int] = {"well": key.well, "site": key.site}
-        try:
-            with np.errstate(over="ignore", invalid="ignore"), closing(self._planes(form, files, seen, at)) as planes:
-                image = prepare_site(planes, self.recipe, pixel_size_um, self.limits)
-            if not np.isfinite(image).all():
-                raise NonFiniteImageError("the pixels span more than single precision can scale")
-        except ImageError as error:
-            error.about(**at)
-            if isinstance(error, QUALITY_ERRORS):
-                return RefusedSite(key, error)
-            raise
-        return PreparedSite(
-            key=key,
-            planes={channel: plane.sha256 for channel, plane in seen.items()},
-            saturation={channel: plane.saturated_share for channel, plane in seen.items()},
-            image=image,
-        )
-
-    def _planes(
-        self, form: Form, files: Mapping[str, ReceivedFile], seen: dict[str, "_Seen"], at: dict[str, str | int]
-    ) -> Generator[Plane]:
-        """Decode a site's planes, each when the one before is scaled; ``at`` names the one that is worked on."""
-        for channel in self.recipe.channels:
-            at |= {"file": file_name(files[channel].name)[:200], "channel": channel}
-            pixels = declared_pixels(form.read(files[channel]), self.limits)
-            with self.budget.taken(pixels):  # a second reading costs less than bytes held while waiting for room
-                yield self._decode(form.read(files[channel]), channel, seen)
-            del at["file"], at["channel"]
-
-    def _decode(self, data: bytes, channel: str, seen: dict[str, "_Seen"]) -> Plane:
-        plane = decode_plane(data, self.limits)
-        seen[channel] = _Seen(hashlib.sha256(data).hexdigest(), check_saturation(plane, self.limits))
-        return plane
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What is remembered of a decoded plane."""
-
-    sha256: str
-    saturated_share: float
+        with ExitStack() as stack:
+            slices = {channel: stack.enter_context(file.on_disk()) for channel, file in files.items()}
+            try:
+                decoded = self.decoder.site(key, slices, pixel_size_um).result()
+            except ImageError as error:
+                if isinstance(error, QUALITY_ERRORS):
+                    return RefusedSite(key, error)
+                raise
+        return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image)
 
 
 def _different(outcomes: Iterator[PreparedSite | RefusedSite]) -> Iterator[PreparedSite | RefusedSite]:

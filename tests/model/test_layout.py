@@ -13,14 +13,15 @@ from model.layout import (
     PLATE_FORMATS,
     PlaneKey,
     Role,
-    layout_pixel_size_um,
-    layout_plate,
+    load_data_places,
     parse_file_name,
     parse_layout,
     parse_platemap,
     parse_site,
     parse_well,
     plane_key,
+    read_platemap,
+    read_table,
     well_name,
     well_position,
 )
@@ -134,7 +135,7 @@ EXPECTED = {"1.tif": PlaneKey("A01", 2, "DNA"), "2.tif": PlaneKey("B02", 1, "ER"
     ],
 )
 def test_layouts_are_read_as_csv_tsv_and_json(text):
-    assert parse_layout(text, CHANNELS) == EXPECTED
+    assert parse_layout(text, CHANNELS).files == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_a_layout_that_does_not_hold_together_is_refused(text, error):
 
 def test_the_jump_load_data_table_is_a_layout(shared_data):
     text = (shared_data / "jump_metadata" / "load_data_example" / "load_data.csv").read_text(encoding="utf-8")
-    layout = parse_layout(text, ("DNA", "ER", "RNA", "AGP", "Mito"))
+    layout = parse_layout(text, ("DNA", "ER", "RNA", "AGP", "Mito")).files
     assert len(layout) == 5 * (len(text.strip().splitlines()) - 1)
     assert {key.channel for key in layout.values()} == {"DNA", "ER", "RNA", "AGP", "Mito"}
 
@@ -200,12 +201,42 @@ def test_real_vendor_names_are_read(shared_data):
 
 def test_a_load_data_table_tells_the_pixel_size_in_micrometres() -> None:
     head = "Metadata_Well,Metadata_Site,FileName_OrigDNA,Metadata_ImageResolutionX\n"
-    assert layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,5.98e-07\n") == 0.598
-    assert layout_pixel_size_um("file,well,site,channel\na.tif,A01,1,DNA\n") is None
+    one = parse_layout(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,5.98e-07\n", ["DNA"])
+    assert one.pixel_size_um == 0.598
+    assert parse_layout("file,well,site,channel\na.tif,A01,1,DNA\n", ["DNA"]).pixel_size_um is None
+    several = parse_layout(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,6.5e-07\n", ["DNA"])
+    assert several.pixel_sizes_um == (0.598, 0.65)
     with pytest.raises(LayoutError, match=r"gives 0\.598, 0\.65 µm"):
-        layout_pixel_size_um(head + "A01,1,a.tif,5.98e-07\nA01,2,b.tif,6.5e-07\n")
+        _ = several.pixel_size_um
     with pytest.raises(LayoutError, match="not a number"):
-        layout_pixel_size_um(head + "A01,1,a.tif,wide\n")
+        parse_layout(head + "A01,1,a.tif,wide\n", ["DNA"])
+
+
+def test_a_load_data_table_tells_where_images_lie() -> None:
+    head = "Metadata_Plate,Metadata_Well,Metadata_Site,FileName_OrigDNA,PathName_OrigDNA,URL_OrigER\n"
+    rows = read_table(head + "BR1,A01,1,a.tif,/data/x/,s3://plates/b.tif\n")
+    places = load_data_places(rows, ["DNA", "ER"])
+    assert places.addresses == {
+        PlaneKey("A01", 1, "DNA"): "/data/x/a.tif",
+        PlaneKey("A01", 1, "ER"): "s3://plates/b.tif",
+    }
+    assert places.plate == "BR1"
+    with pytest.raises(MissingChannelError, match="RNA"):
+        load_data_places(rows, ["DNA", "RNA"])
+    with pytest.raises(LayoutError, match="LoadData"):
+        load_data_places([{"well": "A01"}], ["DNA"])
+    with pytest.raises(DuplicatePlaneError):
+        load_data_places(rows * 2, ["DNA", "ER"])
+
+
+def test_a_plate_map_is_read_with_all_its_columns_and_may_tell_no_roles() -> None:
+    platemap = read_platemap("Well,role,compound\na1,DMSO,\nB2,trt,BRD-1\n")
+    assert platemap.columns == ("Well", "role", "compound")
+    assert platemap.rows == {"A01": ("a1", "DMSO", ""), "B02": ("B2", "trt", "BRD-1")}
+    assert (platemap.wells(Role.CONTROL), platemap.wells(Role.TREATED)) == ({"A01"}, {"B02"})
+    assert read_platemap("well,compound\nA01,DMSO\n").roles == {}
+    with pytest.raises(LayoutError, match="needs a role"):
+        parse_platemap("well,compound\nA01,DMSO\n")
 
 
 @pytest.mark.parametrize(
@@ -237,13 +268,17 @@ def test_an_upper_case_suffix_is_the_same_name() -> None:
 
 
 def test_a_tables_plate_is_read_and_bounded():
-    def table(*plates):
-        return "\n".join(["file,Metadata_Plate", *(f"{number}.tif,{plate}" for number, plate in enumerate(plates))])
+    def plate_of(*plates):
+        rows = (f"{number}.tif,A01,{number},DNA,{plate}" for number, plate in enumerate(plates))
+        return parse_layout("\n".join(["file,well,site,channel,Metadata_Plate", *rows]), ["DNA"]).plate
 
-    assert layout_plate(table("BR1", "BR1", " ")) == "BR1"
-    assert layout_plate("file,well\na.tif,A01") is None
-    assert layout_plate('[{"file": "a.tif", "Metadata_Plate": null}]') is None
+    assert plate_of("BR1", "BR1", " ") == "BR1"
+    assert plate_of("") is None
+    assert (
+        parse_layout('[{"file": "a", "well": "A01", "site": 1, "channel": "DNA", "Metadata_Plate": null}]', ["DNA"]).plate
+        is None
+    )
     with pytest.raises(LayoutError, match="2 plates"):
-        layout_plate(table("BR1", "BR2"))
+        plate_of("BR1", "BR2")
     with pytest.raises(LayoutError, match="200 characters"):
-        layout_plate(table("x" * 200))
+        plate_of("x" * 200)

@@ -11,10 +11,14 @@ import pytest
 import redis
 from anyio.from_thread import start_blocking_portal
 
+from model.bundle import Bundle
 from service.app import create_app
+from service.decoding import InlineDecoder, SiteDecoder
+from service.records import MemoryRecords
+from service.records_redis import RedisRecords
+from service.records_sqlite import SqliteRecords
 from service.settings import Settings
-from service.store_redis import RedisStore
-from service.store_sqlite import SqliteStore
+from service.storage import open_storage
 from tests.service.plates import FakeEngine, fake_bundle
 
 
@@ -63,9 +67,15 @@ class AppClient:
 
 
 @contextmanager
-def running(settings, engine=None, store=None, *, wait=True):
-    """The real app with its lifespan; waits for the golden replay's verdict."""
-    app = create_app(settings, engine=engine, store=store)
+def running(settings, engine=None, storage=None, *, wait=True, workers=False):
+    """The real app with its lifespan; waits for the golden replay's verdict.
+
+    It decodes in this process unless workers are asked for: starting them for every test would take minutes.
+    """
+    decoder = (
+        None if workers else InlineDecoder(SiteDecoder(Bundle.load(settings.bundle).manifest.recipe, settings.image_limits))
+    )
+    app = create_app(settings, engine=engine, storage=storage, decoder=decoder)
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(app.router.lifespan_context(app)),
@@ -78,7 +88,7 @@ def running(settings, engine=None, store=None, *, wait=True):
 
 @pytest.fixture
 def settings(bundle, tmp_path):
-    return Settings(bundle=bundle.path, store=f"sqlite:///{tmp_path}/store.db", device="cpu", threads=1)
+    return Settings(bundle=bundle.path, data=tmp_path / "data", device="cpu", threads=1)
 
 
 @pytest.fixture
@@ -87,15 +97,21 @@ def engine():
 
 
 @pytest.fixture
-def store(settings):
-    opened = SqliteStore(settings.store.removeprefix("sqlite:///"))
+def storage(settings):
+    opened = open_storage(settings.data)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def client(settings, engine, store):
-    with running(settings, engine, store) as running_client:
+def store(storage):
+    """The batches of the tenant that anonymous requests are of."""
+    return storage.of("default")
+
+
+@pytest.fixture
+def client(settings, engine, storage):
+    with running(settings, engine, storage) as running_client:
         yield running_client
 
 
@@ -128,15 +144,29 @@ def _answers(probe):
         return False
 
 
-@pytest.fixture(params=["sqlite", "redis"])
-def any_store(request, tmp_path):
-    """Either store, empty."""
-    if request.param == "sqlite":
-        opened = SqliteStore(str(tmp_path / "any.db"))
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def records(request, tmp_path):
+    """Each kind of records, empty."""
+    if request.param == "memory":
+        opened = MemoryRecords()
+    elif request.param == "sqlite":
+        opened = SqliteRecords(tmp_path / "records.db")
     else:
-        url = request.getfixturevalue("redis_url")
-        with redis.Redis.from_url(url) as server:
-            server.flushdb()
-        opened = RedisStore(url)
+        opened = RedisRecords(emptied(request.getfixturevalue("redis_url")))
     yield opened
     opened.close()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def any_storage(request, tmp_path):
+    """A lab's storage as it is embedded, and at scale; empty."""
+    url = emptied(request.getfixturevalue("redis_url")) if request.param == "redis" else None
+    opened = open_storage(tmp_path / "lab", url)
+    yield opened
+    opened.close()
+
+
+def emptied(url):
+    with redis.Redis.from_url(url) as server:
+        server.flushdb()
+    return url

@@ -34,7 +34,7 @@ def serving(bundle, folder, **environment):
     """``anchorwell serve`` on a free port; gives the process and the URL it printed."""
     settings = {
         "BUNDLE": bundle,
-        "STORE": f"sqlite:///{folder}/s.db",
+        "DATA": f"{folder}/data",
         "PORT": 0,
         "THREADS": 1,
         "DEVICE": "cpu",
@@ -220,13 +220,13 @@ def test_a_table_never_cuts_a_class(url, plate):
 
 
 def test_serve_refuses_what_it_cannot_do_in_one_line(tiny_bundle_path, tmp_path):
-    store = f"sqlite:///{tmp_path}/s.db"
+    data = tmp_path / "data"
     for arguments, words in (
-        (["--bundle", tmp_path, "--store", store], "not a bundle"),
-        (["--store", store], "say --bundle, or set ANCHORWELL_BUNDLE"),
-        (["--bundle", tiny_bundle_path, "--store", store, "--host", "0.0.0.0"], "ALLOW_ANONYMOUS"),
-        (["--bundle", tiny_bundle_path, "--store", "mysql://x"], "a store is"),
-        (["--bundle", tiny_bundle_path, "--store", store, "--device", "tpu"], "device"),
+        (["--bundle", tmp_path, "--data", data], "not a bundle"),
+        (["--data", data], "say --bundle, or set ANCHORWELL_BUNDLE"),
+        (["--bundle", tiny_bundle_path, "--data", data, "--host", "0.0.0.0"], "ALLOW_ANONYMOUS"),
+        (["--bundle", tiny_bundle_path, "--data", tmp_path / "no" / "such" / "folder"], "there is no folder"),
+        (["--bundle", tiny_bundle_path, "--data", data, "--device", "tpu"], "device"),
     ):
         done = run("serve", *arguments)
         assert done.returncode == 1, done.stderr
@@ -250,12 +250,12 @@ def test_serve_ends_on_sigterm_and_keeps_what_it_acknowledged(tiny_bundle_path, 
 def test_serve_warns_loudly_when_others_can_reach_it(tiny_bundle_path, tmp_path):
     with serving_anywhere(tiny_bundle_path, tmp_path) as log:
         assert "WARNING" in log
-        assert "no API keys" in log
+        assert "without an API key" in log
 
 
 @contextmanager
 def serving_anywhere(bundle, folder):
-    given = {"BUNDLE": bundle, "STORE": f"sqlite:///{folder}/s.db", "PORT": 0, "HOST": "0.0.0.0", "ALLOW_ANONYMOUS": 1}
+    given = {"BUNDLE": bundle, "DATA": f"{folder}/data", "PORT": 0, "HOST": "0.0.0.0", "ALLOW_ANONYMOUS": 1}
     environment = {**os.environ, **{f"ANCHORWELL_{name}": str(value) for name, value in given.items()}}
     with (Path(folder) / "serve.log").open("w+") as log:
         command = [ANCHORWELL, "serve"]

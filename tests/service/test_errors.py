@@ -4,6 +4,7 @@ import io
 import re
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -12,10 +13,13 @@ import pytest
 import tifffile
 from starlette.exceptions import HTTPException
 
+from model.errors import UndecodableImageError
 from model.images import ImageRecipe
-from service.errors import PROBLEM_TYPE, PROBLEMS
+from service.access import Keys, Scope
+from service.digests import content_digest
+from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, problem_of
 from service.multipart import FormLimits
-from service.routes import Served
+from service.records import Commit
 from service.store import RevisionConflictError
 from tests.service.conftest import running, wait_until
 from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files, with_file
@@ -39,7 +43,7 @@ def refused(answer, slug, *, names=()):
     assert body["type"] == PROBLEM_TYPE + slug, body
     row = next(problem for problem in PROBLEMS.values() if problem.slug == slug)
     assert (answer.status_code, body["status"], body["title"]) == (row.status, row.status, row.title)
-    assert ("retry-after" in answer.headers) == (row.status == 503) == ("retry_after_s" in body)
+    assert ("retry-after" in answer.headers) == (row.retry_after_s is not None) == ("retry_after_s" in body)
     for name in names:
         assert name in body["detail"], body["detail"]
     SEEN.add(slug)
@@ -203,11 +207,11 @@ def test_another_pixel_size_than_the_batchs_is_refused(client, store):
     assert everything(store) == before
 
 
-def test_controls_of_another_image_recipe_are_asked_for_again(client, settings, store, tmp_path):
+def test_controls_of_another_image_recipe_are_asked_for_again(client, settings, tmp_path, storage):
     client.post(CONTROLS, files=FILES)
     recipe = ImageRecipe(channels=CHANNELS, size=8, shrink=2)
     other = fake_bundle(tmp_path / "other", recipe=recipe)
-    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), store) as later:
+    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), storage) as later:
         answer = later.post("/batches/P1/predict", files=well_files(["E05"]))
         refused(answer, "controls-of-another-recipe", names=["send the controls again"])
         report = later.post(CONTROLS, files=FILES).json()
@@ -231,18 +235,18 @@ def test_an_answer_that_is_not_finite_is_no_answer(client, engine, store):
 
 
 @pytest.mark.parametrize("pixel_size_um", ["0.04", "21"])
-def test_a_pixel_size_far_from_the_networks_is_refused(pixel_size_um, settings, store, tmp_path):
+def test_a_pixel_size_far_from_the_networks_is_refused(pixel_size_um, settings, tmp_path, storage):
     recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, pixel_size_um=1.0)
     other = fake_bundle(tmp_path / "sized", recipe=recipe)
-    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), store) as sized:
+    with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), storage) as sized:
         answer = sized.post(CONTROLS, files=FILES, data={"pixel_size_um": pixel_size_um})
     refused(answer, "unusable-pixel-size", names=[f"{pixel_size_um} µm", "network's 1 µm"])
 
 
-def test_more_sites_than_are_held_at_once_are_refused(settings, store):
+def test_more_sites_than_are_held_at_once_are_refused(settings, storage):
     one_site = 4 * len(CHANNELS) * 16 * 16
     few = settings.model_copy(update={"max_request_input_bytes": 5 * one_site})
-    with running(few, FakeEngine(), store) as client:
+    with running(few, FakeEngine(), storage) as client:
         body = refused(client.post(CONTROLS, files=FILES), "upload-too-large", names=["8 sites", "at most 5"])
         assert body["max_sites"] == 5
         assert client.post(CONTROLS, files=well_files(CONTROL_WELLS, (1,))).status_code == 201
@@ -251,9 +255,9 @@ def test_more_sites_than_are_held_at_once_are_refused(settings, store):
         assert client.post("/batches/P1/predict", files=well_files(["E05", "E06"], range(4))).status_code == 200
 
 
-def test_an_upload_that_stands_still_gives_its_slot_back(settings, store):
+def test_an_upload_that_stands_still_gives_its_slot_back(settings, storage):
     impatient = settings.model_copy(update={"max_concurrent_requests": 1, "upload_idle_timeout_s": 0.05})
-    with running(impatient, FakeEngine(), store) as client:
+    with running(impatient, FakeEngine(), storage) as client:
 
         async def silent():
             yield HEADER
@@ -308,7 +312,7 @@ HEADER = b'--x\r\nContent-Disposition: form-data; name="images"; filename="A01_1
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"{}", "application/json"),
+        (b"{}", "text/plain"),
         (b"", "multipart/form-data"),
         (b"no parts", FORM),
         (HEADER + b"II*", FORM),
@@ -324,7 +328,8 @@ def test_a_body_that_is_no_complete_form(content, kind, client, store):
 def limited(client, **limits):
     served = client.app.state.served
     wide = {"body_bytes": 10**9, "files": 10**4, "file_bytes": 10**8}
-    client.app.state.served = Served(served.batches, served.readiness, served.slots, FormLimits(**{**wide, **limits}))
+    receiver = replace(served.receiver, limits=FormLimits(**{**wide, **limits}))
+    client.app.state.served = replace(served, receiver=receiver)
 
 
 @pytest.mark.parametrize("limits", [{"body_bytes": 10_000}, {"files": 5}, {"file_bytes": 100}, {"field_bytes": 4}])
@@ -350,9 +355,9 @@ def test_the_size_limit_holds_while_streaming_without_content_length(client):
     assert len(sent) < 20, "reading stopped at the limit"
 
 
-def test_a_request_beyond_the_slots_is_told_to_come_back(settings, store):
+def test_a_request_beyond_the_slots_is_told_to_come_back(settings, storage):
     engine, entered, leave = FakeEngine(), threading.Event(), threading.Event()
-    with running(settings.model_copy(update={"max_concurrent_requests": 1}), engine, store) as client:
+    with running(settings.model_copy(update={"max_concurrent_requests": 1}), engine, storage) as client:
         measure = engine.measure
 
         def slow(images):
@@ -374,36 +379,36 @@ def test_a_request_beyond_the_slots_is_told_to_come_back(settings, store):
 
 
 def test_a_batch_that_never_holds_still_is_told_to_come_back(client, store):
-    def always(*_):
+    def always(*_, **__):
         raise RevisionConflictError
 
     store.commit = always
     refused(client.post(CONTROLS, files=FILES), "batch-busy", names=["P1"])
 
 
-def test_a_store_that_cannot_write_is_told_as_such(client, tmp_path):
-    with sqlite3.connect(tmp_path / "store.db") as other:
-        other.execute("DROP TABLE adaptation")
+def test_a_store_that_cannot_write_is_told_as_such(client, settings):
+    with sqlite3.connect(settings.data / "records.db") as other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON record BEGIN SELECT RAISE(ABORT, 'disk full'); END")
     other.close()
     refused(client.post(CONTROLS, files=FILES), "store-unavailable")
 
 
-def test_a_service_whose_replay_disagrees_is_never_ready_and_says_why(settings, store):
+def test_a_service_whose_replay_disagrees_is_never_ready_and_says_why(settings, storage):
     engine = FakeEngine()
     classify = engine.classify
     engine.classify = lambda images, statistics: tuple(part + 1 for part in classify(images, statistics))
-    with running(settings, engine, store) as client:
+    with running(settings, engine, storage) as client:
         body = refused(client.get("/health/ready"), "not-ready", names=["logits", "golden"])
         assert body["ready"] is False
         refused(client.post(CONTROLS, files=FILES), "not-ready")
         assert client.get("/health/live").status_code == 200
 
 
-def test_a_service_is_not_ready_while_it_replays(settings, store):
+def test_a_service_is_not_ready_while_it_replays(settings, storage):
     engine, leave = FakeEngine(), threading.Event()
     measure = engine.measure
     engine.measure = lambda images: (leave.wait(30), measure(images))[1]
-    with running(settings, engine, store, wait=False) as client:
+    with running(settings, engine, storage, wait=False) as client:
         refused(client.get("/health/ready"), "not-ready", names=["being replayed"])
         leave.set()
         wait_until(lambda: client.get("/health/ready").status_code == 200)
@@ -426,6 +431,201 @@ def test_a_request_that_http_does_not_allow(client):
         raise HTTPException(400, "not like this")
 
     refused(client.get("/refused-by-http"), "bad-request", names=["not like this"])
+
+
+# --- images sent ahead, plate maps, answers -----------------------------------------------------------------------------
+
+PLANE = tiff(plane("x"))
+
+
+def put_plane(client, data=PLANE, place="E05/1/DNA", digest=None, query=""):
+    said = content_digest(data) if digest is None else digest
+    return client.request("PUT", f"/batches/P1/images/{place}{query}", content=data, headers={"Content-Digest": said})
+
+
+@pytest.mark.parametrize("digest", ["", "sha-256=:AAAA:", "md5=:AAAA:", content_digest(b"another"), "sha-256=:%%%:"])
+def test_a_plane_that_is_not_what_its_digest_says_is_refused(digest, client, store):
+    refused(put_plane(client, digest=digest), "digest-mismatch", names=["sha"])
+    assert store.batch_ids() == []
+
+
+def test_a_plane_without_a_digest_is_refused(client):
+    refused(
+        client.request("PUT", "/batches/P1/images/E05/1/DNA", content=PLANE), "invalid-request", names=["content-digest"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("slug", "place"),
+    [("invalid-well", "Z99/1/DNA"), ("invalid-layout", "E05/one/DNA"), ("unknown-channel", "E05/1/Mito")],
+)
+def test_a_plane_for_no_place_is_refused(slug, place, client, store):
+    refused(put_plane(client, place=place), slug)
+    assert store.batch_ids() == []
+
+
+def test_another_plane_than_the_one_sent_ahead_is_refused(client):
+    assert put_plane(client).status_code == 201
+    body = refused(put_plane(client, tiff(plane("y"))), "staged-conflict", names=["E05", "DNA", "replace=true"])
+    assert (body["well"], body["site"], body["channel"]) == ("E05", 1, "DNA")
+    assert put_plane(client, tiff(plane("y")), query="?replace=true").status_code == 201
+
+
+def test_a_plane_too_large_is_refused(client):
+    client.app.state.served = replace(client.app.state.served, max_plane_bytes=100)
+    refused(put_plane(client), "upload-too-large", names=["100"])
+
+
+@pytest.mark.parametrize(
+    ("slug", "body"),
+    [
+        ("invalid-request", b"{"),
+        ("invalid-request", b"[]"),
+        ("invalid-request", b"{}"),
+        ("invalid-request", b'{"staged": true, "well": ["A01"]}'),
+        ("invalid-request", b'{"staged": true, "pixel_size_um": -1, "wells": ["E05"]}'),
+        ("invalid-request", b'{"staged": true}'),
+        ("invalid-well", b'{"staged": true, "wells": ["Z99"]}'),
+        ("no-images", b'{"staged": true, "wells": ["F05"]}'),
+        ("missing-channel", b'{"staged": true, "wells": ["E05"]}'),
+    ],
+)
+def test_a_json_body_that_names_no_images_is_refused(slug, body, client, store):
+    put_plane(client)
+    before = everything(store)
+    refused(client.post(CONTROLS, content=body, headers={"content-type": "application/json"}), slug)
+    assert everything(store) == before
+
+
+def test_a_batch_without_a_plate_map_has_none(client):
+    client.post(CONTROLS, files=FILES)
+    refused(client.get("/batches/P1/platemap"), "platemap-not-found", names=["P1"])
+    refused(client.get("/batches/P2/platemap"), "batch-not-found", names=["P2"])
+
+
+def test_a_plate_map_and_controls_never_contradict_each_other(client, store):
+    client.post(CONTROLS, files=FILES)
+    before = everything(store)
+    answer = client.request("PUT", "/batches/P1/platemap", content=b"well,role\nA01,treated\n")
+    refused(answer, "treated-as-control", names=["A01"])
+    refused(client.request("PUT", "/batches/P1/platemap", content=b"\xff\xfe"), "invalid-request", names=["UTF-8"])
+    assert everything(store) == before
+    client.request("PUT", "/batches/P1/platemap", content=b"well,role\nA01,control\nE05,treated\n")
+    refused(client.post(CONTROLS, files=well_files(["E05"])), "treated-as-control", names=["E05", "plate map"])
+
+
+def test_answers_are_given_in_three_forms_only(client):
+    client.post(CONTROLS, files=FILES)
+    answer = client.get("/batches/P1/predictions", headers={"Accept": "text/html"})
+    refused(answer, "not-acceptable", names=["application/json", "text/csv", "parquet"])
+
+
+# --- who may ask, how often ------------------------------------------------------------------------------------------
+
+
+def test_without_a_key_that_opens_anything_nobody_is_let_in(client, storage):
+    keys = Keys(storage.records)
+    _, token = keys.create("mine", [Scope.READ])
+    revoked, gone = keys.create("mine", [Scope.READ])
+    keys.revoke(revoked.key_id)
+    _, late = keys.create("mine", [Scope.READ], days=-1)
+    for authorization in (
+        None,
+        "Bearer",
+        "Bearer nonsense",
+        f"Basic {token}",
+        f"Bearer {token}x",
+        f"Bearer {gone}",
+        f"Bearer {late}",
+    ):
+        headers = {} if authorization is None else {"Authorization": authorization}
+        answer = client.get("/batches", headers=headers)
+        refused(answer, "unauthorized")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert client.get("/batches", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    body = refused(
+        client.post(CONTROLS, files=FILES, headers={"Authorization": f"Bearer {token}"}), "forbidden", names=["'write'"]
+    )
+    assert "read" in body["detail"]
+
+
+def test_a_key_that_sends_too_much_is_told_when_to_come_back(client, storage):
+    _, token = Keys(storage.records).create("mine", [Scope.READ, Scope.WRITE], requests_per_minute=2, bytes_per_day=5_000)
+    headers = {"Authorization": f"Bearer {token}"}
+    assert client.get("/batches", headers=headers).status_code == 200
+    refused(client.post(CONTROLS, files=FILES, headers=headers), "too-many-requests", names=["5,000 bytes a day"])
+    body = refused(client.get("/batches", headers=headers), "too-many-requests", names=["2 requests a minute"])
+    assert 1 <= body["retry_after_s"] <= 60
+
+
+def test_a_key_that_is_not_there_cannot_be_revoked(storage):
+    with pytest.raises(KeyNotFoundError) as raised:
+        Keys(storage.records).revoke("nothing")
+    SEEN.add(problem_of(raised.value).slug)
+
+
+# --- requests that are repeated ---------------------------------------------------------------------------------------
+
+
+def test_an_idempotency_key_is_one_requests_alone(client, store):
+    headers = {"Idempotency-Key": "k1"}
+    assert client.post(CONTROLS, files=FILES, headers=headers).status_code == 201
+    before = everything(store)
+    for other in (
+        lambda: client.post(CONTROLS, files=well_files(["E05"]), headers=headers),
+        lambda: client.post(f"{CONTROLS}?replace=true", files=FILES, headers=headers),
+        lambda: client.post("/batches/P1/predict", files=FILES, headers=headers),
+    ):
+        refused(other(), "idempotency-conflict", names=["key of its own"])
+    refused(client.post(CONTROLS, files=FILES, headers={"Idempotency-Key": "k" * 256}), "invalid-request", names=["255"])
+    assert everything(store) == before
+
+
+def test_the_same_request_while_it_runs_is_told_to_wait(client, engine):
+    entered, leave, first = threading.Event(), threading.Event(), []
+    measure = engine.measure
+    engine.measure = lambda images: (entered.set(), leave.wait(30), measure(images))[2]
+
+    def send():
+        return client.post(CONTROLS, files=FILES, headers={"Idempotency-Key": "k1"})
+
+    thread = threading.Thread(target=lambda: first.append(send()))
+    thread.start()
+    assert entered.wait(30)
+    refused(send(), "still-running")
+    leave.set()
+    thread.join()
+    assert send().content == first[0].content
+
+
+# --- what happens to the service --------------------------------------------------------------------------------------
+
+
+def test_records_that_are_gone_are_told_as_lost(settings, storage):
+    with running(settings, FakeEngine()) as client:
+        client.post(CONTROLS, files=FILES)
+        storage.records.commit(Commit({"lab": None}))
+        for answer in (client.get("/batches"), client.get("/health/ready"), client.post(CONTROLS, files=FILES)):
+            refused(answer, "store-lost", names=["backup"])
+
+
+@pytest.mark.parametrize(
+    ("slug", "end"),
+    [
+        ("undecodable-image", UndecodableImageError("the site takes longer than 1 s to decode")),
+        ("decoder-killed", DecoderKilledError("the decoder was killed")),
+    ],
+)
+def test_an_image_that_the_decoder_does_not_come_back_from_costs_its_request(slug, end, client, store):
+    def ended(*_):
+        raise end
+
+    preparer = client.app.state.served.batches.preparer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(preparer.decoder.decode), "__call__", ended)
+        refused(client.post(CONTROLS, files=FILES), slug)
+    assert store.batch_ids() == []
+    assert client.post(CONTROLS, files=FILES).status_code == 201
 
 
 def test_every_slug_of_the_table_is_documented_with_its_status():

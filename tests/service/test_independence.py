@@ -6,7 +6,7 @@ With the demo bundle on onnxruntime, on simulated wells.
 import pytest
 
 from service.settings import Settings
-from service.store_sqlite import SqliteStore
+from service.storage import open_storage
 from tests.service.conftest import running
 from tests.service.plates import image, tiff
 from training.simulate import CHANNELS, SimulationPlan, plate_batches, plate_wells, render_site
@@ -34,8 +34,8 @@ def plate():
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def demo_settings(request, demo_bundles):
-    return Settings(bundle=demo_bundles / "cs-arm-bn", device="cpu", threads=request.param)
+def demo_settings(request, demo_bundles, tmp_path):
+    return Settings(bundle=demo_bundles / "cs-arm-bn", data=tmp_path / "data", device="cpu", threads=request.param)
 
 
 def adapt(client, files, wells):
@@ -52,10 +52,9 @@ def ask(client, files, wells):
     return {well["well"]: well for well in answer.json()["wells"]}
 
 
-def test_company_order_chunking_and_a_restart_change_no_bit(demo_settings, plate, tmp_path):
+def test_company_order_chunking_and_a_restart_change_no_bit(demo_settings, plate):
     files, controls, treated = plate
-    path = str(tmp_path / "store.db")
-    with running(demo_settings, store=SqliteStore(path)) as client:
+    with running(demo_settings, workers=True) as client:
         adapt(client, files, controls)
         whole = ask(client, files, treated)
         assert len({tuple(well["probabilities"].values()) for well in whole.values()}) == len(treated)
@@ -65,17 +64,17 @@ def test_company_order_chunking_and_a_restart_change_no_bit(demo_settings, plate
             assert ask(client, shuffled, [well])[well] == whole[well]
         assert ask(client, files, list(reversed(treated))) == whole
         assert ask(client, files, treated[:3]) | ask(client, files, treated[3:]) == whole
-    with running(demo_settings, store=SqliteStore(path)) as client:
+    with running(demo_settings) as client:
         assert ask(client, files, treated) == whole
 
 
 def test_both_stores_and_any_order_of_controls_give_the_same_statistics_and_answers(
-    demo_settings, plate, any_store, tmp_path
+    demo_settings, plate, any_storage, tmp_path
 ):
     files, controls, treated = plate
-    with running(demo_settings, store=any_store) as client:
+    with running(demo_settings, storage=any_storage) as client:
         name = adapt(client, files, list(reversed(controls)))
         found = ask(client, files, treated[:3])
-    with running(demo_settings, store=SqliteStore(str(tmp_path / "reference.db"))) as client:
+    with running(demo_settings, storage=open_storage(tmp_path / "reference")) as client:
         assert adapt(client, files, controls) == name
         assert ask(client, files, treated[:3]) == found

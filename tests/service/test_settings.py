@@ -8,20 +8,20 @@ from pydantic import ValidationError
 
 from service.app import create_app
 from service.errors import StartError
-from service.settings import Settings, is_loopback
+from service.settings import Settings, StorageSettings, is_loopback
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+
+
+def told(default):
+    return str(default).lower() if isinstance(default, bool) else default
 
 
 def test_every_setting_is_documented_with_its_default():
     rows = dict(re.findall(r"^\| `ANCHORWELL_([A-Z_]+)` \| (.+?) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE))
     expected = {}
     for name, field in Settings.model_fields.items():
-        default = (
-            "required"
-            if field.is_required()
-            else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
-        )
+        default = "required" if field.is_required() else "none" if field.default is None else f"`{told(field.default)}`"
         expected[name.upper()] = default
         assert field.description, name
     assert rows == expected
@@ -37,10 +37,10 @@ def test_settings_are_read_from_the_environment_and_frozen(monkeypatch):
 
 
 def test_settings_are_printed_without_secrets():
-    lines = Settings(bundle="b", store="rediss://plates:s3cret@host:6379/0").lines()
-    assert "store = rediss://plates:***@host:6379/0" in lines
+    lines = Settings(bundle="b", redis="rediss://plates:s3cret@host:6379/0").lines()
+    assert "redis = rediss://plates:***@host:6379/0" in lines
     assert not any("s3cret" in line for line in lines)
-    assert len(lines) == len(Settings.model_fields)
+    assert len(lines) == len(Settings.model_fields) - 1, "all but the object storage, which is not set"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,27 @@ def test_only_loopback_is_safe_without_keys(host, loopback):
 
 
 def test_an_address_that_others_reach_is_refused_unless_allowed_by_name(bundle, tmp_path):
-    settings = Settings(bundle=bundle.path, host="0.0.0.0", store=f"sqlite:///{tmp_path}/s.db")
+    settings = Settings(bundle=bundle.path, host="0.0.0.0", data=tmp_path / "data")
     with pytest.raises(StartError, match="ALLOW_ANONYMOUS"):
         create_app(settings)
-    settings.model_copy(update={"allow_anonymous": True}).check_exposure()
+    settings.check_exposure(keys=True)
+    settings.model_copy(update={"allow_anonymous": True}).check_exposure(keys=False)
+
+
+def test_settings_come_from_a_file_and_a_secrets_directory_too(monkeypatch, tmp_path):
+    (tmp_path / "lab.toml").write_text('bundle = "/bundles/one"\nredis = "redis://file:6379/0"\nport = 8100\n')
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "anchorwell_redis").write_text("rediss://plates:s3cret@host:6379/0\n")
+    monkeypatch.setenv("ANCHORWELL_CONFIG", str(tmp_path / "lab.toml"))
+    monkeypatch.setenv("ANCHORWELL_SECRETS_DIR", str(tmp_path / "secrets"))
+    monkeypatch.setenv("ANCHORWELL_PORT", "8200")
+    settings = Settings()
+    assert (settings.bundle, settings.port) == (Path("/bundles/one"), 8200)
+    assert settings.redis == "rediss://plates:s3cret@host:6379/0"
+    assert StorageSettings().redis == settings.redis
+
+
+def test_a_settings_file_that_is_not_there_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANCHORWELL_CONFIG", str(tmp_path / "none.toml"))
+    with pytest.raises(StartError, match=r"ANCHORWELL_CONFIG names .*none\.toml"):
+        Settings()

@@ -1,0 +1,226 @@
+"""Blobs: bytes under names that are written once and kept for good: kept images, staged planes, the journal.
+
+In files of a data directory, or in object storage (S3 and what speaks like it). Knows nothing of plates. What ``put``
+returned from is on disk: a file is written beside its place, synced, renamed, and its directory synced.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+from tempfile import NamedTemporaryFile
+from typing import Any, Protocol
+
+from obstore.exceptions import BaseError, NotFoundError
+from obstore.store import MemoryStore, ObjectStore, from_url
+
+from service.errors import BlobMissingError, StartError, StoreUnavailableError
+
+PARTIAL = "partial"
+"""Where files lie while they are written; what is old there was never acknowledged."""
+_PARALLEL = 16
+_ATTEMPTS = 100
+
+
+class Blobs(Protocol):
+    """Names are relative paths of plain segments."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes for good; under a name that is there already, they take its place."""
+        ...
+
+    def put_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Keep several."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """Return what is kept.
+
+        Raises:
+            BlobMissingError: nothing is.
+        """
+        ...
+
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """Give a blob as a file of this machine, while the context lasts.
+
+        Raises:
+            BlobMissingError: nothing is kept there.
+        """
+        ...
+
+    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
+        """Names that start with ``prefix``, up to a slash; only of blobs older than ``before`` when that is given."""
+        ...
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Forget blobs; one that is not there is forgotten already."""
+        ...
+
+
+class FileBlobs:
+    """Blobs as files below one directory of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._synced: set[Path] = set()
+        with _told(f"the data directory {root}"):
+            self._make_directory(root)
+
+    def put(self, name: str, data: bytes) -> None:
+        with _told(name):
+            _sync_directory(self._written(name, data).parent)
+
+    def put_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Keep several; each directory is synced once, when all its files are there."""
+        with _told("a blob"), ThreadPoolExecutor(_PARALLEL) as pool:
+            written = list(pool.map(self._written, blobs, blobs.values()))
+            for directory in sorted({path.parent for path in written}):
+                _sync_directory(directory)
+
+    def get(self, name: str) -> bytes:
+        try:
+            with _told(name):
+                return (self._root / name).read_bytes()
+        except FileNotFoundError:
+            raise BlobMissingError(f"{name} is missing from the data directory {self._root}") from None
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        path = self._root / name
+        if not path.is_file():
+            raise BlobMissingError(f"{name} is missing from the data directory {self._root}")
+        yield path
+
+    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
+        start = self._root / prefix
+        with _told(prefix):
+            found = [Path(folder) / file for folder, _, files in os.walk(start) for file in files]
+            return sorted(str(path.relative_to(self._root)) for path in found if before is None or _is_older(path, before))
+
+    def delete(self, names: Iterable[str]) -> None:
+        with _told("a blob"):
+            for name in names:
+                path = self._root / name
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # the directory is not empty
+                    path.parent.rmdir()
+
+    def _written(self, name: str, data: bytes) -> Path:
+        """Write a file whole or not at all; it is found after a power cut once its directory is synced."""
+        path, partial = self._root / name, self._root / PARTIAL / token_hex(8)
+        self._make_directory(partial.parent)
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._moved(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _moved(self, partial: Path, path: Path) -> None:
+        for _ in range(_ATTEMPTS):
+            self._make_directory(path.parent)
+            try:
+                partial.rename(path)
+            except FileNotFoundError:  # another request deleted the directory's last file, and with it the directory
+                self._synced.discard(path.parent)
+                continue
+            return
+        raise OSError(f"{path.parent} keeps being deleted")
+
+    def _make_directory(self, directory: Path) -> None:
+        """Make a directory that outlives a power cut: what holds it is synced before anything is put into it."""
+        if directory in self._synced and directory.is_dir():
+            return
+        if directory != self._root:
+            self._make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+        self._synced.add(directory)
+
+
+class ObjectBlobs:
+    """Blobs as objects below one URL, e.g. ``s3://bucket/prefix``."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def put(self, name: str, data: bytes) -> None:
+        with _told(name):
+            self._store.put(name, data)
+
+    def put_all(self, blobs: Mapping[str, bytes]) -> None:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(self.put, blobs, blobs.values()))
+
+    def get(self, name: str) -> bytes:
+        try:
+            with _told(name):
+                return bytes(self._store.get(name).bytes())
+        except FileNotFoundError:
+            raise BlobMissingError(f"{name} is missing from the object storage") from None
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        with NamedTemporaryFile() as file:
+            file.write(self.get(name))
+            file.flush()
+            yield Path(file.name)
+
+    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
+        with _told(prefix):
+            found = [item for page in self._store.list(prefix or None) for item in page]
+        return sorted(str(item["path"]) for item in found if before is None or item["last_modified"] < before)
+
+    def delete(self, names: Iterable[str]) -> None:
+        with _told("a blob"):
+            for name in names:
+                with suppress(NotFoundError, FileNotFoundError):
+                    self._store.delete(name)
+
+
+def memory_blobs() -> ObjectBlobs:
+    """Blobs that are forgotten with the process, for tests."""
+    return ObjectBlobs(MemoryStore())
+
+
+def open_object_blobs(url: str, **options: Any) -> ObjectBlobs:
+    """Open object storage; credentials come from the environment, as for any S3 client.
+
+    Raises:
+        StartError: the URL is not one.
+    """
+    try:
+        return ObjectBlobs(from_url(url, **options))
+    except (BaseError, ValueError) as error:
+        raise StartError(f"the object storage {url} cannot be used: {error}") from None
+
+
+def _is_older(path: Path, before: datetime) -> bool:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC) < before
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tell errors of the disk and of the object storage as the store's own."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, BaseError) as error:
+        raise StoreUnavailableError(f"{what} cannot be kept or read: {str(error)[:300]}; nothing was changed") from error

@@ -1,0 +1,263 @@
+"""What is kept of batches beside the two stories: looked at, sent ahead, described by a plate map, forgotten.
+
+Knows nothing of HTTP, onnxruntime or a database.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import TypeVar
+
+from model.bundle import Bundle, recipe_digest, recipe_json
+from model.context import Context, choose_context, wells_needed
+from model.layout import PlaneKey, PlateMap, Role, SiteKey
+from model.statistics import statistics_id
+from service import schemas
+from service.deeds import Deed
+from service.errors import BatchBusyError, PlateMapNotFoundError, StagedConflictError
+from service.reports import CONTEXT, kept_predictions, platemap_report
+from service.rules import existing, not_found, refuse_controls
+from service.storage import Storage
+from service.store import (
+    BatchRecord,
+    BatchStore,
+    Change,
+    ControlSite,
+    RevisionConflictError,
+    StagedPlane,
+    new_blob,
+    platemap_bytes,
+)
+
+DELETED = "batch.deleted"
+MAPPED = "platemap.sent"
+STAGED = "plane.staged"
+COMMIT_ATTEMPTS = 20
+
+T = TypeVar("T")
+
+
+def retold(store: BatchStore, batch_id: str, story: Callable[[BatchRecord], T]) -> T:
+    """Tell a story of the batch as it is now, and again whenever another request changed it meanwhile.
+
+    Raises:
+        BatchBusyError: it kept changing.
+    """
+    for _ in range(COMMIT_ATTEMPTS):
+        try:
+            return story(store.batch(batch_id) or BatchRecord(batch_id))
+        except RevisionConflictError:
+            continue
+    raise BatchBusyError(f"batch {batch_id} kept changing under this request; nothing was kept: send it again")
+
+
+@dataclass(frozen=True)
+class BundleView:
+    """How the served bundle, at the engine's precision, sees what is kept of a batch."""
+
+    bundle: Bundle
+    precision: str
+
+    def usable(self, batch: BatchRecord) -> dict[SiteKey, ControlSite]:
+        """Return the control sites prepared as the served bundle wants them."""
+        recipe = recipe_digest(self.bundle.manifest.recipe)
+        return {key: site for key, site in batch.controls.items() if site.recipe_digest == recipe}
+
+    def wells_needed(self, usable: Iterable[SiteKey]) -> int:
+        """Return how many control wells are missing."""
+        return wells_needed(len({site.well for site in usable}), self.bundle.manifest.minimum_control_wells)
+
+    def name(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite]) -> tuple[Context, str]:
+        """Choose the context and name its statistics."""
+        context = choose_context(usable, self.bundle.manifest.max_context_sites)
+        planes = [
+            (PlaneKey(site.well, site.site, channel), digest)
+            for site in context.used
+            for channel, digest in usable[site].planes.items()
+        ]
+        return context, statistics_id(
+            bundle_digest=self.bundle.digest,
+            recipe=recipe_json(self.bundle.manifest.recipe),
+            pixel_size_um=batch.pixel_size_um,
+            context=CONTEXT,
+            precision=self.precision,
+            planes=planes,
+        )
+
+    def current(self, batch: BatchRecord) -> str | None:
+        """Return the id of the statistics that a well of this batch would be answered with; None when they need controls."""
+        usable = self.usable(batch)
+        return None if self.wells_needed(usable) else self.name(batch, usable)[1]
+
+    def summary(self, batch: BatchRecord) -> schemas.BatchSummary:
+        """Tell what is kept of a batch."""
+        usable = self.usable(batch)
+        current = self.current(batch)
+        adapted = (self.bundle.digest, current) in batch.adaptations
+        assert batch.changed_at is not None
+        return schemas.BatchSummary(
+            batch_id=batch.batch_id,
+            adapted=adapted,
+            statistics_id=current if adapted else None,
+            wells_needed=self.wells_needed(usable),
+            control_wells=tuple(sorted(batch.control_wells)),
+            control_sites=len(batch.controls),
+            unusable_sites=len(batch.controls) - len(usable),
+            treated_wells=tuple(sorted(batch.treated)),
+            pixel_size_um=batch.pixel_size_um,
+            plate=batch.plate,
+            changed_at=batch.changed_at,
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of every tenant's batches."""
+
+    view: BundleView
+    storage: Storage
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+    # --- looked at ---------------------------------------------------------------------------------------------------
+
+    def summaries(self, tenant: str) -> schemas.BatchList:
+        """Every batch kept."""
+        store = self.storage.of(tenant)
+        batches = (store.batch(batch_id) for batch_id in store.batch_ids())
+        return schemas.BatchList(batches=tuple(self.view.summary(batch) for batch in batches if batch is not None))
+
+    def summary(self, tenant: str, batch_id: str) -> schemas.BatchSummary:
+        """What is kept of a batch.
+
+        Raises:
+            BatchNotFoundError: nothing.
+        """
+        return self.view.summary(existing(self.storage.of(tenant), batch_id))
+
+    def predictions(self, tenant: str, batch_id: str) -> tuple[schemas.KeptPredictions, tuple[str, ...]]:
+        """The latest answer of every well, and the plate map's columns; answers on superseded statistics are stale.
+
+        Raises:
+            BatchNotFoundError: nothing is kept under that id.
+        """
+        store = self.storage.of(tenant)
+        batch = existing(store, batch_id)
+        current = (self.view.bundle.digest, self.view.current(batch))
+        platemap = store.platemap(batch_id)
+        found = kept_predictions(batch, platemap, store.answers(batch_id), current)
+        return found, () if platemap is None else platemap.columns
+
+    def images(self, tenant: str, batch_id: str) -> schemas.ImageList:
+        """Every plane that is staged, and every plane of a kept control.
+
+        Raises:
+            BatchNotFoundError: nothing is kept under that id.
+        """
+        store = self.storage.of(tenant)
+        batch = existing(store, batch_id)
+        controls = tuple(
+            schemas.KeptImage(well=key.well, site=key.site, channel=channel, sha256=digest, state="control")
+            for key, site in batch.controls.items()
+            for channel, digest in site.planes.items()
+        )
+        staged = tuple(
+            schemas.KeptImage(**vars(plane.key), sha256=plane.sha256, state="staged") for plane in store.staged(batch_id)
+        )
+        return schemas.ImageList(batch_id=batch_id, images=(*controls, *staged))
+
+    # --- sent ahead --------------------------------------------------------------------------------------------------
+
+    def stage(
+        self, deed: Deed, batch_id: str, key: PlaneKey, data: bytes, digest: str, *, replace: bool
+    ) -> tuple[bool, schemas.KeptImage]:
+        """Keep one plane until its well is asked for; the same again changes nothing. Whether it is new.
+
+        Raises:
+            StagedConflictError: another one is kept there.
+        """
+        store = self.storage.of(deed.tenant)
+        answer = schemas.KeptImage(**vars(key), sha256=digest, state="staged")
+        plane = StagedPlane(key, digest, len(data), new_blob(data))
+
+        def story(batch: BatchRecord) -> tuple[bool, schemas.KeptImage]:
+            was = store.staged_plane(batch_id, key)
+            if was is not None and was.sha256 == digest:
+                store.secure()
+                return False, answer
+            if was is not None and not replace:
+                raise staged_conflict(batch_id, was, digest)
+            also = deed.done(
+                STAGED, batch_id, {"well": key.well, "site": key.site, "channel": key.channel, "sha256": digest}
+            )
+            store.stage(batch, plane, data, self.now(), also, instead_of=was)
+            return True, answer
+
+        return retold(store, batch_id, story)
+
+    # --- plate maps --------------------------------------------------------------------------------------------------
+
+    def send_platemap(self, deed: Deed, batch_id: str, sent: PlateMap) -> schemas.PlateMapReport:
+        """Keep a plate map in the place of the one before.
+
+        Raises:
+            TreatedAsControlError: it calls a well treated that is kept as a control.
+        """
+        store = self.storage.of(deed.tenant)
+        report = platemap_report(batch_id, sent)
+
+        def story(batch: BatchRecord) -> schemas.PlateMapReport:
+            refuse_controls(batch, sent.wells(Role.TREATED))
+            if store.platemap(batch_id) == sent:
+                store.secure()
+                return report
+            also = deed.done(MAPPED, batch_id, {"sha256": sha256(platemap_bytes(sent)).hexdigest()})
+            store.commit(batch, Change(self.now(), platemap=sent), also)
+            return report
+
+        return retold(store, batch_id, story)
+
+    def platemap(self, tenant: str, batch_id: str) -> schemas.PlateMapReport:
+        """The plate map as it is kept.
+
+        Raises:
+            BatchNotFoundError, PlateMapNotFoundError: there is none.
+        """
+        store = self.storage.of(tenant)
+        existing(store, batch_id)
+        kept = store.platemap(batch_id)
+        if kept is None:
+            raise PlateMapNotFoundError(
+                f"batch {batch_id} has no plate map: PUT /batches/{batch_id}/platemap", batch_id=batch_id
+            )
+        return platemap_report(batch_id, kept)
+
+    # --- forgotten ---------------------------------------------------------------------------------------------------
+
+    def delete(self, deed: Deed, batch_id: str) -> None:
+        """Forget a batch.
+
+        Raises:
+            BatchNotFoundError: nothing is kept under that id.
+        """
+        store = self.storage.of(deed.tenant)
+
+        def story(batch: BatchRecord) -> None:
+            if batch.revision is None:
+                store.secure()  # a deletion that was not told of is safe before it is told to be done
+                raise not_found(batch_id)
+            store.delete(batch, deed.done(DELETED, batch_id, {}))
+
+        retold(store, batch_id, story)
+
+
+def staged_conflict(batch_id: str, kept: StagedPlane, sent: str) -> StagedConflictError:
+    """Say that another image was sent ahead for a plane."""
+    return StagedConflictError(
+        f"batch {batch_id} keeps another image for well {kept.key.well} site {kept.key.site} channel {kept.key.channel}: "
+        f"its sha256 is {kept.sha256[:12]}…, the one sent has {sent[:12]}…; ?replace=true puts the new one in its place",
+        batch_id=batch_id,
+        well=kept.key.well,
+        site=kept.key.site,
+        channel=kept.key.channel,
+    )

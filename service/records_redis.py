@@ -1,0 +1,268 @@
+"""Records in Redis. The only module that knows it.
+
+A commit is one script: Redis compares what was expected, then changes every record, or none. Redis must sync every write to
+disk before it answers, or an acknowledged upload could be lost; a server that says otherwise is warned of at start.
+
+Redis is a place of work, not the truth: every commit leaves a journal entry there (``pending``) until it lies in the object
+storage, from which ``anchorwell restore`` rebuilds the records of a Redis that was flushed.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import redis
+from redis.sentinel import Sentinel
+
+from service.errors import StartError, StoreLostError, StoreUnavailableError
+from service.journal import Journal, JournalEntry
+from service.records import Commit, ConflictError
+
+SCHEMA_VERSION = 2
+_PREFIX = "anchorwell:v2:"
+_DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+_COULD_BE_LOST = {
+    "appendonly": "everything since Redis's last snapshot, when it stops",
+    "appendfsync": "the last second of acknowledged uploads, when the machine loses power",
+    "maxmemory-policy": "any batch, silently, when Redis runs out of memory",
+}
+_ATTEMPTS = 200
+_LOST, _CONFLICT, _MOVED = -1, -2, -3
+_COMMIT = """
+local prefix, lab, at = KEYS[1], ARGV[1], 2
+local found = redis.call('GET', prefix .. 'lab')
+if lab ~= '' and found ~= lab then return -1 end
+local function number() at = at + 1; return tonumber(ARGV[at - 1]) end
+local function text() at = at + 1; return ARGV[at - 1] end
+for _, verdict in ipairs({-2, -3}) do
+  for _ = 1, number() do
+    local key, present, value = text(), text(), text()
+    local now = redis.call('GET', prefix .. 'record:' .. key)
+    if (present == '1' and now ~= value) or (present == '0' and now) then return verdict end
+  end
+end
+local index = prefix .. 'index'
+for _ = 1, number() do
+  local start = text()
+  for _, key in ipairs(redis.call('ZRANGE', index, '[' .. start, '(' .. start .. '\\255', 'BYLEX')) do
+    redis.call('DEL', prefix .. 'record:' .. key)
+    redis.call('ZREM', index, key)
+  end
+end
+for _ = 1, number() do
+  local key, present, value = text(), text(), text()
+  if present == '1' then
+    redis.call('SET', prefix .. 'record:' .. key, value)
+    redis.call('ZADD', index, 0, key)
+  else
+    redis.call('DEL', prefix .. 'record:' .. key)
+    redis.call('ZREM', index, key)
+  end
+end
+local entry = text()
+if entry == '' then return 0 end
+local sequence = redis.call('INCR', prefix .. 'sequence')
+redis.call('HSET', prefix .. 'pending', sequence, entry)
+return sequence
+"""
+
+log = logging.getLogger("anchorwell")
+
+
+class RedisRecords:
+    """``Records`` in a Redis server, shared by several machines; each commit is kept in the journal, too, if any."""
+
+    def __init__(self, url: str, lab: str | None = None, journal: Journal | None = None) -> None:
+        self._lab = lab
+        self._journal = journal
+        self._chain = threading.Lock()  # of this process's threads one at a time extends a chain
+        try:
+            self._redis = connect(url)
+            _check_schema(self._redis)
+        except (redis.RedisError, ValueError) as error:
+            raise StartError(f"the Redis store cannot be used: {error}") from None
+
+    def lab(self) -> str | None:
+        """The lab that these records are of; None on an empty Redis."""
+        with _told():
+            value = self._redis.get(_PREFIX + "lab")
+        return None if value is None else str(value.decode())
+
+    def found(self, lab: str) -> None:
+        """Say whose records an empty Redis holds."""
+        with _told():
+            self._redis.set(_PREFIX + "lab", lab, nx=True)
+
+    def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        with _told():
+            lab, *values = self._redis.mget([_PREFIX + "lab", *(_record(key) for key in keys)])
+        self._require_lab(lab)
+        return list(values)
+
+    def scan(self, prefix: str, after: str = "", limit: int = 1000) -> list[tuple[str, bytes]]:
+        start = b"(" + after.encode() if after else b"[" + prefix.encode()
+        with _told():
+            keys = self._redis.zrange(
+                _PREFIX + "index", start, b"(" + prefix.encode() + b"\xff", bylex=True, offset=0, num=limit
+            )
+        names = [key.decode() for key in keys]
+        found = [(name, value) for name, value in zip(names, self.read(names), strict=True) if value is not None]
+        return found if found or len(names) < limit else self.scan(prefix, names[-1], limit)
+
+    def commit(self, commit: Commit) -> None:
+        if not commit.derived:
+            self._commit(commit, {}, commit.with_derived(_nothing))
+            return
+        with self._chain:
+            for _ in range(_ATTEMPTS):
+                now = dict(zip((item.key for item in commit.derived), self._derived_from(commit), strict=True))
+                if self._commit(commit, now, commit.with_derived(now.__getitem__)) != _MOVED:
+                    return
+        raise StoreUnavailableError("the end of a chain kept moving; nothing was changed")
+
+    def _derived_from(self, commit: Commit) -> list[bytes | None]:
+        return self.read([item.key for item in commit.derived])
+
+    def _commit(self, commit: Commit, derived_from: dict[str, bytes | None], changes: dict[str, bytes | None]) -> int:
+        entry = JournalEntry.of(commit, changes) if self._journal is not None else None
+        arguments: list[bytes | str | int] = [self._lab or ""]
+        for values in (commit.expected, derived_from):
+            arguments += _listed(values)
+        arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
+        with _told():
+            outcome = int(self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
+        if outcome == _LOST:
+            self._require_lab(None)
+        if outcome == _CONFLICT:
+            raise ConflictError
+        if outcome > 0 and entry is not None:
+            self._settle(outcome, entry)
+        return outcome
+
+    # --- the journal's side ------------------------------------------------------------------------------------------
+
+    def secure(self) -> None:
+        """Bring every commit to the journal that did not get there, because the object storage failed or a process died."""
+        with _told():
+            found = self._redis.hgetall(_PREFIX + "pending")
+        for sequence, entry in _decoded(found):
+            self._settle(sequence, entry)
+
+    def _settle(self, sequence: int, entry: JournalEntry) -> None:
+        if self._journal is not None:
+            self._journal.keep(sequence, entry)
+            with _told():
+                self._redis.hdel(_PREFIX + "pending", sequence)
+
+    def rebuild(self, entries: Sequence[tuple[int, JournalEntry]], lab: str) -> None:
+        """Fill an empty Redis from journal entries in order; the lab is named last, so that half of it is never served.
+
+        Raises:
+            StartError: it is not empty.
+        """
+        if self.lab() is not None:
+            raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
+        with _told():
+            self._redis.delete(_PREFIX + "index", _PREFIX + "pending")
+            for sequence, entry in entries:
+                nothing: list[bytes | str | int] = [0, 0]
+                cleared = [len(entry.cleared), *entry.cleared]
+                self._redis.eval(_COMMIT, 1, _PREFIX, "", *nothing, *cleared, *_listed(entry.changes), b"")
+                self._redis.set(_PREFIX + "sequence", sequence)
+            self._redis.set(_PREFIX + "lab", lab)
+
+    def check(self) -> None:
+        self.read([])
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _require_lab(self, found: bytes | None) -> None:
+        if self._lab is not None and found != self._lab.encode():
+            raise StoreLostError(
+                "Redis holds no records, but the object storage is that of a lab: Redis was flushed or replaced; "
+                "run 'anchorwell restore'"
+            )
+
+
+def connect(url: str) -> Any:
+    """Connect to ``redis://``, ``rediss://`` or ``redis+sentinel://host:port[,host:port…]/service[?db=0]``."""
+    options = {"socket_connect_timeout": 5, "socket_timeout": 20}
+    if not url.startswith("redis+sentinel://"):
+        return redis.Redis.from_url(url, **options)
+    parts = urlsplit(url)
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    addresses = [(host.rpartition(":")[0], int(host.rpartition(":")[2])) for host in hosts]
+    if not parts.path.strip("/"):
+        raise ValueError("redis+sentinel:// needs the name of the service: redis+sentinel://host:26379/NAME")
+    secret = {name: value for name, value in (("username", _user(parts)), ("password", _password(parts))) if value}
+    database = int(parse_qs(parts.query).get("db", ["0"])[0])
+    sentinel: Any = Sentinel(addresses, **options)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(parts.path.strip("/"), db=database, **options, **secret)
+
+
+def _user(parts: Any) -> str | None:
+    return str(parts.netloc.rpartition("@")[0]).partition(":")[0] or None
+
+
+def _password(parts: Any) -> str | None:
+    return str(parts.netloc.rpartition("@")[0]).partition(":")[2] or None
+
+
+def durability_warnings(url: str) -> list[str]:
+    """What this Redis could lose as it is set, a sentence each; nothing when it syncs every write and never evicts."""
+    server = connect(url)
+    try:
+        found = {name: server.config_get(name).get(name) for name in _DURABLE}
+    except redis.ResponseError as error:  # a managed server may forbid CONFIG
+        return [f"Redis does not tell whether it syncs every write to disk ({error}): make sure that it does"]
+    except redis.RedisError as error:
+        raise StartError(f"the Redis store cannot be used: {error}") from None
+    finally:
+        server.close()
+    return [
+        f"Redis has {name} {found[name]}, not {wanted}: it could lose {_COULD_BE_LOST[name]}"
+        for name, wanted in _DURABLE.items()
+        if found[name] != wanted
+    ]
+
+
+def _check_schema(server: Any) -> None:
+    key = "anchorwell:schema"
+    server.setnx(key, SCHEMA_VERSION)
+    found = int(server.get(key))
+    if found != SCHEMA_VERSION:
+        raise StartError(f"the Redis store has schema {found}; this release reads {SCHEMA_VERSION}")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell Redis's errors as the store's own."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
+
+
+def _record(key: str) -> str:
+    return f"{_PREFIX}record:{key}"
+
+
+def _decoded(found: Mapping[bytes, bytes]) -> Iterator[tuple[int, JournalEntry]]:
+    ordered = sorted((int(sequence), entry) for sequence, entry in found.items())
+    return ((sequence, JournalEntry.from_bytes(entry)) for sequence, entry in ordered)
+
+
+def _listed(values: Any) -> list[bytes | str | int]:
+    """Number of records, then each as key, present (1 or 0), value."""
+    listed: list[bytes | str | int] = [len(values)]
+    for key, value in values.items():
+        listed += [key, 0, b""] if value is None else [key, 1, value]
+    return listed
+
+
+def _nothing(key: str) -> bytes | None:
+    raise AssertionError(key)

@@ -1,0 +1,131 @@
+"""HTTP of what surrounds the two stories: images sent ahead, plate maps, kept answers. Holds no ``try``."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from model.layout import PlaneKey, match_channel, parse_site, parse_well, read_platemap
+from service import exports, schemas
+from service.digests import require_digest
+from service.multipart import received_body, utf8
+from service.routes import PROBLEM, BatchId, KeptBatches, Reading, Ready, Serving, Writing
+
+MAX_PLATEMAP_BYTES = 4 << 20
+
+router = APIRouter()
+
+_TIFF: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "one grey TIFF plane",
+        "content": {"image/tiff": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_CSV: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "CSV or TSV with a well column; one that tells the role, and any others",
+        "content": {exports.CSV: {"schema": {"type": "string"}, "example": "well,role,compound\nA01,control,DMSO\n"}},
+    }
+}
+_FORMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            exports.CSV: {"schema": {"type": "string"}},
+            exports.PARQUET: {"schema": {"type": "string", "format": "binary"}},
+        }
+    },
+    **PROBLEM,
+}
+
+
+@router.put(
+    "/batches/{batch_id:path}/images/{well}/{site}/{channel}",
+    status_code=201,
+    response_model=schemas.KeptImage,
+    responses={200: {"model": schemas.KeptImage, "description": "the same image was there"}, **PROBLEM},
+    openapi_extra=_TIFF,
+)
+async def send_image(
+    request: Request,
+    response: Response,
+    deed: Writing,
+    batch_id: BatchId,
+    batches: Ready,
+    served: Serving,
+    well: str,
+    site: str,
+    channel: str,
+    content_digest: Annotated[str, Header(description="RFC 9530: sha-256=:<base64>:")],
+    replace: Annotated[bool, Query(description="put another image in the place of the one sent before")] = False,
+) -> schemas.KeptImage:
+    """Send one plane ahead, as a raw body; it waits until its well is asked for. The fast way: parallel, no multipart."""
+    key = PlaneKey(parse_well(well), parse_site(site), match_channel(channel, batches.bundle.manifest.channels))
+    declared = request.headers.get("content-length", "")
+    with served.staging_bytes.taken(int(declared) if declared.isdecimal() else served.max_plane_bytes):
+        body = await received_body(request, served.max_plane_bytes, served.receiver.limits.idle_timeout_s)
+        digest = await run_in_threadpool(require_digest, body, content_digest)
+        new, image = await run_in_threadpool(served.kept.stage, deed, batch_id, key, body, digest, replace=replace)
+    response.status_code = 201 if new else 200
+    return image
+
+
+@router.get("/batches/{batch_id:path}/images", response_model=schemas.ImageList, responses=PROBLEM)
+def list_images(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.ImageList:
+    """List the planes that are staged, and those of kept controls: what a client need not send again."""
+    return kept.images(deed.tenant, batch_id)
+
+
+@router.put(
+    "/batches/{batch_id:path}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM, openapi_extra=_CSV
+)
+async def send_platemap(
+    request: Request, deed: Writing, batch_id: BatchId, kept: KeptBatches, served: Serving
+) -> schemas.PlateMapReport:
+    """Send a plate map: which wells are controls, and columns that come back in every export. It replaces the one before."""
+    body = await received_body(request, MAX_PLATEMAP_BYTES, served.receiver.limits.idle_timeout_s)
+    sent = await run_in_threadpool(lambda: read_platemap(utf8(body, "plate map")))
+    return await run_in_threadpool(kept.send_platemap, deed, batch_id, sent)
+
+
+@router.get("/batches/{batch_id:path}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM)
+def get_platemap(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.PlateMapReport:
+    """Tell the plate map."""
+    return kept.platemap(deed.tenant, batch_id)
+
+
+@router.get("/batches/{batch_id:path}/predictions", response_model=schemas.KeptPredictions, responses=_FORMS)
+def get_predictions(
+    deed: Reading,
+    batch_id: BatchId,
+    kept: KeptBatches,
+    batches: Ready,
+    accept: Annotated[str, Header(description="application/json, text/csv or application/vnd.apache.parquet")] = "*/*",
+    form: Annotated[
+        Literal["json", "csv", "parquet"] | None, Query(alias="format", description="instead of the Accept header")
+    ] = None,
+) -> Any:
+    """Give the latest answer of every well; ``stale`` ones stand on superseded statistics."""
+    chosen = exports.chosen_form(form, accept)
+    found, columns = kept.predictions(deed.tenant, batch_id)
+    if chosen == exports.JSON:
+        return found
+    table = exports.table(found, columns, batches.bundle.manifest.classes)
+    content = exports.csv_bytes(table) if chosen == exports.CSV else exports.parquet_bytes(table)
+    name = f"{batch_id}.{'csv' if chosen == exports.CSV else 'parquet'}"
+    return Response(content, media_type=chosen, headers={"Content-Disposition": f'attachment; filename="{name}"'})
+
+
+@router.api_route("/batches/{batch_id:path}/images", methods=["DELETE", "POST", "PUT"], include_in_schema=False)
+@router.api_route("/batches/{batch_id:path}/predictions", methods=["DELETE", "POST", "PUT"], include_in_schema=False)
+def refuse_method(batch_id: str) -> None:  # noqa: ARG001
+    """Say that these are only looked at, before their paths are taken for ids."""
+    raise HTTPException(405, headers={"Allow": "GET"})
+
+
+@router.api_route("/batches/{batch_id:path}/platemap", methods=["DELETE", "POST"], include_in_schema=False)
+def refuse_platemap_method(batch_id: str) -> None:  # noqa: ARG001
+    """Say how a plate map is sent, before its path is taken for an id."""
+    raise HTTPException(405, headers={"Allow": "GET, PUT"})

@@ -1,0 +1,145 @@
+"""Rules of a batch: what may be sent to it, as it is kept. Values in, errors out."""
+
+from service.errors import (
+    BatchNotFoundError,
+    ControlConflictError,
+    PixelSizeConflictError,
+    PlateConflictError,
+    TreatedAsControlError,
+)
+from service.store import BatchRecord, BatchStore, ControlSite
+from service.uploads import PreparedSite
+
+
+def agreed_pixel_size(batch: BatchRecord, sent: float | None) -> float | None:
+    """Return the batch's pixel size, which the first controls set; a request that names none means that one.
+
+    Raises:
+        PixelSizeConflictError: another one was sent.
+    """
+    if sent is None:
+        return batch.pixel_size_um
+    require_pixel_size(batch, sent)
+    return sent
+
+
+def require_pixel_size(batch: BatchRecord, pixel_size_um: float | None) -> None:
+    """Check the pixel size that images were prepared at.
+
+    Raises:
+        PixelSizeConflictError: the batch's controls were prepared at another one.
+    """
+    if batch.controls and pixel_size_um != batch.pixel_size_um:
+        raise PixelSizeConflictError(
+            f"the controls of batch {batch.batch_id} are kept {_at(batch.pixel_size_um)}, these images come "
+            f"{_at(pixel_size_um)}: send the same, or delete the batch and send its controls again",
+            batch_id=batch.batch_id,
+        )
+
+
+def require_plate(batch: BatchRecord, plate: str | None) -> None:
+    """Check the plate that an upload's table names.
+
+    Raises:
+        PlateConflictError: the batch's controls are of another one.
+    """
+    if batch.controls and batch.plate and plate and plate.casefold() != batch.plate.casefold():
+        raise PlateConflictError(
+            f"the controls of batch {batch.batch_id} are of plate {_short(batch.plate)}, these images are of plate "
+            f"{_short(plate)}: send them to that plate's batch",
+            batch_id=batch.batch_id,
+        )
+
+
+def _short(name: str | None) -> str:
+    return repr((name or "")[:80])
+
+
+def _at(pixel_size_um: float | None) -> str:
+    return "without a pixel size" if pixel_size_um is None else f"at {pixel_size_um} µm per pixel"
+
+
+def refuse_treated(batch: BatchRecord, wells: frozenset[str]) -> None:
+    """Let no treated well into the statistics.
+
+    Raises:
+        TreatedAsControlError: a well was answered as a treated one, or the plate map calls it one.
+    """
+    planned = sorted(wells & batch.planned)
+    if planned:
+        raise TreatedAsControlError(
+            f"the plate map of batch {batch.batch_id} calls well {', '.join(planned[:10])} treated: leave it out, or "
+            "correct the plate map",
+            batch_id=batch.batch_id,
+            well=planned[0],
+            wells=planned,
+        )
+    treated = sorted(wells & batch.treated)
+    if treated:
+        raise TreatedAsControlError(
+            f"well {', '.join(treated[:10])} of batch {batch.batch_id} was answered as treated and is no control: "
+            "leave it out, or delete the batch if it was answered by mistake",
+            batch_id=batch.batch_id,
+            well=treated[0],
+            wells=treated,
+        )
+
+
+def refuse_controls(batch: BatchRecord, planned: frozenset[str]) -> None:
+    """Let no plate map call a kept control treated.
+
+    Raises:
+        TreatedAsControlError: it does.
+    """
+    kept = sorted(planned & batch.control_wells)
+    if kept:
+        raise TreatedAsControlError(
+            f"the plate map calls well {', '.join(kept[:10])} treated, which batch {batch.batch_id} keeps as a control: "
+            "correct it, or delete the batch and send its controls again",
+            batch_id=batch.batch_id,
+            well=kept[0],
+            wells=kept,
+        )
+
+
+def require_same(now: BatchRecord, asked: BatchRecord) -> None:
+    """Check that answers are kept for the batch that they were asked of.
+
+    Raises:
+        BatchNotFoundError: it was deleted meanwhile, whether or not it was made anew.
+    """
+    if now.incarnation != asked.incarnation:
+        raise BatchNotFoundError(
+            f"batch {now.batch_id} was deleted while its wells were answered; nothing of the answers was kept",
+            batch_id=now.batch_id,
+        )
+
+
+def existing(store: BatchStore, batch_id: str) -> BatchRecord:
+    """Return a kept batch.
+
+    Raises:
+        BatchNotFoundError: there is none.
+    """
+    batch = store.batch(batch_id)
+    if batch is None:
+        raise not_found(batch_id)
+    return batch
+
+
+def control_conflict(batch_id: str, kept: ControlSite, sent: PreparedSite) -> ControlConflictError:
+    """Say that other images are kept for a control site."""
+    channels = [channel for channel, sha256 in sent.planes.items() if kept.planes.get(channel) != sha256]
+    return ControlConflictError(
+        f"batch {batch_id} keeps another image for well {kept.key.well} site {kept.key.site} "
+        f"channel {', '.join(channels)}; ?replace=true puts the new one in its place",
+        batch_id=batch_id,
+        well=kept.key.well,
+        site=kept.key.site,
+        channel=channels[0],
+    )
+
+
+def not_found(batch_id: str) -> BatchNotFoundError:
+    """Say that a batch is not kept."""
+    return BatchNotFoundError(f"there is no batch {batch_id}; GET /batches lists them", batch_id=batch_id)

@@ -1,0 +1,115 @@
+"""Opens what a lab's data lies in: records (SQLite or Redis) and blobs (files or object storage) that belong together.
+
+Both carry the lab's name, drawn when they are first used together. Records that lost theirs while the blobs have it were
+flushed, or are others: they are never taken for those of an empty lab.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING
+
+from service.blobs import Blobs, FileBlobs, open_object_blobs
+from service.errors import BlobMissingError, StartError
+from service.journal import Journal
+from service.records import Records, scan_all
+from service.records_sqlite import SqliteRecords
+from service.store import BatchStore
+
+if TYPE_CHECKING:
+    from service.records_redis import RedisRecords
+
+RECORDS_FILE = "records.db"
+BLOBS_DIRECTORY = "blobs"
+_LAB = "lab"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Records and blobs of one lab, and each tenant's batches in them."""
+
+    records: Records
+    blobs: Blobs
+    _stores: dict[str, BatchStore] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, tenant: str) -> BatchStore:
+        """The batches of a tenant."""
+        with self._lock:
+            return self._stores.setdefault(tenant, BatchStore(self.records, self.blobs, tenant))
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self.records.close()
+
+
+def open_storage(data: Path, redis: str | None = None, objects: str | None = None) -> Storage:
+    """Open a lab's storage, and found it when it is new.
+
+    Args:
+        data: the data directory; records and blobs lie in it unless the following name another place.
+        redis: URL of a Redis for the records.
+        objects: URL of object storage for the blobs.
+
+    Raises:
+        StartError: it cannot be used, or its parts are of different labs.
+    """
+    if not data.parent.is_dir():
+        raise StartError(f"the data directory {data} cannot be made: there is no folder {data.parent}")
+    data.mkdir(exist_ok=True)
+    blobs: Blobs = FileBlobs(data / BLOBS_DIRECTORY) if objects is None else open_object_blobs(objects)
+    if redis is None:
+        new = SqliteRecords(data / RECORDS_FILE)
+        lab = _agreed_lab(new, blobs)
+        new.close()
+        return Storage(SqliteRecords(data / RECORDS_FILE, lab), blobs)
+    from service.records_redis import RedisRecords  # noqa: PLC0415 (an embedded service needs no Redis)
+
+    unbound = RedisRecords(redis)
+    lab = _agreed_lab(unbound, blobs)
+    unbound.close()
+    return Storage(RedisRecords(redis, lab, Journal(blobs)), blobs)
+
+
+def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
+    """Rebuild the records of a flushed Redis from the journal; how many there are.
+
+    Raises:
+        StartError: Redis holds records, or there is no journal to rebuild them from.
+    """
+    from service.records_redis import RedisRecords  # noqa: PLC0415 (as above)
+
+    blobs: Blobs = FileBlobs(data / BLOBS_DIRECTORY) if objects is None else open_object_blobs(objects)
+    lab = lab_of(blobs)
+    if lab is None:
+        raise StartError("there is no lab in the object storage: check where images are kept")
+    records = RedisRecords(redis)
+    records.rebuild(Journal(blobs).entries(), lab)
+    count = sum(1 for _ in scan_all(records, ""))
+    records.close()
+    return count
+
+
+def lab_of(blobs: Blobs) -> str | None:
+    """The lab whose blobs these are; None for new ones."""
+    try:
+        return blobs.get(_LAB).decode()
+    except BlobMissingError:
+        return None
+
+
+def _agreed_lab(records: "SqliteRecords | RedisRecords", blobs: Blobs) -> str:
+    """Return the lab's name; records without one keep none when the blobs have one: they are lost, not new."""
+    of_records, of_blobs = records.lab(), lab_of(blobs)
+    if of_blobs is not None:
+        if of_records not in (None, of_blobs):
+            raise StartError("the records are of one lab and the images of another: check where they are kept")
+        return of_blobs
+    if of_records is not None and any(key != _LAB for key, _ in records.scan("", limit=2)):
+        raise StartError("the records are of a lab whose images are not there: check where they are kept")
+    records.found(token_hex(16))
+    lab = records.lab()
+    assert lab is not None
+    blobs.put(_LAB, lab.encode())
+    return lab
