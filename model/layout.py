@@ -251,6 +251,11 @@ _LOAD_DATA = frozenset({"Metadata_Well", "Metadata_Site"})
 
 
 def parse_layout(text: str, channels: Sequence[str]) -> Layout:
+    """Read a layout from text, as ``layout_of`` does."""
+    return layout_of(read_table(text), channels)
+
+
+def layout_of(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> Layout:
     """Read a layout: which file is which well, site and channel.
 
     Takes CSV with the columns ``file,well,site,channel``; JSON, a list of objects with the same keys; or a JUMP
@@ -261,7 +266,6 @@ def parse_layout(text: str, channels: Sequence[str]) -> Layout:
     Raises:
         LayoutError: not such a table. WellNameError, UnknownChannelError, DuplicatePlaneError: as they say.
     """
-    rows = read_table(text)
     columns = set(rows[0])
     if {"file", "well", "site", "channel"} <= columns:
         pairs = [

@@ -22,6 +22,7 @@ from service.idempotency import Idempotency
 from service.kept import BundleView, Kept
 from service.multipart import FormLimits, sweep_spool
 from service.posts import Receiver
+from service.references import References
 from service.reports import VERSION
 from service.requests import RequestIds
 from service.routes import Served
@@ -85,7 +86,11 @@ def create_app(
         rates=Rates(settings.redis),
         readiness=readiness,
         receiver=Receiver(
-            used_storage, Idempotency(used_storage.records), bundle.manifest.channels, _form_limits(settings, spool)
+            used_storage,
+            References(settings.roots, spool, max_plane_bytes),
+            Idempotency(used_storage.records),
+            bundle.manifest.channels,
+            _form_limits(settings, spool),
         ),
         upload_slots=Slots(settings.max_concurrent_requests),
         staging_bytes=Slots(settings.max_staging_bytes, "bytes of images"),

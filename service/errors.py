@@ -7,6 +7,8 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── NotAcceptableError       an answer in a form that is not given
 │   ├── InvalidRequestError      a field of the request that is missing, unknown or malformed
 │   ├── MalformedUploadError     a body that is no complete multipart form
+│   ├── ReferenceNotAllowedError an address below none of the places that the tenant may read from
+│   ├── ReferenceUnreadableError a file that is referred to and cannot be read
 │   ├── NoImagesError            a form without one image that could be used
 │   ├── UploadTooLargeError      more bytes, files or sites than the service takes
 │   └── UploadTimeoutError       a body of which nothing more arrived
@@ -90,6 +92,14 @@ class InvalidRequestError(RequestError):
 
 class MalformedUploadError(RequestError):
     """A body that is no complete multipart form."""
+
+
+class ReferenceNotAllowedError(RequestError):
+    """An address below none of the places that the tenant may read from."""
+
+
+class ReferenceUnreadableError(RequestError):
+    """A file that is referred to and cannot be read."""
 
 
 class NoImagesError(RequestError):
@@ -271,6 +281,8 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     RequestValidationError: Problem("invalid-request", "A field of the request is not valid", 422),
     MalformedUploadError: Problem("malformed-upload", "Not a complete multipart form", 400),
     ClientDisconnect: Problem("malformed-upload", "Not a complete multipart form", 400),
+    ReferenceNotAllowedError: Problem("reference-not-allowed", "The tenant may not read from there", 403),
+    ReferenceUnreadableError: Problem("reference-unreadable", "A file that is referred to cannot be read", 422),
     NoImagesError: Problem("no-images", "The form has no usable image", 422),
     UploadTooLargeError: Problem("upload-too-large", "The upload is too large", 413),
     UploadTimeoutError: Problem("upload-timeout", "Nothing more of the upload arrived", 408),

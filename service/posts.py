@@ -1,9 +1,9 @@
-"""What is posted to a batch, in any of its ways: images in a multipart form, or JSON that names staged planes.
+"""What is posted to a batch: images in a multipart form, or JSON that names planes which are staged or lie elsewhere.
 
 The body is received in a slot of its own; then, under its Idempotency-Key when it has one, the request runs.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -11,26 +11,44 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from model.layout import Role
+from model.layout import PlaneKey, Role, duplicate_plane, load_data_places, match_channel, parse_site, parse_well
 from service.batches import Stopwatch
 from service.deeds import Deed
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, NoImagesError
 from service.idempotency import Idempotency
 from service.multipart import FormLimits, received_body, received_form
-from service.staging import staged_upload
+from service.references import ReferencedFile, References
+from service.staging import Named, chosen, staged_upload
 from service.storage import Storage
-from service.uploads import Upload, chosen_pixel_size, read_upload
+from service.tables import rows_of
+from service.uploads import Upload, chosen_pixel_size, complete_sites, read_upload
 
 MAX_JSON_BYTES = 16 << 20
+MAX_TABLE_BYTES = 64 << 20
 JSON = "application/json"
 
 
+class Referred(BaseModel):
+    """One plane that lies elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str = Field(description="file:///… or s3://…, below a place that the operator gave the tenant")
+    well: str
+    site: int
+    channel: str
+
+
 class Sent(BaseModel):
-    """A JSON body: staged planes of some wells, or of all that have the role."""
+    """A JSON body, with one of ``staged``, ``images`` and ``load_data``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     staged: bool = Field(default=False, description="take planes that were sent ahead with PUT …/images/…")
+    images: tuple[Referred, ...] | None = Field(default=None, description="planes by reference, all of them")
+    load_data: str | None = Field(
+        default=None, description="address of a JUMP LoadData table (CSV or Parquet) whose URL_Orig… tell each plane's"
+    )
     wells: tuple[str, ...] | None = Field(
         default=None,
         description="the wells; without them, controls are the plate map's and treated wells are all others that are staged",
@@ -52,6 +70,7 @@ class Receiver:
     """Receives posts for batches of a bundle's channels."""
 
     storage: Storage
+    references: References
     idempotency: Idempotency
     channels: tuple[str, ...]
     limits: FormLimits
@@ -84,10 +103,42 @@ class Receiver:
         yield await run_in_threadpool(self._named, sent, deed, batch_id, role)
 
     def _named(self, sent: Sent, deed: Deed, batch_id: str, role: Role) -> Upload:
-        if not sent.staged:
-            raise InvalidRequestError('the body says no images: send {"staged": true}, or a multipart form')
+        if [sent.staged, sent.images is not None, sent.load_data is not None].count(True) != 1:
+            raise InvalidRequestError("the body needs one of staged: true, images and load_data, or be a multipart form")
         size = None if sent.pixel_size_um is None else chosen_pixel_size(repr(sent.pixel_size_um), None)
-        return staged_upload(self.storage.of(deed.tenant), batch_id, sent.wells, role, self.channels, size)
+        named, store = Named(batch_id, role, sent.wells, size), self.storage.of(deed.tenant)
+        if sent.staged:
+            return staged_upload(store, named, self.channels)
+        if sent.images is not None:
+            return self._referred(sent.images, named, deed.tenant)
+        rows = rows_of(self.references.read(deed.tenant, sent.load_data or "", MAX_TABLE_BYTES), "load_data")
+        places = load_data_places(rows, self.channels)
+        files = self._files(deed.tenant, places.addresses)
+        return Upload(
+            complete_sites(chosen(store, named, files, "in the LoadData table"), self.channels),
+            pixel_size_um=places.pixel_size_um if size is None else size,
+            plate=places.plate,
+        )
+
+    def _referred(self, images: Sequence[Referred], named: Named, tenant: str) -> Upload:
+        """Take the planes that a request lists, each at its own address."""
+        addresses: dict[PlaneKey, str] = {}
+        for image in images:
+            key = PlaneKey(parse_well(image.well), parse_site(image.site), match_channel(image.channel, self.channels))
+            if key in addresses:
+                raise duplicate_plane(key, addresses[key], image.uri)
+            addresses[key] = image.uri
+        if not addresses:
+            raise NoImagesError("the body lists no images")
+        wanted = None if named.wells is None else {parse_well(well) for well in named.wells}
+        files = self._files(tenant, {key: uri for key, uri in addresses.items() if wanted is None or key.well in wanted})
+        return Upload(complete_sites(files, self.channels), pixel_size_um=named.pixel_size_um)
+
+    def _files(self, tenant: str, addresses: Mapping[PlaneKey, str]) -> dict[PlaneKey, ReferencedFile]:
+        """Give every address that the tenant may refer to as a file; one that it may not refuses them all."""
+        for uri in addresses.values():
+            self.references.place(tenant, uri)
+        return {key: ReferencedFile(self.references, tenant, uri) for key, uri in addresses.items()}
 
 
 def _parsed(body: bytes) -> Sent:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -72,6 +73,9 @@ class Settings(StorageSettings):
     model_config = SettingsConfigDict(env_prefix="ANCHORWELL_", frozen=True, extra="forbid")
 
     bundle: Path = Field(description="directory of the exported bundle to serve")
+    roots: Mapping[str, tuple[str, ...]] = Field(
+        default={}, description="places that each tenant may refer to images in: file:///directory/, s3://bucket/prefix/"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )

@@ -1,15 +1,18 @@
-"""Uploads whose images were sent ahead: planes kept by ``PUT``, asked for by well."""
+"""Uploads without images of their own: planes that were sent ahead, or lie elsewhere, asked for by well."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from model.layout import Role, parse_well
+from model.layout import PlaneKey, Role, parse_well
 from service.decoding import FileSlice
 from service.errors import InvalidRequestError, NoImagesError
 from service.rules import existing
 from service.store import BatchRecord, BatchStore, StagedPlane
-from service.uploads import Upload, complete_sites
+from service.uploads import SentFile, Upload, complete_sites
+
+F = TypeVar("F", bound=SentFile)
 
 
 @dataclass(frozen=True)
@@ -38,43 +41,52 @@ class StagedFile:
             yield FileSlice(path, 0, self.plane.size, self.name)
 
 
-def staged_upload(
-    store: BatchStore,
-    batch_id: str,
-    wells: Sequence[str] | None,
-    role: Role,
-    channels: Sequence[str],
-    pixel_size_um: float | None = None,
-) -> Upload:
+@dataclass(frozen=True)
+class Named:
+    """What a request without images of its own says: of which batch and role, perhaps which wells, at which pixel size."""
+
+    batch_id: str
+    role: Role
+    wells: Sequence[str] | None = None
+    pixel_size_um: float | None = None
+
+
+def staged_upload(store: BatchStore, named: Named, channels: Sequence[str]) -> Upload:
     """Gather staged planes: of the wells named; or else the plate map's controls, or all that are no controls.
 
     Raises:
         BatchNotFoundError: nothing was sent to that batch. InvalidRequestError: controls without wells or a plate map.
         NoImagesError: nothing is staged of these wells. MissingChannelError: a site is not complete.
     """
-    batch = existing(store, batch_id)
-    staged = store.staged(batch_id)
-    chosen = _wells(store, batch, wells, role, {plane.key.well for plane in staged})
-    planes = {plane.key: StagedFile(store, batch, plane) for plane in staged if plane.key.well in chosen}
-    absent = sorted(chosen - {key.well for key in planes})
-    if absent or not planes:
-        of = f"well {', '.join(absent[:10])}" if absent else f"a {role} well"
-        raise NoImagesError(
-            f"no image of {of} is staged for batch {batch_id}: PUT /batches/{batch_id}/images/{{well}}/{{site}}/{{channel}}",
-            batch_id=batch_id,
-        )
-    return Upload(complete_sites(planes, channels), pixel_size_um=pixel_size_um)
+    batch = existing(store, named.batch_id)
+    planes = {plane.key: StagedFile(store, batch, plane) for plane in store.staged(named.batch_id)}
+    return Upload(complete_sites(chosen(store, named, planes, "staged"), channels), pixel_size_um=named.pixel_size_um)
 
 
-def _wells(store: BatchStore, batch: BatchRecord, wells: Sequence[str] | None, role: Role, staged: set[str]) -> set[str]:
-    if wells is not None:
-        return {parse_well(well) for well in wells}
-    platemap = store.platemap(batch.batch_id)
+def chosen(store: BatchStore, named: Named, planes: Mapping[PlaneKey, F], how: str) -> dict[PlaneKey, F]:
+    """Choose planes by their wells: those named; or else the plate map's controls, or all that are no controls.
+
+    Raises:
+        InvalidRequestError: controls without wells or a plate map. NoImagesError: none of a well.
+    """
+    there = {key.well for key in planes}
+    wells = _wells(store, named, there)
+    absent = sorted(wells - there)
+    if absent or not wells:
+        of = f"well {', '.join(absent[:10])}" if absent else f"a {named.role} well"
+        raise NoImagesError(f"no image of {of} is {how} for batch {named.batch_id}", batch_id=named.batch_id)
+    return {key: plane for key, plane in planes.items() if key.well in wells}
+
+
+def _wells(store: BatchStore, named: Named, there: set[str]) -> set[str]:
+    if named.wells is not None:
+        return {parse_well(well) for well in named.wells}
+    batch, platemap = store.batch(named.batch_id), store.platemap(named.batch_id)
     planned = frozenset() if platemap is None else platemap.wells(Role.CONTROL)
-    if role is Role.TREATED:
-        return staged - planned - batch.control_wells
+    if named.role is Role.TREATED:
+        return there - planned - (frozenset() if batch is None else batch.control_wells)
     if not planned:
         raise InvalidRequestError(
-            "which wells are controls? Name them in wells, or send a plate map that tells them", batch_id=batch.batch_id
+            "which wells are controls? Name them in wells, or send a plate map that tells them", batch_id=named.batch_id
         )
-    return staged & planned
+    return there & planned

@@ -35,13 +35,14 @@ from model.layout import (
     duplicate_image,
     duplicate_plane,
     file_name,
+    layout_of,
     parse_file_name,
-    parse_layout,
     plane_key,
 )
 from service.decoding import Decoder, FileSlice
 from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
-from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile, utf8
+from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
+from service.tables import rows_of
 
 UNUSED_CHANNEL = "-"
 QUALITY_ERRORS = (BlankImageError, SaturatedImageError)
@@ -130,9 +131,9 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     Raises:
         PlateError, InvalidRequestError, NoImagesError: one of their subclasses names the file at fault.
     """
-    fields, images = _split(form)
+    fields, table, images = _split(form)
     numbered = _channel_names(fields.get("channels"))
-    layout = parse_layout(fields["layout"], channels) if "layout" in fields else None
+    layout = layout_of(table, channels) if table is not None else None
     planes: dict[PlaneKey, ReceivedFile] = {}
     skipped: list[Skipped] = []
     for file in images:
@@ -152,13 +153,12 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     return Upload(complete_sites(planes, channels), tuple(skipped), pixel_size_um, plate, notices)
 
 
-def _split(form: Form) -> tuple[dict[str, str], list[ReceivedFile]]:
-    """Separate the form's options (``layout`` may be a file) from its images."""
-    fields = dict(form.fields)
-    for name, file in form.files:
-        if name == LAYOUT:
-            fields[name] = utf8(file.read(), name)
-    return fields, [file for name, file in form.files if name == IMAGES]
+def _split(form: Form) -> tuple[Mapping[str, str], Sequence[Mapping[str, str]] | None, list[ReceivedFile]]:
+    """Separate the form's options, the rows of its layout (text or a file), and its images."""
+    tables = [file.read() for name, file in form.files if name == LAYOUT]
+    tables += [form.fields[LAYOUT].encode()] if LAYOUT in form.fields else []
+    images = [file for name, file in form.files if name == IMAGES]
+    return form.fields, rows_of(tables[0], LAYOUT) if tables else None, images
 
 
 def _any_numbered(files: Iterable[ReceivedFile]) -> bool:

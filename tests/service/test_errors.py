@@ -514,6 +514,20 @@ def test_a_plate_map_and_controls_never_contradict_each_other(client, store):
     refused(client.post(CONTROLS, files=well_files(["E05"])), "treated-as-control", names=["E05", "plate map"])
 
 
+def test_images_by_reference_are_the_operators_to_allow(settings, storage, tmp_path):
+    (tmp_path / "screens").mkdir()
+    roots = {"default": (f"file://{tmp_path}/screens/",)}
+    with running(settings.model_copy(update={"roots": roots}), FakeEngine(), storage) as client:
+        for slug, uri in (
+            ("reference-not-allowed", "file:///etc/passwd"),
+            ("reference-unreadable", f"{tmp_path}/screens/a.tif"),
+        ):
+            sent = [{"uri": uri, "well": "A01", "site": 1, "channel": channel} for channel in CHANNELS]
+            refused(client.post(CONTROLS, json={"images": sent}), slug, names=[uri])
+        refused(client.post(CONTROLS, json={"images": []}), "no-images")
+        refused(client.post(CONTROLS, json={"images": sent * 2}), "duplicate-plane", names=["A01"])
+
+
 def test_answers_are_given_in_three_forms_only(client):
     client.post(CONTROLS, files=FILES)
     answer = client.get("/batches/P1/predictions", headers={"Accept": "text/html"})
