@@ -1,8 +1,9 @@
-"""The one composition root: settings in, an ASGI app out. Nothing is created at import."""
+"""The one composition root: settings in, an ASGI app or a worker out. Nothing is created at import."""
 
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -11,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from model.bundle import Bundle
 from model.errors import BundleError
-from service import routes, routes_images
+from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, cpu_count, decoding_memory_bytes
@@ -19,9 +20,12 @@ from service.engine import Engine, OnnxEngine, replay
 from service.errors import install_handlers
 from service.gates import Rates, Readiness, Slots
 from service.idempotency import Idempotency
+from service.jobs import Jobs
 from service.kept import BundleView, Kept
+from service.later import Later
 from service.multipart import FormLimits, sweep_spool
 from service.posts import Receiver
+from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
 from service.requests import RequestIds
@@ -29,10 +33,48 @@ from service.routes import Served
 from service.settings import Settings
 from service.storage import Storage
 from service.uploads import Preparer
+from service.webhooks import Webhooks
 
 _HEADER_BYTES = 1 << 20
 
 log = logging.getLogger("anchorwell")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Everything that serves, or works in the background, and how it begins and ends."""
+
+    settings: Settings
+    served: Served
+    queue: Queue
+    own_storage: Storage | None
+    own_decoder: WorkerDecoder | None
+
+    async def begin(self) -> None:
+        """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
+        await _replay(self.served.batches.engine, self.served.batches.bundle, self.served.readiness)
+        if self.served.readiness.reason is None and self.settings.workers:
+            await run_in_threadpool(self.queue.start, self.settings.workers, self.run, self.look_after)
+
+    def run(self, kind: str, name: str) -> None:
+        """Do one piece of background work."""
+        if kind == "job":
+            self.served.later.jobs.run(name, self.served.later.run)
+        else:
+            self.served.webhooks.deliver(name)
+
+    def look_after(self) -> None:
+        """Enqueue what should run and does not."""
+        self.served.later.jobs.look_after()
+        self.served.webhooks.look_after()
+
+    def end(self) -> None:
+        """Let background work end, and let go of everything that was made for this composition."""
+        self.queue.stop()
+        if self.own_decoder is not None:
+            self.own_decoder.close()
+        if self.own_storage is not None:
+            self.own_storage.close()
 
 
 def create_app(
@@ -43,33 +85,15 @@ def create_app(
     Raises:
         BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
     """
-    bundle = Bundle.load(settings.bundle)
-    used_storage = storage or settings.open_storage()
-    settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads)
-    used_decoder = decoder or _decoder(settings, bundle)
-    preparer = Preparer(
-        bundle.manifest.recipe,
-        used_decoder,
-        ahead=2 * cpu_count(settings.threads),
-        max_input_bytes=settings.max_request_input_bytes,
-    )
-    view = BundleView(bundle, used_engine.precision)
-    spool = settings.data / "spool"
-    spool.mkdir(parents=True, exist_ok=True)
-    sweep_spool(spool)
-    readiness = Readiness()
+    composition = compose(settings, engine=engine, storage=storage, decoder=decoder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_replay, used_engine, bundle, readiness)
+            tasks.start_soon(composition.begin)
             yield
             tasks.cancel_scope.cancel()
-        if decoder is None and isinstance(used_decoder, WorkerDecoder):
-            await run_in_threadpool(used_decoder.close)
-        if storage is None:
-            used_storage.close()
+        await run_in_threadpool(composition.end)
 
     app = FastAPI(
         title="Anchorwell",
@@ -78,39 +102,78 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    max_plane_bytes = 4 * settings.max_image_pixels + _HEADER_BYTES
-    app.state.served = Served(
-        batches=Batches(view, used_engine, used_storage, preparer),
-        kept=Kept(view, used_storage),
-        access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
-        rates=Rates(settings.redis),
-        readiness=readiness,
-        receiver=Receiver(
-            used_storage,
-            References(settings.roots, spool, max_plane_bytes),
-            Idempotency(used_storage.records),
-            bundle.manifest.channels,
-            _form_limits(settings, spool),
-        ),
-        upload_slots=Slots(settings.max_concurrent_requests),
-        staging_bytes=Slots(settings.max_staging_bytes, "bytes of images"),
-        max_plane_bytes=max_plane_bytes,
-    )
+    app.state.served = composition.served
     app.add_middleware(RequestIds)
-    app.include_router(routes_images.router)
-    app.include_router(routes.router)
+    for router in (routes_images.router, routes_jobs.router, routes.router):
+        app.include_router(router)
     install_handlers(app)
     return app
 
 
-def _form_limits(settings: Settings, spool: Path) -> FormLimits:
-    return FormLimits(
+def compose(
+    settings: Settings, *, engine: Engine | None = None, storage: Storage | None = None, decoder: Decoder | None = None
+) -> Composition:
+    """Make everything that the settings ask for; raises as ``create_app`` does."""
+    bundle = Bundle.load(settings.bundle)
+    used_storage = storage or settings.open_storage()
+    settings.check_exposure(keys=any(Keys(used_storage.records).all()))
+    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads)
+    own_decoder = _decoder(settings, bundle) if decoder is None else None
+    view = BundleView(bundle, used_engine.precision)
+    queue = Queue(settings.data, settings.redis)
+    batches = Batches(view, used_engine, used_storage, _preparer(settings, bundle, decoder or own_decoder))
+    kept = Kept(view, used_storage)
+    receiver = _receiver(settings, bundle, used_storage)
+    webhooks = Webhooks(used_storage.records, queue.put, settings.webhook_networks)
+    served = Served(
+        batches=batches,
+        kept=kept,
+        access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
+        rates=Rates(settings.redis),
+        readiness=Readiness(),
+        receiver=receiver,
+        later=Later(batches, kept, receiver, Jobs(used_storage.records, queue.put, webhooks)),
+        webhooks=webhooks,
+        upload_slots=Slots(settings.max_concurrent_requests),
+        staging_bytes=Slots(settings.max_staging_bytes, "bytes of images"),
+        max_plane_bytes=_max_plane_bytes(settings),
+    )
+    return Composition(settings, served, queue, used_storage if storage is None else None, own_decoder)
+
+
+def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder | None) -> Preparer:
+    assert decoder is not None
+    return Preparer(
+        bundle.manifest.recipe,
+        decoder,
+        ahead=2 * cpu_count(settings.threads),
+        max_input_bytes=settings.max_request_input_bytes,
+    )
+
+
+def _receiver(settings: Settings, bundle: Bundle, storage: Storage) -> Receiver:
+    spool = _spool(settings)
+    limits = FormLimits(
         body_bytes=settings.max_upload_bytes,
         files=settings.max_upload_files,
-        file_bytes=4 * settings.max_image_pixels + _HEADER_BYTES,
+        file_bytes=_max_plane_bytes(settings),
         idle_timeout_s=settings.upload_idle_timeout_s,
         spool=spool,
     )
+    references = References(settings.roots, spool, _max_plane_bytes(settings))
+    return Receiver(storage, references, Idempotency(storage.records), bundle.manifest.channels, limits)
+
+
+def _spool(settings: Settings) -> Path:
+    """Where requests are spooled; what dead processes left there goes."""
+    spool = settings.data / "spool"
+    spool.mkdir(parents=True, exist_ok=True)
+    sweep_spool(spool)
+    return spool
+
+
+def _max_plane_bytes(settings: Settings) -> int:
+    return 4 * settings.max_image_pixels + _HEADER_BYTES
 
 
 def _decoder(settings: Settings, bundle: Bundle) -> WorkerDecoder:

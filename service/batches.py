@@ -183,6 +183,7 @@ class Batches:
                 wells.append(well_prediction(answer, classes, refused, frame.adaptation, control=control))
                 embeddings.append(embedding)
                 seen += [_without_image(site) for site in sites]
+                deed.progress(len(wells), len(upload.wells))
         prediction = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
         if frame.adaptation is None:
             self._answered(store, deed, batch, prediction)

@@ -4,7 +4,9 @@ import asyncio
 import csv
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +119,31 @@ def serve(
         )
     config = uvicorn.Config(application, host=settings.host, port=settings.port, log_config=None, access_log=False)
     _AnnouncingServer(config, application.state.served.readiness.decided).run()
+
+
+@app.command()
+def worker(
+    bundle: Annotated[Path | None, typer.Option(help="the bundle to work with (ANCHORWELL_BUNDLE)")] = None,
+    data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
+) -> None:
+    """Run jobs and webhook deliveries, without HTTP; a service with ANCHORWELL_WORKERS=0 leaves them to this one."""
+    given = {"bundle": bundle, "data": data}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    from service.app import compose  # noqa: PLC0415 (as above)
+
+    composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}))
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    asyncio.run(composition.begin())
+    reason = composition.served.readiness.reason
+    if reason is None:
+        out.print("Anchorwell works in the background", highlight=False)
+        stopped.wait()
+    composition.end()
+    if reason is not None:
+        raise AnchorwellError(f"the worker cannot begin: {reason}")
 
 
 class _AnnouncingServer(uvicorn.Server):

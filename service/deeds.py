@@ -26,18 +26,27 @@ class Beside(Protocol):
 
 @dataclass(frozen=True)
 class Deed:
-    """Who asks, in which request, and what is to be written beside what comes of it."""
+    """Who asks, in which request, and what is to be written beside what comes of it.
+
+    ``beside`` stands beside every answer, ``events`` beside changes alone. ``progress`` is told how many wells are done, of
+    how many; it raises when nobody wants the rest any more.
+    """
 
     tenant: str = DEFAULT_TENANT
     by: str = ANONYMOUS
     request_id: str = "-"
     beside: tuple[Beside, ...] = ()
+    events: Beside | None = None
+    progress: Callable[[int, int], None] = field(default=lambda _done, _total: None)
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
     def done(self, action: str, subject: str, digests: Mapping[str, Any], answer: bytes | None = None) -> Commit:
         """What is written beside a change: the audit entry, and all that stands beside."""
         entry = Entry(self.now(), self.tenant, self.by, self.request_id, action, subject, digests)
-        return self._with_beside(Commit({}, derived=(entry.appended(),)), action, subject, answer)
+        commit = Commit({}, derived=(entry.appended(),))
+        if self.events is not None:
+            commit = commit.and_also(self.events.commit(self, action, subject, answer))
+        return self._with_beside(commit, action, subject, answer)
 
     def answered(self, action: str, subject: str, answer: bytes) -> Commit | None:
         """What is written beside an answer that changed nothing; None when that is nothing."""

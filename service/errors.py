@@ -17,6 +17,10 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── ForbiddenError           the key lacks a scope
 │   ├── KeyNotFoundError         there is no such key
 │   └── TooManyRequestsError     more requests, or bytes, than the key may send
+├── JobError                     a job that cannot be told of, or goes on no more
+│   ├── JobNotFoundError         the tenant has no such job
+│   └── JobCancelledError        the job was cancelled, or taken by another worker; never an HTTP answer
+├── WebhookNotFoundError         the tenant has no such webhook
 ├── RepeatError                  an Idempotency-Key that cannot be used so
 │   ├── IdempotencyConflictError the key was used for another request
 │   └── StillRunningError        the same request is still running
@@ -132,6 +136,22 @@ class KeyNotFoundError(AccessError):
 
 class TooManyRequestsError(AccessError):
     """More requests, or bytes, than the key may send."""
+
+
+class JobError(ServiceError):
+    """A job that cannot be told of, or goes on no more."""
+
+
+class JobNotFoundError(JobError):
+    """The tenant has no such job."""
+
+
+class JobCancelledError(JobError):
+    """The job was cancelled, or taken by another worker; never an HTTP answer."""
+
+
+class WebhookNotFoundError(ServiceError):
+    """The tenant has no such webhook."""
 
 
 class RepeatError(ServiceError):
@@ -290,6 +310,8 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     ForbiddenError: Problem("forbidden", "The API key lacks a scope", 403),
     KeyNotFoundError: Problem("key-not-found", "No such API key", 404),
     TooManyRequestsError: Problem("too-many-requests", "More than this API key may send", 429, retry_after_s=1),
+    JobNotFoundError: Problem("job-not-found", "No such job", 404),
+    WebhookNotFoundError: Problem("webhook-not-found", "No such webhook", 404),
     IdempotencyConflictError: Problem("idempotency-conflict", "The Idempotency-Key is another request's", 422),
     StillRunningError: Problem("still-running", "The same request is still running", 409, retry_after_s=1),
     BatchNotFoundError: Problem("batch-not-found", "No such batch", 404),
@@ -319,20 +341,25 @@ def problem_of(error: Exception) -> Problem:
     return next(PROBLEMS[base] for base in type(error).__mro__ if base in PROBLEMS)
 
 
-def problem_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    """Render an error as problem+json; 429 and 503 carry ``Retry-After``."""
+def problem_body(error: Exception) -> dict[str, Any]:
+    """Tell an error as the members of problem+json."""
     problem = problem_of(error)
     members: dict[str, Any] = dict(error.members) if isinstance(error, AnchorwellError) else {}
     if problem.retry_after_s is not None:
         members.setdefault("retry_after_s", problem.retry_after_s)
-    body = {
+    return {
         **members,
         "type": PROBLEM_TYPE + problem.slug,
         "title": problem.title,
         "status": problem.status,
         "detail": _detail(error),
     }
-    extra = {"Retry-After": str(members["retry_after_s"])} if problem.retry_after_s is not None else {}
+
+
+def problem_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """Render an error as problem+json; 429 and 503 carry ``Retry-After``."""
+    problem, body = problem_of(error), problem_body(error)
+    extra = {"Retry-After": str(body["retry_after_s"])} if problem.retry_after_s is not None else {}
     if problem.status == 401:  # noqa: PLR2004 (RFC 9110 asks for it)
         extra["WWW-Authenticate"] = "Bearer"
     if problem.status == 408:  # noqa: PLR2004 (the rest of the body may still come: it is not the next request)

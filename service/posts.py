@@ -63,6 +63,7 @@ class Post:
     deed: Deed
     upload: Upload
     watch: Stopwatch
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True)
@@ -83,37 +84,44 @@ class Receiver:
             RequestError, PlateError, RepeatError: one of their subclasses says what is wrong with it.
         """
         watch = Stopwatch()
-        async with self._uploaded(request, deed, batch_id, role) as upload:
+        async with self._uploaded(request, deed, batch_id, role) as (upload, sent):
             watch.lap("receive")
             key = request.headers.get("idempotency-key")
             if key is None:
-                yield Post(deed, upload, watch)
+                yield Post(deed, upload, watch, sent)
                 return
             content = [request.method, request.url.path, sorted(request.query_params.multi_items()), upload.identity]
             async with self.idempotency.held(deed.tenant, key, content, status) as held:
-                yield Post(replace(deed, beside=(*deed.beside, held)), upload, watch)
+                yield Post(replace(deed, beside=(*deed.beside, held)), upload, watch, sent)
 
     @asynccontextmanager
-    async def _uploaded(self, request: Request, deed: Deed, batch_id: str, role: Role) -> AsyncIterator[Upload]:
+    async def _uploaded(
+        self, request: Request, deed: Deed, batch_id: str, role: Role
+    ) -> AsyncIterator[tuple[Upload, Sent | None]]:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             async with received_form(request, self.limits) as form:
-                yield await run_in_threadpool(read_upload, form, self.channels)
+                yield await run_in_threadpool(read_upload, form, self.channels), None
             return
         sent = _parsed(await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
-        yield await run_in_threadpool(self._named, sent, deed, batch_id, role)
+        yield await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role), sent
 
-    def _named(self, sent: Sent, deed: Deed, batch_id: str, role: Role) -> Upload:
+    def named(self, sent: Sent, tenant: str, batch_id: str, role: Role) -> Upload:
+        """Gather the images that a JSON body names.
+
+        Raises:
+            RequestError, PlateError, BatchNotFoundError: one of their subclasses says what is wrong with it.
+        """
         if [sent.staged, sent.images is not None, sent.load_data is not None].count(True) != 1:
             raise InvalidRequestError("the body needs one of staged: true, images and load_data, or be a multipart form")
         size = None if sent.pixel_size_um is None else chosen_pixel_size(repr(sent.pixel_size_um), None)
-        named, store = Named(batch_id, role, sent.wells, size), self.storage.of(deed.tenant)
+        named, store = Named(batch_id, role, sent.wells, size), self.storage.of(tenant)
         if sent.staged:
             return staged_upload(store, named, self.channels)
         if sent.images is not None:
-            return self._referred(sent.images, named, deed.tenant)
-        rows = rows_of(self.references.read(deed.tenant, sent.load_data or "", MAX_TABLE_BYTES), "load_data")
+            return self._referred(sent.images, named, tenant)
+        rows = rows_of(self.references.read(tenant, sent.load_data or "", MAX_TABLE_BYTES), "load_data")
         places = load_data_places(rows, self.channels)
-        files = self._files(deed.tenant, places.addresses)
+        files = self._files(tenant, places.addresses)
         return Upload(
             complete_sites(chosen(store, named, files, "in the LoadData table"), self.channels),
             pixel_size_um=places.pixel_size_um if size is None else size,

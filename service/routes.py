@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -17,8 +17,10 @@ from service.deeds import Deed
 from service.errors import InvalidBatchIdError
 from service.gates import Rates, Readiness, Slots
 from service.kept import Kept
+from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
 from service.reports import model_card, provenance
+from service.webhooks import Webhooks
 
 BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
@@ -35,6 +37,8 @@ class Served:
     rates: Rates
     readiness: Readiness
     receiver: Receiver
+    later: Later
+    webhooks: Webhooks
     upload_slots: Slots
     staging_bytes: Slots
     max_plane_bytes: int
@@ -67,15 +71,16 @@ def caller_of(request: Request, served: Serving) -> Caller:
 def asked_with(scope: Scope) -> Callable[..., Deed]:
     """A dependency that gives the deed of a request whose key has a scope."""
 
-    def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Deed:
+    def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)], served: Serving) -> Deed:
         caller.require(scope)
-        return Deed(caller.tenant, caller.by, request.scope.get("state", {}).get("request_id", "-"))
+        return Deed(caller.tenant, caller.by, request.scope["state"]["request_id"], events=served.webhooks)
 
     return deed_of
 
 
 Reading = Annotated[Deed, Depends(asked_with(Scope.READ))]
 Writing = Annotated[Deed, Depends(asked_with(Scope.WRITE))]
+Administering = Annotated[Deed, Depends(asked_with(Scope.ADMIN))]
 
 
 def valid_batch_id(batch_id: Annotated[str, Path(description="normally the plate's barcode")]) -> str:
@@ -111,12 +116,22 @@ Ready = Annotated[Batches, Depends(ready_batches)]
 KeptBatches = Annotated[Kept, Depends(kept_batches)]
 
 
+def is_later(prefer: Annotated[str, Header(description="respond-async: answer 202 with a job (RFC 7240)")] = "") -> bool:
+    """Whether the caller wants to be answered later."""
+    return "respond-async" in (item.partition(";")[0].strip().lower() for item in prefer.split(","))
+
+
+IsLater = Annotated[bool, Depends(is_later)]
+
+
 def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
     """A dependency that receives a post in a slot of its own."""
 
-    async def received(request: Request, deed: Writing, batch_id: BatchId, _: Ready, served: Serving) -> AsyncIterator[Post]:
+    async def received(
+        request: Request, deed: Writing, batch_id: BatchId, _: Ready, served: Serving, later: IsLater
+    ) -> AsyncIterator[Post]:
         with served.upload_slots.taken():
-            async with served.receiver.received(request, deed, batch_id, role, status) as post:
+            async with served.receiver.received(request, deed, batch_id, role, 202 if later else status) as post:
                 yield post
 
     return received
@@ -164,6 +179,9 @@ _FORM: dict[str, Any] = {
         }
     ],
 }
+_LATER: dict[int | str, dict[str, Any]] = {
+    202: {"model": schemas.JobReport, "description": "with Prefer: respond-async: a job that answers later"},
+}
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "RFC 9457 problem; docs/errors.md lists the types",
@@ -179,36 +197,50 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
     "/batches/{batch_id:path}/controls",
     status_code=201,
     response_model=schemas.ControlsReport,
-    responses=PROBLEM,
+    responses={**_LATER, **PROBLEM},
     openapi_extra=_FORM,
 )
 async def send_controls(
     batch_id: BatchId,
     batches: Ready,
+    served: Serving,
     post: PostedControls,
+    later: IsLater,
     replace: Annotated[bool, Query(description="put other images in the place of kept ones")] = False,
-) -> schemas.ControlsReport:
+) -> schemas.ControlsReport | Response:
     """Send negative-control images: they are kept, and the batch's statistics are measured on all that are kept."""
+    if later:
+        return accepted(await run_in_threadpool(served.later.put, post, "controls", batch_id, {"replace": replace}))
     return await run_in_threadpool(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace)
 
 
 @router.post(
     "/batches/{batch_id:path}/predict",
     response_model=schemas.Prediction,
-    responses=PROBLEM,
+    responses={**_LATER, **PROBLEM},
     openapi_extra=_FORM,
 )
 async def predict(
     batch_id: BatchId,
     batches: Ready,
+    served: Serving,
     post: PostedTreated,
+    later: IsLater,
     context: Annotated[
         Literal["controls", "source"], Query(description="source asks for the answer without adaptation")
     ] = "controls",
-) -> schemas.Prediction:
+) -> schemas.Prediction | Response:
     """Send treated images: one answer per well, against the statistics of the batch's controls."""
     source = context == "source"
+    if later:
+        return accepted(await run_in_threadpool(served.later.put, post, "predict", batch_id, {"source": source}))
     return await run_in_threadpool(batches.classify, post.deed, batch_id, post.upload, post.watch, source=source)
+
+
+def accepted(job: schemas.JobReport) -> Response:
+    """Tell where a job is looked at."""
+    headers = {"Location": f"/jobs/{job.job_id}", "Preference-Applied": "respond-async"}
+    return Response(job.model_dump_json(), status_code=202, media_type=JSON, headers=headers)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -208,6 +208,63 @@ class BatchList(_Value):
     batches: tuple[BatchSummary, ...]
 
 
+class JobReport(_Value):
+    """A request that is answered later."""
+
+    job_id: str
+    kind: Literal["controls", "predict"]
+    batch_id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    attempt: int = Field(description="how many times a worker began it")
+    wells_done: int = Field(description="wells that are answered, while it runs")
+    wells: int = Field(description="wells that were asked for, while it runs")
+    created_at: datetime
+    finished_at: datetime | None
+    controls: ControlsReport | None = Field(description="the answer of a done job of that kind")
+    prediction: Prediction | None = Field(description="the answer of a done job of that kind")
+    problem: Problem | None = Field(description="why a failed job failed")
+
+
+class JobList(_Value):
+    """A tenant's jobs, the newest first."""
+
+    jobs: tuple[JobReport, ...]
+
+
+class WebhookReport(_Value):
+    """An address that events are told to."""
+
+    webhook_id: str
+    url: str
+    events: tuple[str, ...]
+    created_at: datetime
+
+
+class NewWebhook(WebhookReport):
+    """A new address, with the secret that its events are signed with: told this once."""
+
+    secret: str
+
+
+class WebhookList(_Value):
+    """A tenant's addresses."""
+
+    webhooks: tuple[WebhookReport, ...]
+
+
+class WebhookRequest(BaseModel):
+    """An address, and what it wants to be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str = Field(description="https://…, reached from the service; private addresses only where the operator allows")
+    events: tuple[Literal["batch.adapted", "batch.classified", "job.failed"], ...] = (
+        "batch.adapted",
+        "batch.classified",
+        "job.failed",
+    )
+
+
 class ModelCard(Provenance):
     """The served bundle."""
 

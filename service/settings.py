@@ -76,6 +76,12 @@ class Settings(StorageSettings):
     roots: Mapping[str, tuple[str, ...]] = Field(
         default={}, description="places that each tenant may refer to images in: file:///directory/, s3://bucket/prefix/"
     )
+    workers: int = Field(
+        1, ge=0, description="jobs and deliveries run at once by this process; 0 leaves them to 'anchorwell worker'"
+    )
+    webhook_networks: tuple[str, ...] = Field(
+        default=(), description="private networks that webhooks may be sent to all the same"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )

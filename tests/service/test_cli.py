@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from model.errors import AnchorwellError
@@ -21,7 +23,7 @@ from service.client import (
     chunks_of_wells,
     merged,
 )
-from tests.service.conftest import free_port
+from tests.service.conftest import emptied, free_port, wait_until
 from tests.service.plates import CONTROL_WELLS, well_files
 
 ANCHORWELL = Path(sys.executable).parent / "anchorwell"
@@ -264,3 +266,62 @@ def serving_anywhere(bundle, folder):
             yield (Path(folder) / "serve.log").read_text()
             process.terminate()
             process.wait(20)
+
+
+def test_a_worker_runs_what_a_service_leaves_to_it(tiny_bundle_path, plate, tmp_path):
+    data = tmp_path / "data"
+    with serving(tiny_bundle_path, tmp_path, WORKERS=0) as (_, url):
+        files = [("images", (path.name, path.read_bytes(), "image/tiff")) for path in of_wells(plate, CONTROL_WELLS)]
+        place = httpx.post(f"{url}/batches/W1/controls", files=files, headers={"Prefer": "respond-async"}).headers[
+            "location"
+        ]
+        assert httpx.get(url + place).json()["state"] == "queued"
+        command = [ANCHORWELL, "worker", "--bundle", tiny_bundle_path, "--data", data]
+        environment = {**os.environ, "ANCHORWELL_THREADS": "1", "ANCHORWELL_DEVICE": "cpu"}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert "works in the background" in process.stdout.readline()
+            wait_until(lambda: httpx.get(url + place).json()["state"] == "done")
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def test_keys_are_made_listed_and_revoked_and_the_audit_log_holds(tiny_bundle_path, tmp_path):
+    data = ("--data", tmp_path / "data")
+    token = run("keys", "create", "--tenant", "lab", "--scope", "read", "--note", "LIMS", *data).stdout.strip()
+    with serving(tiny_bundle_path, tmp_path) as (_, url):
+        assert httpx.get(f"{url}/batches").status_code == 401
+        assert httpx.get(f"{url}/batches", headers={"Authorization": f"Bearer {token}"}).json() == {"batches": []}
+        key_id = token.split("_")[1]
+        assert key_id in run("keys", "list", *data, COLUMNS=200).stdout
+        assert token.split("_", 2)[2] not in run("keys", "list", *data, COLUMNS=200).stdout
+        assert "revoked" in run("keys", "revoke", key_id, *data).stdout
+        wait_until(lambda: httpx.get(f"{url}/batches", headers={"Authorization": f"Bearer {token}"}).status_code == 401)
+    held = run("audit", "verify", *data)
+    assert "2 entries hold" in held.stdout
+    end = held.stdout.split()[-1]
+    assert run("audit", "verify", "--expect", end, *data).returncode == 0
+    actions = [json.loads(line)["action"] for line in run("audit", "show", *data).stdout.splitlines()]
+    assert actions == ["key.created", "key.revoked"]
+    with sqlite3.connect(tmp_path / "data" / "records.db") as db:
+        changed = "CAST(replace(CAST(value AS TEXT), 'key.created', 'key.nothing') AS BLOB)"
+        db.execute(f"UPDATE record SET value = {changed} WHERE key LIKE 'audit/entry/%1'")
+    db.close()
+    broken = run("audit", "verify", *data)
+    assert broken.returncode == 4
+    assert "entry 2 does not follow" in broken.stderr
+
+
+def test_a_flushed_redis_is_restored_while_the_service_runs(tiny_bundle_path, plate, tmp_path, redis_url):
+    emptied(redis_url)
+    where = {"REDIS": redis_url}
+    with serving(tiny_bundle_path, tmp_path, **where) as (_, url), AnchorwellClient(url) as client:
+        client.adapt("R1", of_wells(plate, CONTROL_WELLS))
+        before = client.predict("R1", of_wells(plate, TREATED))
+        emptied(redis_url)
+        assert httpx.get(f"{url}/batches").json()["type"].endswith("store-lost")
+        done = run("restore", "--data", tmp_path / "data", ANCHORWELL_REDIS=redis_url)
+        assert "restored" in done.stdout, done.stderr
+        assert client.predict("R1", of_wells(plate, TREATED)).wells == before.wells
+        assert [batch.batch_id for batch in client.batches().batches] == ["R1"]
+        again = run("restore", "--data", tmp_path / "data", ANCHORWELL_REDIS=redis_url)
+        assert (again.returncode, "already" in again.stderr) == (1, True)

@@ -572,6 +572,14 @@ def test_a_key_that_sends_too_much_is_told_when_to_come_back(client, storage):
     assert 1 <= body["retry_after_s"] <= 60
 
 
+def test_jobs_and_webhooks_that_are_not_there_are_not_found(client):
+    refused(client.get("/jobs/none"), "job-not-found", names=["none"])
+    refused(client.delete("/jobs/none"), "job-not-found")
+    refused(client.delete("/webhooks/none"), "webhook-not-found", names=["none"])
+    refused(client.post("/webhooks", json={"url": "ftp://host/"}), "invalid-request", names=["https://"])
+    refused(client.post("/webhooks", json={"url": "https://host/", "events": ["batch.made"]}), "invalid-request")
+
+
 def test_a_key_that_is_not_there_cannot_be_revoked(storage):
     with pytest.raises(KeyNotFoundError) as raised:
         Keys(storage.records).revoke("nothing")

@@ -1,0 +1,45 @@
+"""HTTP of what happens later: jobs and webhooks. Holds no ``try``."""
+
+from fastapi import APIRouter, Response
+
+from service import schemas
+from service.routes import PROBLEM, Administering, Reading, Serving, Writing
+
+router = APIRouter()
+
+
+@router.get("/jobs", response_model=schemas.JobList, responses=PROBLEM)
+def list_jobs(deed: Reading, served: Serving) -> schemas.JobList:
+    """List the tenant's jobs, the newest first."""
+    return served.later.jobs.all(deed.tenant)
+
+
+@router.get("/jobs/{job_id}", response_model=schemas.JobReport, responses=PROBLEM)
+def get_job(job_id: str, deed: Reading, served: Serving) -> schemas.JobReport:
+    """Tell how far a job is, or how it ended: its answer is in ``controls`` or ``prediction``, a failure in ``problem``."""
+    return served.later.jobs.get(deed.tenant, job_id)
+
+
+@router.delete("/jobs/{job_id}", response_model=schemas.JobReport, responses=PROBLEM)
+def cancel_job(job_id: str, deed: Writing, served: Serving) -> schemas.JobReport:
+    """Cancel a job: it takes no effect, unless it took effect before."""
+    return served.later.jobs.cancel(deed, job_id)
+
+
+@router.post("/webhooks", status_code=201, response_model=schemas.NewWebhook, responses=PROBLEM)
+def create_webhook(wanted: schemas.WebhookRequest, deed: Administering, served: Serving) -> schemas.NewWebhook:
+    """Tell events to an address; the answer has the secret that signs them (Standard Webhooks), this once."""
+    return served.webhooks.create(deed, wanted.url, wanted.events)
+
+
+@router.get("/webhooks", response_model=schemas.WebhookList, responses=PROBLEM)
+def list_webhooks(deed: Administering, served: Serving) -> schemas.WebhookList:
+    """List the addresses that events are told to."""
+    return served.webhooks.all(deed.tenant)
+
+
+@router.delete("/webhooks/{webhook_id}", status_code=204, responses=PROBLEM)
+def delete_webhook(webhook_id: str, deed: Administering, served: Serving) -> Response:
+    """Tell an address nothing more."""
+    served.webhooks.delete(deed, webhook_id)
+    return Response(status_code=204)
