@@ -1,7 +1,7 @@
 """The one composition root: settings in, an ASGI app or a worker out. Nothing is created at import."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,11 @@ from service.posts import Receiver
 from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
-from service.requests import RequestIds
+from service.requests import Requests
 from service.routes import Served
 from service.settings import Settings
 from service.storage import Storage
+from service.telemetry import Metrics, TimedRecords
 from service.uploads import Preparer
 from service.webhooks import Webhooks
 
@@ -47,6 +48,7 @@ class Composition:
     settings: Settings
     served: Served
     queue: Queue
+    metrics: Metrics
     own_storage: Storage | None
     own_decoder: WorkerDecoder | None
 
@@ -55,6 +57,12 @@ class Composition:
         await _replay(self.served.batches.engine, self.served.batches.bundle, self.served.readiness)
         if self.served.readiness.reason is None and self.settings.workers:
             await run_in_threadpool(self.queue.start, self.settings.workers, self.run, self.look_after)
+
+    def serve_metrics(self) -> Callable[[], None]:
+        """Answer for metrics on a port of their own, when one is set; gives what stops that."""
+        if self.settings.metrics_port is None:
+            return lambda: None
+        return self.metrics.serve(self.settings.metrics_host, self.settings.metrics_port)
 
     def run(self, kind: str, name: str) -> None:
         """Do one piece of background work."""
@@ -89,10 +97,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        stop_metrics = composition.serve_metrics()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(composition.begin)
             yield
             tasks.cancel_scope.cancel()
+        stop_metrics()
         await run_in_threadpool(composition.end)
 
     app = FastAPI(
@@ -103,7 +113,8 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.served = composition.served
-    app.add_middleware(RequestIds)
+    app.state.metrics = composition.metrics
+    app.add_middleware(Requests, count=composition.metrics.request)
     for router in (routes_images.router, routes_jobs.router, routes.router):
         app.include_router(router)
     install_handlers(app)
@@ -115,15 +126,18 @@ def compose(
 ) -> Composition:
     """Make everything that the settings ask for; raises as ``create_app`` does."""
     bundle = Bundle.load(settings.bundle)
-    used_storage = storage or settings.open_storage()
+    metrics = Metrics()
+    opened = storage or settings.open_storage()
+    used_storage = Storage(TimedRecords(opened.records, metrics), opened.blobs)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads)
-    own_decoder = _decoder(settings, bundle) if decoder is None else None
+    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, metrics)
+    metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
+    own_decoder = _decoder(settings, bundle, metrics) if decoder is None else None
     view = BundleView(bundle, used_engine.precision)
-    queue = Queue(settings.data, settings.redis)
     batches = Batches(view, used_engine, used_storage, _preparer(settings, bundle, decoder or own_decoder))
     kept = Kept(view, used_storage)
     receiver = _receiver(settings, bundle, used_storage)
+    queue = Queue(settings.data, settings.redis)
     webhooks = Webhooks(used_storage.records, queue.put, settings.webhook_networks)
     served = Served(
         batches=batches,
@@ -138,7 +152,7 @@ def compose(
         staging_bytes=Slots(settings.max_staging_bytes, "bytes of images"),
         max_plane_bytes=_max_plane_bytes(settings),
     )
-    return Composition(settings, served, queue, used_storage if storage is None else None, own_decoder)
+    return Composition(settings, served, queue, metrics, used_storage if storage is None else None, own_decoder)
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder | None) -> Preparer:
@@ -176,13 +190,14 @@ def _max_plane_bytes(settings: Settings) -> int:
     return 4 * settings.max_image_pixels + _HEADER_BYTES
 
 
-def _decoder(settings: Settings, bundle: Bundle) -> WorkerDecoder:
+def _decoder(settings: Settings, bundle: Bundle, metrics: Metrics) -> WorkerDecoder:
     recipe, limits = bundle.manifest.recipe, settings.image_limits
     return WorkerDecoder(
         SiteDecoder(recipe, limits),
         workers=cpu_count(settings.threads),
         memory_bytes=decoding_memory_bytes(limits, recipe),
         timeout_s=settings.decode_timeout_s,
+        observer=metrics,
     )
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import csv
 import json
-import logging
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ import typer
 import uvicorn
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -31,6 +29,7 @@ from service.client import (
     well_of,
 )
 from service.settings import Settings, is_loopback
+from service.telemetry import configure_logs
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
@@ -105,9 +104,10 @@ def serve(
     """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
     given = {"bundle": bundle, "data": data, "device": device, "host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
-    for line in settings.lines():
-        err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
+    configure_logs(settings.log_format, err)
+    if settings.log_format == "text":
+        for line in settings.lines():
+            err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
     from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
 
     application = create_app(settings)
@@ -117,7 +117,14 @@ def serve(
             "every batch without an API key: ANCHORWELL_ALLOW_ANONYMOUS is set",
             soft_wrap=True,
         )
-    config = uvicorn.Config(application, host=settings.host, port=settings.port, log_config=None, access_log=False)
+    config = uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
     _AnnouncingServer(config, application.state.served.readiness.decided).run()
 
 
@@ -129,7 +136,7 @@ def worker(
     """Run jobs and webhook deliveries, without HTTP; a service with ANCHORWELL_WORKERS=0 leaves them to this one."""
     given = {"bundle": bundle, "data": data}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    configure_logs(settings.log_format, err)
     from service.app import compose  # noqa: PLC0415 (as above)
 
     composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}))

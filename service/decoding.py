@@ -9,6 +9,7 @@ import hashlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,6 +27,7 @@ from model.errors import AnchorwellError, ImageError, NonFiniteImageError, Undec
 from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, decode_plane, prepare_site
 from model.layout import SiteKey
 from service.errors import DecoderKilledError
+from service.observe import UNOBSERVED, Observer
 
 _NICE = 5
 
@@ -52,6 +54,8 @@ class DecodedSite:
     planes: Mapping[str, str]
     saturation: Mapping[str, float]
     image: NDArray[np.float32]
+    decode_s: float = 0.0
+    preprocess_s: float = 0.0
 
 
 class Decoder(Protocol):
@@ -77,16 +81,20 @@ class SiteDecoder:
         """
         planes: dict[str, str] = {}
         saturation: dict[str, float] = {}
+        decoding: list[float] = []
+        start = time.perf_counter()
         at: dict[str, str | int] = {"well": key.well, "site": key.site}
 
         def decoded() -> Generator[Plane]:
             for channel in self.recipe.channels:
                 file = files[channel]
                 at.update({"file": file.name[:200], "channel": channel})
+                begun = time.perf_counter()
                 data = file.read()
                 plane = decode_plane(data, self.limits)
                 planes[channel] = hashlib.sha256(data).hexdigest()
                 saturation[channel] = check_saturation(plane, self.limits)
+                decoding.append(time.perf_counter() - begun)
                 yield plane
                 del at["file"], at["channel"]
 
@@ -97,7 +105,8 @@ class SiteDecoder:
                 raise NonFiniteImageError("the pixels span more than single precision can scale")
         except ImageError as error:
             raise error.about(**at) from None
-        return DecodedSite(planes, saturation, image)
+        decode_s = sum(decoding)
+        return DecodedSite(planes, saturation, image, decode_s, time.perf_counter() - start - decode_s)
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,16 @@ class InlineDecoder:
 class WorkerDecoder:
     """A ``Decoder`` on worker processes."""
 
-    def __init__(self, decode: SiteDecoder, workers: int, memory_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        decode: SiteDecoder,
+        workers: int,
+        memory_bytes: int,
+        timeout_s: float,
+        observer: Observer = UNOBSERVED,
+    ) -> None:
         self._decode = decode
+        self._observer = observer
         self._timeout_s = timeout_s
         context = get_context("forkserver")
         context.set_forkserver_preload(["service.decoding"])
@@ -144,7 +161,10 @@ class WorkerDecoder:
                 return
             error = done.exception()
             if error is None:
-                told.set_result(done.result())
+                site = done.result()
+                self._observer.stage("decode", site.decode_s)
+                self._observer.stage("preprocess", site.preprocess_s)
+                told.set_result(site)
             else:
                 told.set_exception(self._meaning(key, error))
 

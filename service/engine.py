@@ -4,7 +4,9 @@ Knows nothing of wells or batches: a call's images are one stack, and its output
 """
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +29,7 @@ from model.bundle import (
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 from service.errors import StartError
+from service.observe import UNOBSERVED, Observer
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
@@ -59,12 +62,13 @@ class OnnxEngine:
 
     precision = "fp32"
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 0, observer: Observer = UNOBSERVED) -> None:
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES])
         self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
+        self._observer = observer
         self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             raise StartError(f"device cuda was asked for, but onnxruntime runs the bundle on {self.provider}")
@@ -75,15 +79,26 @@ class OnnxEngine:
         return str(self._classify.get_providers()[0])
 
     def measure(self, images: Float) -> tuple[Float, Float]:
-        with self._one_pass:
+        with self._turn("measure", len(images)):
             mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images})
         return mean, variance
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
         given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        with self._one_pass:
+        with self._turn("classify", len(images)):
             logits, embeddings = self._classify.run([OUTPUT_LOGITS, OUTPUT_EMBEDDING], given)
         return logits, embeddings
+
+    @contextmanager
+    def _turn(self, graph: str, sites: int) -> Iterator[None]:
+        """Wait for the pass before, and count the time of both."""
+        asked = time.perf_counter()
+        with self._one_pass:
+            begun = time.perf_counter()
+            self._observer.stage("queue", begun - asked)
+            yield
+            self._observer.stage("infer", time.perf_counter() - begun)
+        self._observer.sites(graph, sites)
 
 
 def _providers(device: Device) -> list[Any]:

@@ -1,6 +1,9 @@
-"""Every request's id: taken from ``X-Request-ID`` or drawn, told in the answer, the log and the audit log."""
+"""Every request's id, time and line in the log. The id is taken from ``X-Request-ID`` or drawn, and told in the answer."""
 
+import logging
 import re
+import time
+from collections.abc import Callable
 from secrets import token_hex
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -8,13 +11,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-ID"
 _USABLE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_QUIET = ("/health/live", "/health/ready", "/metrics")
+
+log = logging.getLogger("anchorwell.requests")
 
 
-class RequestIds:
-    """Middleware that gives each request its id."""
+class Requests:
+    """Middleware that names, times and logs each request; ``count`` is told method, route, status and seconds."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int, float], None]) -> None:
         self._app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its id."""
@@ -24,10 +31,29 @@ class RequestIds:
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _USABLE.fullmatch(given) else token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        start, statuses = time.perf_counter(), [500]
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
+                statuses[:] = [message["status"]]
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, told)
+        try:
+            await self._app(scope, receive, told)
+        finally:
+            self._tell(scope, request_id, statuses[0], time.perf_counter() - start)
+
+    def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none").replace(":path", "")
+        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "PUT", "DELETE") else "other"
+        self._count(method, route, status, seconds)
+        if route not in _QUIET:
+            told = {
+                "request_id": request_id,
+                "method": method,
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 4),
+            }
+            log.info("%s %s %s in %.3f s", method, route, status, seconds, extra=told)

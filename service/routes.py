@@ -20,6 +20,7 @@ from service.kept import Kept
 from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
 from service.reports import model_card, provenance
+from service.telemetry import METRICS_TYPE
 from service.webhooks import Webhooks
 
 BATCH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -279,6 +280,12 @@ def delete_batch(deed: Writing, batch_id: BatchId, kept: KeptBatches) -> Respons
 def get_model(_: Reading, served: Serving) -> schemas.ModelCard:
     """Describe the served bundle."""
     return model_card(served.batches.bundle, served.batches.engine)
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **PROBLEM})
+def metrics(request: Request, _: Annotated[Deed, Depends(asked_with(Scope.METRICS))]) -> Response:
+    """Tell counts and times of this process, as Prometheus reads them; no tenant is named."""
+    return Response(request.app.state.metrics.text(), media_type=METRICS_TYPE)
 
 
 @router.head("/health/live", include_in_schema=False)

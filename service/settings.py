@@ -88,6 +88,15 @@ class Settings(StorageSettings):
     threads: int = Field(0, ge=0, description="threads of one inference on the CPU and of image decoding; 0: all cores")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port of their own for metrics, where no key is asked for",
+    )
+    metrics_host: str = Field("127.0.0.1", description="address that the metrics' port listens on")
+    log_format: Literal["text", "json"] = Field("text", description="log for people, or one JSON object a line")
+    drain_timeout_s: int = Field(60, gt=0, description="how long running requests may go on after SIGTERM")
     allow_anonymous: bool = Field(
         default=False, description="allow an address that others can reach, although there are no API keys"
     )

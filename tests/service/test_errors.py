@@ -378,11 +378,11 @@ def test_a_request_beyond_the_slots_is_told_to_come_back(settings, storage):
         wait_until(lambda: client.post(CONTROLS, files=FILES).status_code == 201)
 
 
-def test_a_batch_that_never_holds_still_is_told_to_come_back(client, store):
+def test_a_batch_that_never_holds_still_is_told_to_come_back(client):
     def always(*_, **__):
         raise RevisionConflictError
 
-    store.commit = always
+    client.app.state.served.batches.storage.of("default").commit = always
     refused(client.post(CONTROLS, files=FILES), "batch-busy", names=["P1"])
 
 

@@ -49,7 +49,8 @@ def test_the_model_imports_neither_of_its_users(package):
         ("huey", SERVICE, {"queue.py"}),
         ("httpx", SERVICE, {"client.py", "references.py", "webhooks.py"}),
         ("typer", SERVICE, {"cli.py", "cli_operate.py"}),
-        ("rich", SERVICE, {"cli.py", "cli_operate.py"}),
+        ("rich", SERVICE, {"cli.py", "cli_operate.py", "telemetry.py"}),
+        ("prometheus_client", SERVICE, {"telemetry.py"}),
     ],
 )
 def test_an_edge_is_known_to_one_module(package, files, allowed):
