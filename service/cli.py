@@ -3,9 +3,11 @@
 import asyncio
 import csv
 import json
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from service.client import (
 )
 from service.settings import Settings, is_loopback
 from service.telemetry import configure_logs
+from service.watch import Form, Watcher
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
@@ -59,6 +62,8 @@ err = Console(stderr=True)
 _Files = Annotated[list[Path], typer.Argument(help="images, or directories of them", exists=True)]
 _Batch = Annotated[str, typer.Argument(help="the batch's id, normally the plate's barcode")]
 _Url = Annotated[str, typer.Option(help="where the service listens", envvar="ANCHORWELL_URL")]
+_API_KEY = "ANCHORWELL_API_KEY"
+"""Variable with the API key: never an option, which other users of the machine could see."""
 _Layout = Annotated[
     Path | None, typer.Option(help="CSV or JSON: file, well, site, channel; or a JUMP LoadData CSV", exists=True)
 ]
@@ -197,7 +202,7 @@ def adapt(
 
     Exits with 3 when they are kept, but more control wells are needed.
     """
-    with AnchorwellClient(url) as client, _progress("controls", hidden=as_json) as progress:
+    with _connected(url) as client, _progress("controls", hidden=as_json) as progress:
         table = _text(layout)
         paths = _images(files)
         if platemap is None:
@@ -231,7 +236,7 @@ def predict(
     as_json: _Json = False,
 ) -> None:
     """Send a batch's treated wells and get one class each."""
-    with AnchorwellClient(url) as client, _progress("treated", hidden=as_json) as progress:
+    with _connected(url) as client, _progress("treated", hidden=as_json) as progress:
         table = _text(layout)
         paths = _of_role(_images(files), platemap, table, client, Role.TREATED)
         prediction = client.predict(
@@ -251,8 +256,38 @@ def predict(
 @app.command()
 def batches(url: _Url = _DEFAULT_URL, as_json: _Json = False) -> None:
     """List the batches that the service keeps."""
-    with AnchorwellClient(url) as client:
+    with _connected(url) as client:
         _show(client.batches(), as_json, _batches_table)
+
+
+def _connected(url: str) -> AnchorwellClient:
+    return AnchorwellClient(url, api_key=os.environ.get(_API_KEY))
+
+
+# --- watch -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(help="where plates are dropped, a folder each", exists=True, file_okay=False)],
+    settle_s: Annotated[float, typer.Option(help="seconds for which a folder must not have changed")] = 30.0,
+    every_s: Annotated[float, typer.Option(help="seconds between looks")] = 5.0,
+    channels: _Channels = None,
+    pixel_size_um: _PixelSize = None,
+    form: Annotated[Form, typer.Option("--format", help="of the answers")] = Form.CSV,
+    once: Annotated[bool, typer.Option("--once", help="end when nothing is left to do")] = False,
+    url: _Url = _DEFAULT_URL,
+) -> None:
+    """Adapt and classify every plate that is dropped with its plate map, each once; answers are written beside it."""
+    with _connected(url) as client:
+        watcher = Watcher(client, directory, settle_s, form, _names(channels), pixel_size_um)
+        while True:
+            for outcome in watcher.look():
+                style = "green" if outcome.done else "red"
+                out.print(f"[{style}]{outcome.batch_id}[/]  {_escaped(outcome.told)}", highlight=False, soft_wrap=True)
+            if once and not watcher.waiting:
+                return
+            time.sleep(every_s)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -7,20 +7,26 @@ import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
 
 from model.errors import AnchorwellError
-from model.layout import PlaneKey, parse_file_name, parse_layout
+from model.layout import PlaneKey, parse_file_name, parse_layout, plane_key
 from service import schemas
+from service.digests import content_digest
 from service.errors import MEDIA_TYPE, PROBLEM_TYPE
 
 REQUEST_BYTES = 256 << 20
 _ATTEMPTS = 5
+_RETRY_S = 1
+_PARALLEL = 8
 _Progress = Callable[[int, int], None]
 
 
@@ -45,8 +51,11 @@ class StatisticsChangedError(Exception):
 class AnchorwellClient:
     """A connection to one service; close it, or use it in a ``with``."""
 
-    def __init__(self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 600.0) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=httpx.Timeout(timeout_s, connect=10.0))
+    def __init__(
+        self, base_url: str = "http://127.0.0.1:8000", timeout_s: float = 600.0, api_key: str | None = None
+    ) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(base_url=base_url, timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +122,90 @@ class AnchorwellClient:
         ]
         return merged(answers)
 
+    def stage(
+        self,
+        batch_id: str,
+        files: Iterable[Path],
+        layout: str | None = None,
+        *,
+        replace: bool = False,
+        progress: _Progress | None = None,
+    ) -> schemas.ImageList:
+        """Send images ahead, each as a raw body, several at once; those that are there already are not sent again.
+
+        Raises:
+            ProblemError: the service refused one. ServiceUnreachableError: it did not answer. AnchorwellError: a file's
+                well, site or channel is not known.
+        """
+        channels = self.model().channels
+        places = parse_layout(layout, channels).files if layout is not None else None
+        there = {(image.well, image.site, image.channel): image.sha256 for image in self._images_there(batch_id)}
+        paths = _some(files)
+        sent = _Sent(len(paths), progress)
+
+        def put(path: Path) -> None:
+            key = _plane(path, places, channels)
+            if key is not None:
+                data = path.read_bytes()
+                if there.get((key.well, key.site, key.channel)) != sha256(data).hexdigest():
+                    self._put_plane(batch_id, key, data, replace=replace)
+            sent.add(path)
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            for _ in pool.map(put, paths):
+                pass
+        return self.images(batch_id)
+
+    def _put_plane(self, batch_id: str, key: PlaneKey, data: bytes, *, replace: bool) -> None:
+        path = f"/batches/{_quoted(batch_id)}/images/{key.well}/{key.site}/{_quoted(key.channel)}"
+        headers, params = {"Content-Digest": content_digest(data)}, {"replace": "true"} if replace else {}
+        self._send("PUT", path, lambda: {"content": data, "headers": headers, "params": params})
+
+    def _images_there(self, batch_id: str) -> tuple[schemas.KeptImage, ...]:
+        try:
+            return self.images(batch_id).images
+        except ProblemError as error:
+            if error.status != httpx.codes.NOT_FOUND:
+                raise
+            return ()
+
+    def adapt_staged(
+        self, batch_id: str, wells: Sequence[str] | None = None, *, pixel_size_um: float | None = None, replace: bool = False
+    ) -> schemas.ControlsReport:
+        """Adapt a batch on controls that were sent ahead: the wells named, or those that its plate map calls controls."""
+        params = {"replace": "true"} if replace else {}
+        answer = self._post_json(batch_id, "controls", _named(wells, pixel_size_um), params)
+        return schemas.ControlsReport.model_validate_json(answer.content)
+
+    def predict_staged(
+        self, batch_id: str, wells: Sequence[str] | None = None, *, pixel_size_um: float | None = None
+    ) -> schemas.Prediction:
+        """Classify wells that were sent ahead: those named, or all that are no controls."""
+        answer = self._post_json(batch_id, "predict", _named(wells, pixel_size_um), {})
+        return schemas.Prediction.model_validate_json(answer.content)
+
+    def send_platemap(self, batch_id: str, text: str) -> schemas.PlateMapReport:
+        """Send a plate map (CSV or TSV), in the place of the one before."""
+        answer = self._send("PUT", f"/batches/{_quoted(batch_id)}/platemap", lambda: {"content": text.encode()})
+        return schemas.PlateMapReport.model_validate_json(answer.content)
+
+    def predictions(self, batch_id: str) -> schemas.KeptPredictions:
+        """The latest answer of every well."""
+        answer = self._send("GET", f"/batches/{_quoted(batch_id)}/predictions")
+        return schemas.KeptPredictions.model_validate_json(answer.content)
+
+    def export(self, batch_id: str, form: Literal["csv", "parquet", "json"] = "csv") -> bytes:
+        """The latest answer of every well, as a file."""
+        return self._send("GET", f"/batches/{_quoted(batch_id)}/predictions", lambda: {"params": {"format": form}}).content
+
+    def images(self, batch_id: str) -> schemas.ImageList:
+        """The planes that are staged, or kept as controls."""
+        return schemas.ImageList.model_validate_json(self._send("GET", f"/batches/{_quoted(batch_id)}/images").content)
+
+    def job(self, job_id: str) -> schemas.JobReport:
+        """How far a job is, or how it ended."""
+        return schemas.JobReport.model_validate_json(self._send("GET", f"/jobs/{_quoted(job_id)}").content)
+
     def batches(self) -> schemas.BatchList:
         """What is kept."""
         return schemas.BatchList.model_validate_json(self._send("GET", "/batches").content)
@@ -146,7 +239,11 @@ class AnchorwellClient:
             opened = [("images", (file.name, _WhenRead(file, sent), "image/tiff")) for file in paths]
             return {"files": opened, "data": dict(form), "params": dict(query)}
 
-        return self._send("POST", path, body)
+        return self._send("POST", path, body, key=token_hex(16))
+
+    def _post_json(self, batch_id: str, what: str, named: Mapping[str, Any], params: Mapping[str, str]) -> httpx.Response:
+        path = f"/batches/{_quoted(batch_id)}/{what}"
+        return self._send("POST", path, lambda: {"json": dict(named), "params": dict(params)}, key=token_hex(16))
 
     def _send(
         self,
@@ -154,19 +251,29 @@ class AnchorwellClient:
         path: str,
         body: Callable[[], dict[str, Any]] = dict,
         attempts: int = _ATTEMPTS,
+        key: str | None = None,
     ) -> httpx.Response:
-        """Send a request; again, after the time it asks for, while the service says that it is busy."""
+        """Send a request; again while the service says that it is busy, or when its connection breaks.
+
+        A post goes under an Idempotency-Key, so that one whose answer was lost takes effect once.
+        """
         for attempt in range(1, attempts + 1):
+            options = body()
+            if key is not None:
+                options["headers"] = {**options.get("headers", {}), "Idempotency-Key": key}
             try:
-                answer = self._http.request(method, path, **body())
+                answer = self._http.request(method, path, **options)
             except httpx.TransportError as error:
-                raise ServiceUnreachableError(
-                    f"no answer from {self._http.base_url}: {str(error) or type(error).__name__}"
-                ) from error
+                if attempt == attempts or isinstance(error, httpx.ConnectError):
+                    raise ServiceUnreachableError(
+                        f"no answer from {self._http.base_url}: {str(error) or type(error).__name__}"
+                    ) from error
+                time.sleep(_RETRY_S)
+                continue
             if answer.is_success:
                 return answer
             wait_s = answer.headers.get("retry-after", "")
-            if attempt == attempts or answer.status_code not in (429, 503) or not wait_s.isdecimal():
+            if attempt == attempts or not wait_s.isdecimal():
                 raise problem_of_answer(answer)
             time.sleep(int(wait_s))
         raise AssertionError("the last attempt returns or raises")
@@ -310,6 +417,19 @@ class _WhenRead(io.RawIOBase):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _plane(path: Path, places: Mapping[str, PlaneKey] | None, channels: Sequence[str]) -> PlaneKey | None:
+    """Return which plane a file is, by the layout or by its name; None for a thumbnail, or a file the layout leaves out."""
+    if places is not None:
+        return places.get(path.name)
+    parsed = parse_file_name(path.name)
+    return None if parsed.thumbnail else plane_key(parsed, channels)
+
+
+def _named(wells: Sequence[str] | None, pixel_size_um: float | None) -> dict[str, Any]:
+    named = {"wells": None if wells is None else list(wells), "pixel_size_um": pixel_size_um}
+    return {"staged": True, **{name: value for name, value in named.items() if value is not None}}
 
 
 def _some(files: Iterable[Path]) -> list[Path]:

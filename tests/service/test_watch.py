@@ -1,0 +1,182 @@
+"""A watched directory: each plate once, restarts included; and what the client does when it is not answered."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pandas as pd
+import pytest
+
+from service.client import AnchorwellClient, ServiceUnreachableError
+from service.watch import Form, Watcher
+from tests.service.plates import CONTROL_WELLS, well_files
+from tests.service.test_images import PLATEMAP
+from tests.service.test_routes import adapted
+
+TREATED = ("E05", "F05")
+
+
+@pytest.fixture
+def connected(client):
+    """The client library, talking to the app in this process."""
+
+    def answer(request):
+        sent = client.request(request.method, str(request.url), content=request.read(), headers=dict(request.headers))
+        told = {name: sent.headers[name] for name in ("content-type", "retry-after") if name in sent.headers}
+        return httpx.Response(sent.status_code, content=sent.content, headers=told)
+
+    library = AnchorwellClient("http://127.0.0.1")
+    library._http = httpx.Client(base_url="http://127.0.0.1", transport=httpx.MockTransport(answer))
+    yield library
+    library.close()
+
+
+@pytest.fixture
+def drop(tmp_path):
+    """Drops a plate into the watched directory."""
+    directory = tmp_path / "drop"
+    directory.mkdir()
+
+    def dropped(name="P1", wells=(*CONTROL_WELLS, *TREATED), platemap=PLATEMAP):
+        folder = directory / name
+        (folder / "images").mkdir(parents=True)
+        for _, (file, data, _) in well_files(wells):
+            (folder / "images" / file).write_bytes(data)
+        if platemap is not None:
+            (folder / "plate_map.csv").write_text(platemap)
+        return folder
+
+    dropped.directory = directory
+    return dropped
+
+
+def watcher(connected, drop, **options):
+    return Watcher(connected, drop.directory, **{"settle_s": 0.0, **options})
+
+
+def test_a_plate_that_is_dropped_is_answered_once_restarts_included(connected, drop, client):
+    folder = drop()
+    (outcome,) = watcher(connected, drop).look()
+    assert (outcome.batch_id, outcome.done) == ("P1", True)
+    table = pd.read_csv(folder / "anchorwell" / "predictions.csv")
+    assert list(table["Metadata_Well"]) == list(TREATED)
+    assert list(table["Metadata_compound"]) == ["BRD-1, salt", "BRD-2"]
+    assert json.loads((folder / "anchorwell" / "report.json").read_text())["adapted"] is True
+    again = watcher(connected, drop)
+    assert list(again.look()) == []
+    assert again.waiting == 0
+    assert len(client.get("/batches").json()["batches"]) == 1
+
+
+def test_a_plate_waits_until_its_plate_map_is_there_and_nothing_changes(connected, drop):
+    now = [0.0]
+    watching = watcher(connected, drop, settle_s=30.0, clock=lambda: now[0])
+    folder = drop(platemap=None)
+    assert list(watching.look()) == []
+    now[0] = 40.0
+    assert (list(watching.look()), watching.waiting) == ([], 1)
+    (folder / "plate_map.csv").write_text(PLATEMAP)
+    assert list(watching.look()) == []
+    now[0] = 60.0
+    assert list(watching.look()) == [], "the folder changed 20 s ago"
+    now[0] = 80.0
+    assert [outcome.done for outcome in watching.look()] == [True]
+
+
+def test_a_refused_plate_is_told_once_and_tried_again_when_it_changes(connected, drop):
+    folder = drop(wells=(*CONTROL_WELLS[:2], *TREATED))
+    watching = watcher(connected, drop)
+    (outcome,) = watching.look()
+    assert (outcome.done, "2 more control wells" in outcome.told) == (False, True)
+    assert "2 more" in json.loads((folder / "anchorwell" / "error.json").read_text())["detail"]
+    assert list(watching.look()) == list(watcher(connected, drop).look()) == []
+    for _, (file, data, _) in well_files(CONTROL_WELLS[2:]):
+        (folder / "images" / file).write_bytes(data)
+    assert [outcome.done for outcome in watching.look()] == [True]
+    assert not (folder / "anchorwell" / "error.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "platemap", "words"),
+    [
+        ("not a batch", PLATEMAP, "not a batch id"),
+        ("P1", "well,compound\nA01,DMSO\n", "which wells are controls"),
+        ("P1", "no table", "no rows"),
+        ("P1", PLATEMAP.replace("DMSO,DMSO", "trt,DMSO"), "no image"),
+    ],
+)
+def test_a_plate_that_cannot_be_answered_says_why_beside_it(name, platemap, words, connected, drop):
+    folder = drop(name, platemap=platemap)
+    (outcome,) = watcher(connected, drop).look()
+    assert (outcome.done, words in outcome.told) == (False, True), outcome.told
+    assert words in (folder / "anchorwell" / "error.json").read_text()
+
+
+def test_a_service_that_is_away_makes_plates_wait(drop):
+    drop()
+    with AnchorwellClient("http://127.0.0.1:1") as away:
+        watching = watcher(away, drop)
+        assert (list(watching.look()), watching.waiting) == ([], 1)
+
+
+def test_answers_are_written_in_the_form_asked_for(connected, drop):
+    folder = drop()
+    list(watcher(connected, drop, form=Form.PARQUET).look())
+    assert list(pd.read_parquet(folder / "anchorwell" / "predictions.parquet")["Metadata_Well"]) == list(TREATED)
+
+
+# --- the client ------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_sends_ahead_only_what_is_not_there(connected, drop, client):
+    folder = drop()
+    images = list((folder / "images").iterdir())
+    connected.stage("P1", images)
+    counted = client.get("/metrics").text
+    connected.stage("P1", images)
+    puts = 'anchorwell_requests_total{method="PUT",route="/batches/{batch_id}/images/{well}/{site}/{channel}",status="201"}'
+    assert client.get("/metrics").text.count(puts) == counted.count(puts) == 1
+    assert f"{puts} {len(images)}.0" in client.get("/metrics").text
+    connected.send_platemap("P1", PLATEMAP)
+    report = connected.adapt_staged("P1")
+    assert report.statistics_id == adapted(client, "P2")["statistics_id"]
+    assert [well.well for well in connected.predict_staged("P1").wells] == list(TREATED)
+    assert [well.well for well in connected.predictions("P1").wells] == list(TREATED)
+    shutil.rmtree(folder)
+
+
+class Breaking(BaseHTTPRequestHandler):
+    """Takes a request and breaks the connection, the first times."""
+
+    def do_POST(self):
+        self.server.keys.append(self.headers["idempotency-key"])
+        self.rfile.read(int(self.headers["content-length"]))
+        if len(self.server.keys) < 3:
+            self.connection.close()
+            return
+        body = b'{"title": "enough", "detail": "of this", "status": 409}'
+        self.send_response(409)
+        self.send_header("Content-Type", "application/problem+json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_request_whose_answer_was_lost_is_sent_again_under_the_same_key(monkeypatch):
+    monkeypatch.setattr("service.client._RETRY_S", 0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Breaking)
+    server.keys = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with AnchorwellClient(f"http://127.0.0.1:{server.server_port}") as library, pytest.raises(Exception, match="enough"):
+        library.adapt_staged("P1")
+    assert len(server.keys) == 3
+    assert len(set(server.keys)) == 1
+    server.shutdown()
+    server.server_close()
+    with AnchorwellClient(f"http://127.0.0.1:{server.server_port}") as library, pytest.raises(ServiceUnreachableError):
+        library.adapt_staged("P1")
