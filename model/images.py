@@ -53,12 +53,13 @@ class ImageLimits:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode_plane(data: bytes, limits: ImageLimits = ImageLimits()) -> Plane:
+def decode_plane(data: bytes, limits: ImageLimits = ImageLimits(), page: int | None = None) -> Plane:
     """Decode one grey-scale TIFF page from memory.
 
     Args:
         data: a TIFF file's bytes: uint8, uint16 or float32; uncompressed, LZW, deflate or zstd.
         limits: what the header may declare.
+        page: which of several pages; without it the file must have one alone.
 
     Returns:
         The plane, (height, width), in the file's own type.
@@ -66,22 +67,16 @@ def decode_plane(data: bytes, limits: ImageLimits = ImageLimits()) -> Plane:
     Raises:
         ImageError: one of its subclasses says what is wrong with the file.
     """
-    with _opened(data, limits) as page:
-        plane = np.asarray(page.asarray(maxworkers=1))
+    with _opened(data, limits, page) as opened:
+        plane = np.asarray(opened.asarray(maxworkers=1))
     return _checked_plane(plane)
 
 
-def declared_pixels(data: bytes, limits: ImageLimits = ImageLimits()) -> int:
-    """Return how many pixels ``decode_plane`` would decode, by the header alone; raises as it does."""
-    with _opened(data, limits) as page:
-        return _Segments.of(page).pixels
-
-
 @contextmanager
-def _opened(data: bytes, limits: ImageLimits) -> Iterator[Any]:
-    """Give the only page of a TIFF whose header is one that is read here."""
+def _opened(data: bytes, limits: ImageLimits, number: int | None) -> Iterator[Any]:
+    """Give the only page of a TIFF, or one of several, whose header is one that is read here."""
     try:
-        with grey_plane_stream(data) as stream, tifffile.TiffFile(stream, _multifile=False) as tiff:
+        with grey_plane_stream(data, number) as stream, tifffile.TiffFile(stream, _multifile=False) as tiff:
             page: Any = tiff.pages[0]
             _check_page(page, limits)
             _check_segments(page, len(data), limits)

@@ -141,16 +141,23 @@ _CONVENTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
         "<well>_<site>_<channel>",
         re.compile(rf"(?P<well>[A-Za-z]{{1,2}}\d{{1,2}})_(?P<site>\d+)_(?P<channel>[A-Za-z][A-Za-z0-9+-]*){_TIFF}"),
     ),
+    (
+        "<well>_<site>, an OME-TIFF that names its channels",
+        re.compile(rf"(?P<well>[A-Za-z]{{1,2}}\d{{1,2}})_(?P<site>\d+){_TIFF}"),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class ParsedName:
-    """What a file name says: well, site, and a channel by name or by number; ``thumbnail`` files carry no data."""
+    """What a file name says: well, site, and a channel by name or by number; ``thumbnail`` files carry no data.
+
+    Without a channel, the file is one of several channels that are named inside it.
+    """
 
     well: str
     site: int
-    channel: str | int
+    channel: str | int | None
     thumbnail: bool
     convention: str
 
@@ -185,7 +192,7 @@ def _parsed(parts: Mapping[str, str | None], convention: str) -> ParsedName:
     return ParsedName(
         well=name,
         site=parse_site(parts.get("site") or 1),
-        channel=int(number) if number else str(parts["channel"]),
+        channel=int(number) if number else parts.get("channel"),
         thumbnail=parts.get("thumb") is not None,
         convention=convention,
     )
@@ -199,6 +206,11 @@ def plane_key(parsed: ParsedName, channels: Sequence[str], numbered: Sequence[st
     Raises:
         UnknownChannelError: the channel is not one of the bundle's.
     """
+    if parsed.channel is None:
+        raise LayoutError(
+            f"the name of well {parsed.well} site {parsed.site} says no channel; send one plane a file, named "
+            "<well>_<site>_<channel>, or an OME-TIFF as a form"
+        )
     if isinstance(parsed.channel, str):
         return PlaneKey(parsed.well, parsed.site, match_channel(parsed.channel, channels))
     names = numbered if numbered is not None else channels

@@ -14,6 +14,8 @@ from typing import Any
 from model.errors import NotATiffError, TruncatedImageError, UnsupportedImageError
 
 _MAX_TAGS = 256
+MAX_PAGES = 64
+"""Most pages of one file that are looked at."""
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _DESCRIPTION = 270
 _METAMORPH_PLANES = 33629  # a MetaMorph stack has one directory; the count of this tag is its number of planes
@@ -54,24 +56,97 @@ class _Entry:
     value: bytes
 
 
-def grey_plane_stream(data: bytes) -> io.BytesIO:
+@dataclass(frozen=True)
+class _Directory:
+    """One directory: where it starts, its tags, and where the next one starts (0: nowhere)."""
+
+    start: int
+    entries: list[_Entry]
+    following: int
+
+
+def grey_plane_stream(data: bytes, page: int | None = None) -> io.BytesIO:
     """Return the file with its directory reduced to what describes one grey plane.
+
+    Args:
+        data: the file's bytes.
+        page: which of several pages; without it the file must have one alone.
 
     Raises:
         NotATiffError: another format. TruncatedImageError: a directory that the file cannot hold.
         UnsupportedImageError: several pages, a stack in one, or a directory that no writer makes.
     """
-    variant = _VARIANTS.get(data[:4])
-    if variant is None:
-        raise NotATiffError("an empty file" if not data else "the file is not a TIFF (its first bytes are another format's)")
+    variant = _variant(data)
     try:
-        return _reduced(data, variant)
+        return _reduced(data, variant) if page is None else _page(data, variant, page)
     except struct.error:
         raise TruncatedImageError("the file ends before its directory does") from None
 
 
+def page_count(data: bytes) -> int:
+    """Return how many pages a file has; raises as ``grey_plane_stream`` does."""
+    variant = _variant(data)
+    try:
+        return len(_starts(data, variant))
+    except struct.error:
+        raise TruncatedImageError("the file ends before its directory does") from None
+
+
+def first_description(data: bytes) -> bytes:
+    """Return the first page's longest description; nothing when it has none. Raises as ``grey_plane_stream`` does."""
+    variant = _variant(data)
+    try:
+        directory = _directory_at(data, variant, _first(data, variant))
+        _check_entries(directory.entries, variant, len(data))
+        texts = [_value(entry, variant, data) for entry in directory.entries if entry.code == _DESCRIPTION]
+    except struct.error:
+        raise TruncatedImageError("the file ends before its directory does") from None
+    return max(texts, key=len, default=b"")
+
+
+def _variant(data: bytes) -> _Variant:
+    variant = _VARIANTS.get(data[:4])
+    if variant is None:
+        raise NotATiffError("an empty file" if not data else "the file is not a TIFF (its first bytes are another format's)")
+    return variant
+
+
 def _reduced(data: bytes, variant: _Variant) -> io.BytesIO:
+    directory = _directory_at(data, variant, _first(data, variant))
+    _check_entries(directory.entries, variant, len(data))
+    if directory.following:
+        raise UnsupportedImageError("the TIFF has several pages; send one plane a file, or an OME-TIFF with named channels")
+    return _with_directory(data, variant, directory, _PASSED_ON)
+
+
+def _page(data: bytes, variant: _Variant, page: int) -> io.BytesIO:
+    """Make one page the only one; its description, which may speak of the others, is left out."""
+    starts = _starts(data, variant)
+    if page >= len(starts):
+        raise UnsupportedImageError(f"the TIFF has {len(starts)} pages, none of them number {page + 1}")
+    directory = _directory_at(data, variant, starts[page])
+    _check_entries(directory.entries, variant, len(data))
+    return _with_directory(data, variant, directory, _PASSED_ON - {_DESCRIPTION})
+
+
+def _starts(data: bytes, variant: _Variant) -> list[int]:
+    """Follow the chain of directories."""
+    starts: list[int] = []
+    at = _first(data, variant)
+    while at:
+        if at in starts or len(starts) >= MAX_PAGES:
+            raise UnsupportedImageError(f"the TIFF's pages go round in a circle, or are more than {MAX_PAGES}")
+        starts.append(at)
+        at = _directory_at(data, variant, at).following
+    return starts
+
+
+def _first(data: bytes, variant: _Variant) -> int:
     (start,) = _unpack(variant, variant.first[0], data, variant.first[1])
+    return int(start)
+
+
+def _directory_at(data: bytes, variant: _Variant, start: int) -> _Directory:
     (count,) = _unpack(variant, variant.count, data, start)
     if count > _MAX_TAGS:
         raise UnsupportedImageError(f"the TIFF has {count:,} tags; at most {_MAX_TAGS} are read")
@@ -79,14 +154,26 @@ def _reduced(data: bytes, variant: _Variant) -> io.BytesIO:
     size = struct.calcsize(variant.order + variant.entry)
     entries = [_Entry(*_unpack(variant, variant.entry, data, at + size * number)) for number in range(count)]
     (following,) = _unpack(variant, variant.word, data, at + size * count)
-    _check_entries(entries, variant, len(data))
-    if following:
-        raise UnsupportedImageError("the TIFF has several pages; send one plane a file")
+    return _Directory(start, entries, int(following))
+
+
+def _with_directory(data: bytes, variant: _Variant, directory: _Directory, passed_on: frozenset[int]) -> io.BytesIO:
     stream = io.BytesIO(data)
-    stream.seek(start)
-    stream.write(_directory([entry for entry in entries if entry.code in _PASSED_ON], variant))
+    stream.seek(variant.first[1])
+    stream.write(struct.pack(variant.order + variant.first[0], directory.start))
+    stream.seek(directory.start)
+    stream.write(_directory([entry for entry in directory.entries if entry.code in passed_on], variant))
     stream.seek(0)
     return stream
+
+
+def _value(entry: _Entry, variant: _Variant, data: bytes) -> bytes:
+    """The bytes of a tag's value, which was found to lie in the file."""
+    size = _TYPE_BYTES.get(entry.kind, 0) * entry.count
+    if size <= len(entry.value):
+        return entry.value[:size]
+    (start,) = struct.unpack(variant.order + variant.word, entry.value)
+    return data[start : start + size]
 
 
 def _unpack(variant: _Variant, layout: str, data: bytes, at: int) -> tuple[Any, ...]:

@@ -133,10 +133,12 @@ def compose(
     used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, metrics)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
     own_decoder = _decoder(settings, bundle, metrics) if decoder is None else None
+    used_decoder = decoder or own_decoder
+    assert used_decoder is not None
     view = BundleView(bundle, used_engine.precision)
-    batches = Batches(view, used_engine, used_storage, _preparer(settings, bundle, decoder or own_decoder))
+    batches = Batches(view, used_engine, used_storage, _preparer(settings, bundle, used_decoder))
     kept = Kept(view, used_storage)
-    receiver = _receiver(settings, bundle, used_storage)
+    receiver = _receiver(settings, bundle, used_storage, used_decoder)
     queue = Queue(settings.data, settings.redis)
     webhooks = Webhooks(used_storage.records, queue.put, settings.webhook_networks)
     served = Served(
@@ -155,8 +157,7 @@ def compose(
     return Composition(settings, served, queue, metrics, used_storage if storage is None else None, own_decoder)
 
 
-def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder | None) -> Preparer:
-    assert decoder is not None
+def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:
     return Preparer(
         bundle.manifest.recipe,
         decoder,
@@ -165,7 +166,7 @@ def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder | None) -> Pr
     )
 
 
-def _receiver(settings: Settings, bundle: Bundle, storage: Storage) -> Receiver:
+def _receiver(settings: Settings, bundle: Bundle, storage: Storage, decoder: Decoder) -> Receiver:
     spool = _spool(settings)
     limits = FormLimits(
         body_bytes=settings.max_upload_bytes,
@@ -175,7 +176,7 @@ def _receiver(settings: Settings, bundle: Bundle, storage: Storage) -> Receiver:
         spool=spool,
     )
     references = References(settings.roots, spool, _max_plane_bytes(settings))
-    return Receiver(storage, references, Idempotency(storage.records), bundle.manifest.channels, limits)
+    return Receiver(storage, references, decoder, Idempotency(storage.records), bundle.manifest.channels, limits)
 
 
 def _spool(settings: Settings) -> Path:

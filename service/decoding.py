@@ -10,36 +10,40 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 
-from model.errors import AnchorwellError, ImageError, NonFiniteImageError, UndecodableImageError
+from model.errors import ImageError, NonFiniteImageError, UndecodableImageError
 from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, decode_plane, prepare_site
 from model.layout import SiteKey
+from model.ome import channel_pages
 from service.errors import DecoderKilledError
 from service.observe import UNOBSERVED, Observer
 
 _NICE = 5
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class FileSlice:
-    """Where a file's bytes lie on this machine."""
+    """Where a file's bytes lie on this machine; ``page`` of a file of several channels."""
 
     path: Path
     offset: int
     size: int
     name: str
+    page: int | None = None
 
     def read(self) -> bytes:
         """Return the bytes."""
@@ -63,6 +67,10 @@ class Decoder(Protocol):
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         """Begin to decode a site; the future raises ImageError with members that name well, site, file and channel."""
+        ...
+
+    def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
+        """Begin to read which page of an OME-TIFF is which channel; the future raises ImageError."""
         ...
 
 
@@ -91,8 +99,8 @@ class SiteDecoder:
                 at.update({"file": file.name[:200], "channel": channel})
                 begun = time.perf_counter()
                 data = file.read()
-                plane = decode_plane(data, self.limits)
-                planes[channel] = hashlib.sha256(data).hexdigest()
+                plane = decode_plane(data, self.limits, file.page)
+                planes[channel] = content_of(hashlib.sha256(data).hexdigest(), file.page)
                 saturation[channel] = check_saturation(plane, self.limits)
                 decoding.append(time.perf_counter() - begun)
                 yield plane
@@ -109,6 +117,11 @@ class SiteDecoder:
         return DecodedSite(planes, saturation, image, decode_s, time.perf_counter() - start - decode_s)
 
 
+def content_of(sha256: str, page: int | None) -> str:
+    """Name a plane: by its file's sha256, and its page of a file of several channels."""
+    return sha256 if page is None else f"{sha256}#{page}"
+
+
 @dataclass(frozen=True)
 class InlineDecoder:
     """A ``Decoder`` in the process that asks, for tests: without bounds on time and memory."""
@@ -119,6 +132,14 @@ class InlineDecoder:
         done: Future[DecodedSite] = Future()
         try:
             done.set_result(self.decode(key, files, pixel_size_um))
+        except ImageError as error:
+            done.set_exception(error)
+        return done
+
+    def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
+        done: Future[Mapping[str, int]] = Future()
+        try:
+            done.set_result(_pages(file))
         except ImageError as error:
             done.set_exception(error)
         return done
@@ -143,52 +164,63 @@ class WorkerDecoder:
         self._pool = ProcessPool(workers, initializer=_confine, initargs=(memory_bytes,), context=context)
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
-        return self._told(key, self._pool.schedule(_run, (self._decode, key, files, pixel_size_um), timeout=self._timeout_s))
+        arguments = (self._decode, key, files, pixel_size_um)
+        task: Future[DecodedSite] = self._pool.schedule(_run, arguments, timeout=self._timeout_s)
+        return self._told({"well": key.well, "site": key.site}, task, self._count)
+
+    def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
+        task: Future[Mapping[str, int]] = self._pool.schedule(_pages, (file,), timeout=self._timeout_s)
+        return self._told({"file": file.name[:200]}, task, lambda _: None)
+
+    def _count(self, site: DecodedSite) -> None:
+        self._observer.stage("decode", site.decode_s)
+        self._observer.stage("preprocess", site.preprocess_s)
 
     def close(self) -> None:
         """End the workers."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
-    def _told(self, key: SiteKey, task: "Future[DecodedSite]") -> "Future[DecodedSite]":
-        """Tell a worker's end as what it means for the site."""
-        told: Future[DecodedSite] = Future()
+    def _told(self, at: Mapping[str, str | int], task: "Future[R]", count: Callable[[R], None]) -> "Future[R]":
+        """Tell a worker's end as what it means for the images that it was at."""
+        told: Future[R] = Future()
 
-        def tell(done: "Future[DecodedSite]") -> None:
+        def tell(done: "Future[R]") -> None:
             if done.cancelled():
                 told.cancel()
                 told.set_running_or_notify_cancel()
                 return
             error = done.exception()
             if error is None:
-                site = done.result()
-                self._observer.stage("decode", site.decode_s)
-                self._observer.stage("preprocess", site.preprocess_s)
-                told.set_result(site)
+                count(done.result())
+                told.set_result(done.result())
             else:
-                told.set_exception(self._meaning(key, error))
+                told.set_exception(self._meaning(at, error))
 
         task.add_done_callback(tell)
         return told
 
-    def _meaning(self, key: SiteKey, error: BaseException) -> BaseException:
+    def _meaning(self, at: Mapping[str, str | int], error: BaseException) -> BaseException:
         if isinstance(error, FutureTimeoutError):
-            return _undecodable(key, f"the site takes longer than {self._timeout_s:g} s to decode")
+            return UndecodableImageError(f"it takes longer than {self._timeout_s:g} s to decode").about(**at)
         if isinstance(error, MemoryError):
-            return _undecodable(key, "the site needs more memory to decode than one may take")
+            return UndecodableImageError("it needs more memory to decode than one may take").about(**at)
         if isinstance(error, ProcessExpired) and error.exitcode == -signal.SIGKILL:
             return DecoderKilledError("the decoder was killed, perhaps for want of memory: send the request again")
         if isinstance(error, ProcessExpired):
-            return _undecodable(key, "the decoder crashed on an image of this site")
+            return UndecodableImageError("an image of it crashed the decoder").about(**at)
         return error
-
-
-def _undecodable(key: SiteKey, detail: str) -> AnchorwellError:
-    return UndecodableImageError(detail).about(well=key.well, site=key.site)
 
 
 def _run(decode: SiteDecoder, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> DecodedSite:
     return decode(key, files, pixel_size_um)
+
+
+def _pages(file: FileSlice) -> Mapping[str, int]:
+    try:
+        return channel_pages(file.read())
+    except ImageError as error:
+        raise error.about(file=file.name[:200]) from None
 
 
 def _confine(memory_bytes: int) -> None:

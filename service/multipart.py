@@ -19,7 +19,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from service.decoding import FileSlice
+from service.decoding import FileSlice, content_of
 from service.errors import InvalidRequestError, MalformedUploadError, UploadTimeoutError, UploadTooLargeError
 
 IMAGES = "images"
@@ -45,30 +45,33 @@ class FormLimits:
 
 @dataclass(frozen=True)
 class ReceivedFile:
-    """One file part, by its place in the spool."""
+    """One file part, by its place in the spool; ``page`` of a file of several channels."""
 
     name: str
     spool: Path
     offset: int
     size: int
     sha256: str
+    page: int | None = None
 
     @property
     def content(self) -> str:
         """What the file is, whatever it is named."""
-        return self.sha256
+        return content_of(self.sha256, self.page)
 
     def read(self) -> bytes:
         """Return the file's bytes, while the request lasts."""
-        return self._slice().read()
+        return self.slice.read()
 
     @contextmanager
     def on_disk(self) -> Iterator[FileSlice]:
         """Give the file as bytes on this machine's disk."""
-        yield self._slice()
+        yield self.slice
 
-    def _slice(self) -> FileSlice:
-        return FileSlice(self.spool, self.offset, self.size, self.name)
+    @property
+    def slice(self) -> FileSlice:
+        """Where it lies."""
+        return FileSlice(self.spool, self.offset, self.size, self.name, self.page)
 
 
 @dataclass(frozen=True)

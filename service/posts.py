@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from model.layout import PlaneKey, Role, duplicate_plane, load_data_places, match_channel, parse_site, parse_well
 from service.batches import Stopwatch
+from service.decoding import Decoder
 from service.deeds import Deed
 from service.errors import InvalidRequestError, NoImagesError
 from service.idempotency import Idempotency
@@ -72,6 +73,7 @@ class Receiver:
 
     storage: Storage
     references: References
+    decoder: Decoder
     idempotency: Idempotency
     channels: tuple[str, ...]
     limits: FormLimits
@@ -100,7 +102,7 @@ class Receiver:
     ) -> AsyncIterator[tuple[Upload, Sent | None]]:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             async with received_form(request, self.limits) as form:
-                yield await run_in_threadpool(read_upload, form, self.channels), None
+                yield await run_in_threadpool(read_upload, form, self.channels, self.decoder), None
             return
         sent = _parsed(await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
         yield await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role), sent

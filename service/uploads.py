@@ -5,11 +5,12 @@ no decoding. Sites are then prepared in sorted order, a few ahead of whoever con
 has to fit in memory.
 """
 
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Protocol
@@ -45,6 +46,7 @@ from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
 from service.tables import rows_of
 
 UNUSED_CHANNEL = "-"
+_SUFFIX = re.compile(r"(\.ome)?\.tiff?$", re.IGNORECASE)
 QUALITY_ERRORS = (BlankImageError, SaturatedImageError)
 """What may befall one site of a treated well without casting doubt on the rest of the upload."""
 
@@ -125,8 +127,8 @@ class RefusedSite:
 # --- which file is which plane ---------------------------------------------------------------------------------------
 
 
-def read_upload(form: Form, channels: Sequence[str]) -> Upload:
-    """Group a form's files to complete sites with every one of ``channels``.
+def read_upload(form: Form, channels: Sequence[str], decoder: Decoder) -> Upload:
+    """Group a form's files to complete sites with every one of ``channels``; the decoder looks into files of several.
 
     Raises:
         PlateError, InvalidRequestError, NoImagesError: one of their subclasses names the file at fault.
@@ -136,7 +138,7 @@ def read_upload(form: Form, channels: Sequence[str]) -> Upload:
     layout = layout_of(table, channels) if table is not None else None
     planes: dict[PlaneKey, ReceivedFile] = {}
     skipped: list[Skipped] = []
-    for file in images:
+    for file in _by_plane(images, layout, channels, numbered, decoder):
         key = _place(file, None if layout is None else layout.files, channels, numbered)
         if isinstance(key, Skipped):
             skipped.append(key)
@@ -163,6 +165,35 @@ def _split(form: Form) -> tuple[Mapping[str, str], Sequence[Mapping[str, str]] |
 
 def _any_numbered(files: Iterable[ReceivedFile]) -> bool:
     return any(isinstance(parse_file_name(file.name).channel, int) for file in files)
+
+
+def _by_plane(
+    images: Sequence[ReceivedFile],
+    layout: Layout | None,
+    channels: Sequence[str],
+    numbered: Sequence[str] | None,
+    decoder: Decoder,
+) -> Iterator[ReceivedFile]:
+    """Give each channel of an OME-TIFF as a file of its own, named as one; other files as they are.
+
+    Channels that the bundle does not have are left out. ``numbered`` names take the place of the file's own.
+    """
+    for file in images:
+        if layout is not None or not _is_of_several(file):
+            yield file
+            continue
+        pages = decoder.pages(file.slice).result()
+        for number, (name, page) in enumerate(pages.items()):
+            called = numbered[number] if numbered is not None and number < len(numbered) else name
+            if any(called.strip().casefold() == channel.casefold() for channel in channels):
+                yield replace(file, name=f"{_SUFFIX.sub('', file_name(file.name))}_{called.strip()}.tif", page=page)
+
+
+def _is_of_several(file: ReceivedFile) -> bool:
+    try:
+        return parse_file_name(file.name).channel is None
+    except AnchorwellError:  # it is told when its place is looked for
+        return False
 
 
 def _order_notice(assumed: Sequence[str]) -> Iterator[str]:

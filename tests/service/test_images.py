@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 
 from service.digests import content_digest
 from service.exports import CSV, PARQUET
 from tests.service.conftest import running
-from tests.service.plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, plane, tiff, well_files
+from tests.service.plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files
 from tests.service.test_routes import adapted, by_well, predicted
 
 PLATEMAP = (
@@ -188,3 +189,37 @@ def test_a_wrong_plane_sent_ahead_costs_only_the_request_that_asks_for_it(client
     answer = post_staged(client, "predict", wells=["E05"])
     assert answer.json()["type"].endswith("not-a-tiff")
     assert answer.json()["well"] == "E05"
+
+
+def ome_files(wells, names=CHANNELS, sites=(1, 2), suffix=".ome.tif"):
+    """Every site as one OME-TIFF, with the pixels that ``well_files`` has."""
+    files = []
+    for well in wells:
+        for site in sites:
+            buffer = io.BytesIO()
+            stack = np.stack([plane(("", well, site, channel)) for channel in CHANNELS])
+            metadata = {"axes": "CYX", "Channel": {"Name": list(names)}}
+            tifffile.imwrite(buffer, stack, ome=True, photometric="minisblack", metadata=metadata)
+            files.append(image(f"{well}_{site}{suffix}", buffer.getvalue()))
+    return files
+
+
+@pytest.mark.parametrize("data", [{}, {"channels": "DNA,ER,RNA"}])
+def test_ome_tiffs_with_named_channels_get_the_answers_of_single_planes(data, client):
+    names = CHANNELS if not data else ("Hoechst", "ConA", "Syto")
+    report = client.post("/batches/P1/controls", files=ome_files(CONTROL_WELLS, names), data=data)
+    assert report.status_code == 201, report.text
+    answer = client.post("/batches/P1/predict", files=ome_files(["E05"], names, suffix=".TIFF"), data=data).json()
+    adapted(client, "P2")
+    single = predicted(client, ["E05"], batch="P2")["wells"]
+    assert answer["wells"] == single
+
+
+def test_an_ome_tiff_without_a_channel_of_the_bundle_is_refused_with_its_place(client):
+    answer = client.post("/batches/P1/controls", files=ome_files(["A01"], ("DNA", "ER", "Mito"))).json()
+    assert answer["type"].endswith("missing-channel")
+    assert (answer["well"], answer["channel"]) == ("A01", "RNA")
+    files = [image("A01_1.tif", tiff(plane("x")))]
+    answer = client.post("/batches/P1/controls", files=files).json()
+    assert answer["type"].endswith("unsupported-image")
+    assert "A01_1.tif" in answer["detail"]
