@@ -19,7 +19,7 @@ ServiceError                     what is wrong with a request or the service, be
 │   └── TooManyRequestsError     more requests, or bytes, than the key may send
 ├── JobError                     a job that cannot be told of, or goes on no more
 │   ├── JobNotFoundError         the tenant has no such job
-│   └── JobCancelledError        the job was cancelled, or taken by another worker; never an HTTP answer
+│   └── JobCancelledError        the job was deleted, or taken by another worker; never an HTTP answer
 ├── WebhookNotFoundError         the tenant has no such webhook
 ├── RepeatError                  an Idempotency-Key that cannot be used so
 │   ├── IdempotencyConflictError the key was used for another request
@@ -60,6 +60,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from model import errors as plate
 from model.errors import AnchorwellError
@@ -147,7 +148,7 @@ class JobNotFoundError(JobError):
 
 
 class JobCancelledError(JobError):
-    """The job was cancelled, or taken by another worker; never an HTTP answer."""
+    """The job was deleted, or taken by another worker; never an HTTP answer."""
 
 
 class WebhookNotFoundError(ServiceError):
@@ -382,7 +383,8 @@ def install_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem_response(_http_error(request, error), error.headers)
+        headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers  # noqa: PLR2004
+        return problem_response(_http_error(request, error), headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         reference = secrets.token_hex(4)
@@ -408,13 +410,25 @@ class _UnexpectedError(AnchorwellError):
         super().__init__(f"an unexpected error; the service's log has it under {reference}", reference=reference)
 
 
-def _http_error(request: Request, error: HTTPException) -> RouteError:
+def _http_error(request: Request, error: HTTPException) -> ServiceError:
+    if error.status_code == 404 and b"%2f" in request.scope.get("raw_path", b"").lower():  # noqa: PLR2004
+        return InvalidBatchIdError("a name in the path has a slash: a batch id is 1 to 128 letters, digits, '.', '_' or '-'")
     if error.status_code == 404:  # noqa: PLR2004
         return RouteNotFoundError(f"there is no {request.url.path[:200]}; see /docs for what there is")
     if error.status_code == 405:  # noqa: PLR2004
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return MethodNotAllowedError(f"{request.url.path[:200]} does not take {request.method}; it takes {allowed}")
+        return MethodNotAllowedError(
+            f"{request.url.path[:200]} does not take {request.method}; it takes {_allowed(request)}"
+        )
     return BadRequestError(str(error.detail))
+
+
+def _allowed(request: Request) -> str:
+    """The methods that a path takes, over all its routes."""
+    scopes = {method: {**request.scope, "method": method} for method in ("DELETE", "GET", "HEAD", "POST", "PUT")}
+    routes = request.app.routes
+    return ", ".join(
+        name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    )
 
 
 def _detail(error: Exception) -> str:

@@ -132,22 +132,19 @@ class Jobs:
         leases = self.records.read([job.lease for job in found])
         return schemas.JobList(jobs=tuple(self._report(job, lease) for job, lease in zip(found, leases, strict=True)))
 
-    def cancel(self, deed: Deed, job_id: str) -> schemas.JobReport:
-        """Let a job have no effect, unless it had it; one that ended stays as it ended.
+    def delete(self, deed: Deed, job_id: str) -> None:
+        """Forget a job; one that did not take effect yet never will.
 
         Raises:
             JobNotFoundError: the tenant has no such job.
         """
         while True:
             job, _ = self._read(deed.tenant, job_id)
-            if job.state not in OPEN:
-                return self._report(job, None)
-            ended = replace(job, state="cancelled", finished_at=self.now().isoformat())
-            beside = deed.done("job.cancelled", job.batch_id, {"job_id": job_id})
-            changes = {job.name: ended.to_bytes(), job.lease: None}
+            beside = deed.done("job.deleted", job.batch_id, {"job_id": job_id, "state": job.state})
+            gone = Commit({job.name: None, job.lease: None}, {job.name: job.to_bytes()}, scope=job.name)
             with suppress(ConflictError):
-                self.records.commit(Commit(changes, {job.name: job.to_bytes()}, scope=job.name).and_also(beside))
-                return self._report(ended, None)
+                self.records.commit(gone.and_also(beside))
+                return
 
     # --- run ---------------------------------------------------------------------------------------------------------
 
@@ -212,7 +209,7 @@ class Jobs:
         def progress(done: int, total: int) -> None:
             state.update(done=done, total=total)
             if lost.is_set():
-                raise JobCancelledError(f"job {job.job_id} was cancelled, or taken by another worker")
+                raise JobCancelledError(f"job {job.job_id} was deleted, or taken by another worker")
 
         thread = threading.Thread(target=push_on, name="lease", daemon=True)
         thread.start()

@@ -44,7 +44,7 @@ def model_card(bundle: Bundle, engine: Engine) -> schemas.ModelCard:
         name=manifest.name,
         classes=manifest.classes,
         channels=manifest.channels,
-        recipe=recipe_json(manifest.recipe),
+        recipe=schemas.Recipe.model_validate(recipe_json(manifest.recipe)),
         method=manifest.method,
         trained_context=manifest.context,
         minimum_control_wells=manifest.minimum_control_wells,

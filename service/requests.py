@@ -45,7 +45,7 @@ class Requests:
             self._tell(scope, request_id, statuses[0], time.perf_counter() - start)
 
     def _tell(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "none").replace(":path", "")
+        route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "PUT", "DELETE") else "other"
         self._count(method, route, status, seconds)
         if route not in _QUIET:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from model.layout import Role
 from service import schemas
@@ -84,7 +85,15 @@ Writing = Annotated[Deed, Depends(asked_with(Scope.WRITE))]
 Administering = Annotated[Deed, Depends(asked_with(Scope.ADMIN))]
 
 
-def valid_batch_id(batch_id: Annotated[str, Path(description="normally the plate's barcode")]) -> str:
+def valid_batch_id(
+    batch_id: Annotated[
+        str,
+        Path(
+            description="normally the plate's barcode",
+            json_schema_extra={"pattern": f"^{BATCH_ID.pattern}$", "example": "BR00116991"},
+        ),
+    ],
+) -> str:
     """Check a batch's name.
 
     Raises:
@@ -141,6 +150,22 @@ def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
 PostedControls = Annotated[Post, Depends(posted(Role.CONTROL, 201))]
 PostedTreated = Annotated[Post, Depends(posted(Role.TREATED, 200))]
 
+
+def inlined(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema, what it refers to put in its place."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = value.get("$ref", "").rpartition("/")[2]
+            return resolved(definitions[name]) if name else {key: resolved(inner) for key, inner in value.items()}
+        return [resolved(inner) for inner in value] if isinstance(value, list) else value
+
+    whole: dict[str, Any] = resolved(schema)
+    return whole
+
+
 _FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -148,6 +173,7 @@ _FORM: dict[str, Any] = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
+                    "additionalProperties": False,
                     "required": ["images"],
                     "properties": {
                         "images": {
@@ -168,7 +194,7 @@ _FORM: dict[str, Any] = {
                     },
                 }
             },
-            JSON: {"schema": Sent.model_json_schema(), "example": {"staged": True, "wells": ["A01", "B01"]}},
+            JSON: {"schema": inlined(Sent), "example": {"staged": True, "wells": ["A01", "B01"]}},
         },
     },
     "parameters": [
@@ -186,7 +212,7 @@ _LATER: dict[int | str, dict[str, Any]] = {
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "RFC 9457 problem; docs/errors.md lists the types",
-        "content": {"application/problem+json": {"schema": schemas.Problem.model_json_schema()}},
+        "content": {"application/problem+json": {"schema": inlined(schemas.Problem)}},
     }
 }
 
@@ -195,7 +221,7 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post(
-    "/batches/{batch_id:path}/controls",
+    "/batches/{batch_id}/controls",
     status_code=201,
     response_model=schemas.ControlsReport,
     responses={**_LATER, **PROBLEM},
@@ -216,7 +242,7 @@ async def send_controls(
 
 
 @router.post(
-    "/batches/{batch_id:path}/predict",
+    "/batches/{batch_id}/predict",
     response_model=schemas.Prediction,
     responses={**_LATER, **PROBLEM},
     openapi_extra=_FORM,
@@ -253,20 +279,13 @@ def list_batches(deed: Reading, kept: KeptBatches) -> schemas.BatchList:
     return kept.summaries(deed.tenant)
 
 
-@router.api_route("/batches/{batch_id:path}/controls", methods=["GET", "DELETE"], include_in_schema=False)
-@router.api_route("/batches/{batch_id:path}/predict", methods=["GET", "DELETE"], include_in_schema=False)
-def refuse_method(batch_id: str) -> None:  # noqa: ARG001
-    """Say that the two stories are posted, before their paths are taken for ids."""
-    raise HTTPException(405, headers={"Allow": "POST"})
-
-
-@router.get("/batches/{batch_id:path}", response_model=schemas.BatchSummary, responses=PROBLEM)
+@router.get("/batches/{batch_id}", response_model=schemas.BatchSummary, responses=PROBLEM)
 def get_batch(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.BatchSummary:
     """Tell what is kept of a batch."""
     return kept.summary(deed.tenant, batch_id)
 
 
-@router.delete("/batches/{batch_id:path}", status_code=204, responses=PROBLEM)
+@router.delete("/batches/{batch_id}", status_code=204, responses=PROBLEM)
 def delete_batch(deed: Writing, batch_id: BatchId, kept: KeptBatches) -> Response:
     """Forget a batch: its images, its statistics, its plate map and its answers."""
     kept.delete(deed, batch_id)
@@ -282,7 +301,7 @@ def get_model(_: Reading, served: Serving) -> schemas.ModelCard:
     return model_card(served.batches.bundle, served.batches.engine)
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **PROBLEM})
+@router.get("/metrics", response_class=PlainTextResponse, responses=PROBLEM)
 def metrics(request: Request, _: Annotated[Deed, Depends(asked_with(Scope.METRICS))]) -> Response:
     """Tell counts and times of this process, as Prometheus reads them; no tenant is named."""
     return Response(request.app.state.metrics.text(), media_type=METRICS_TYPE)

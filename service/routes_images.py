@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from model.layout import PlaneKey, match_channel, parse_site, parse_well, read_platemap
 from service import exports, schemas
@@ -20,7 +19,7 @@ _TIFF: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "one grey TIFF plane",
-        "content": {"image/tiff": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
 _CSV: dict[str, Any] = {
@@ -42,7 +41,7 @@ _FORMS: dict[int | str, dict[str, Any]] = {
 
 
 @router.put(
-    "/batches/{batch_id:path}/images/{well}/{site}/{channel}",
+    "/batches/{batch_id}/images/{well}/{site}/{channel}",
     status_code=201,
     response_model=schemas.KeptImage,
     responses={200: {"model": schemas.KeptImage, "description": "the same image was there"}, **PROBLEM},
@@ -72,15 +71,13 @@ async def send_image(
     return image
 
 
-@router.get("/batches/{batch_id:path}/images", response_model=schemas.ImageList, responses=PROBLEM)
+@router.get("/batches/{batch_id}/images", response_model=schemas.ImageList, responses=PROBLEM)
 def list_images(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.ImageList:
     """List the planes that are staged, and those of kept controls: what a client need not send again."""
     return kept.images(deed.tenant, batch_id)
 
 
-@router.put(
-    "/batches/{batch_id:path}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM, openapi_extra=_CSV
-)
+@router.put("/batches/{batch_id}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM, openapi_extra=_CSV)
 async def send_platemap(
     request: Request, deed: Writing, batch_id: BatchId, kept: KeptBatches, served: Serving
 ) -> schemas.PlateMapReport:
@@ -90,13 +87,13 @@ async def send_platemap(
     return await run_in_threadpool(kept.send_platemap, deed, batch_id, sent)
 
 
-@router.get("/batches/{batch_id:path}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM)
+@router.get("/batches/{batch_id}/platemap", response_model=schemas.PlateMapReport, responses=PROBLEM)
 def get_platemap(deed: Reading, batch_id: BatchId, kept: KeptBatches) -> schemas.PlateMapReport:
     """Tell the plate map."""
     return kept.platemap(deed.tenant, batch_id)
 
 
-@router.get("/batches/{batch_id:path}/predictions", response_model=schemas.KeptPredictions, responses=_FORMS)
+@router.get("/batches/{batch_id}/predictions", response_model=schemas.KeptPredictions, responses=_FORMS)
 def get_predictions(
     deed: Reading,
     batch_id: BatchId,
@@ -116,16 +113,3 @@ def get_predictions(
     content = exports.csv_bytes(table) if chosen == exports.CSV else exports.parquet_bytes(table)
     name = f"{batch_id}.{'csv' if chosen == exports.CSV else 'parquet'}"
     return Response(content, media_type=chosen, headers={"Content-Disposition": f'attachment; filename="{name}"'})
-
-
-@router.api_route("/batches/{batch_id:path}/images", methods=["DELETE", "POST", "PUT"], include_in_schema=False)
-@router.api_route("/batches/{batch_id:path}/predictions", methods=["DELETE", "POST", "PUT"], include_in_schema=False)
-def refuse_method(batch_id: str) -> None:  # noqa: ARG001
-    """Say that these are only looked at, before their paths are taken for ids."""
-    raise HTTPException(405, headers={"Allow": "GET"})
-
-
-@router.api_route("/batches/{batch_id:path}/platemap", methods=["DELETE", "POST"], include_in_schema=False)
-def refuse_platemap_method(batch_id: str) -> None:  # noqa: ARG001
-    """Say how a plate map is sent, before its path is taken for an id."""
-    raise HTTPException(405, headers={"Allow": "GET, PUT"})

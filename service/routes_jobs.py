@@ -20,10 +20,11 @@ def get_job(job_id: str, deed: Reading, served: Serving) -> schemas.JobReport:
     return served.later.jobs.get(deed.tenant, job_id)
 
 
-@router.delete("/jobs/{job_id}", response_model=schemas.JobReport, responses=PROBLEM)
-def cancel_job(job_id: str, deed: Writing, served: Serving) -> schemas.JobReport:
-    """Cancel a job: it takes no effect, unless it took effect before."""
-    return served.later.jobs.cancel(deed, job_id)
+@router.delete("/jobs/{job_id}", status_code=204, responses=PROBLEM)
+def delete_job(job_id: str, deed: Writing, served: Serving) -> Response:
+    """Forget a job: one that runs takes no effect any more; what one did stays done."""
+    served.later.jobs.delete(deed, job_id)
+    return Response(status_code=204)
 
 
 @router.post("/webhooks", status_code=201, response_model=schemas.NewWebhook, responses=PROBLEM)

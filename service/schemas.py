@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -214,7 +214,7 @@ class JobReport(_Value):
     job_id: str
     kind: Literal["controls", "predict"]
     batch_id: str
-    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    state: Literal["queued", "running", "done", "failed"]
     attempt: int = Field(description="how many times a worker began it")
     wells_done: int = Field(description="wells that are answered, while it runs")
     wells: int = Field(description="wells that were asked for, while it runs")
@@ -265,21 +265,38 @@ class WebhookRequest(BaseModel):
     )
 
 
+class Recipe(_Value):
+    """How planes become the network's input."""
+
+    channels: tuple[str, ...]
+    size: int = Field(description="pixels of the network's input, along each side")
+    shrink: int = Field(description="every so many pixels one is taken, when the pixel size is not known")
+    pixel_size_um: float | None = Field(description="the network's pixel size, which planes are resampled to")
+    scaling: Literal["percentile", "fixed"]
+    percentile: float
+    full_scale: tuple[float, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+Plain = str | int | float | bool | None
+
+
 class ModelCard(Provenance):
     """The served bundle."""
 
     name: str
     classes: tuple[str, ...]
     channels: tuple[str, ...]
-    recipe: Mapping[str, Any]
+    recipe: Recipe
     method: str
     trained_context: str
     minimum_control_wells: int
     max_context_sites: int
     features: int
     temperature: float
-    network: Mapping[str, Any]
-    training: Mapping[str, Any]
+    network: Mapping[str, Plain | list[Plain]] = Field(description="shape of the network")
+    training: Mapping[str, Plain | list[Plain]] = Field(description="what it was trained on, and how")
 
 
 class Live(_Value):

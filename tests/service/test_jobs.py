@@ -92,16 +92,27 @@ def test_a_job_repeated_under_its_key_is_one_job(later):
     assert len(later.get("/jobs").json()["jobs"]) == 1
 
 
-def test_a_cancelled_job_has_no_effect(settings, storage):
+def test_a_deleted_job_has_no_effect_and_is_gone(settings, storage):
     with running(settings.model_copy(update={"workers": 0}), FakeEngine(), storage) as client:
         answer = client.post("/batches/P1/controls", files=well_files(CONTROL_WELLS), headers=LATER)
         place = answer.headers["location"]
-        assert client.delete(place).json()["state"] == "cancelled"
+        assert client.delete(place).status_code == 204
+        assert client.get(place).status_code == client.delete(place).status_code == 404
         served = client.app.state.served
         served.later.jobs.run(f"job/default{place.removeprefix('/jobs')}", served.later.run)
-        assert client.get(place).json()["state"] == "cancelled"
-        assert client.delete(place).json()["state"] == "cancelled"
         assert client.get("/batches/P1").json()["control_sites"] == 0
+
+
+def test_a_job_that_is_deleted_while_it_runs_has_no_effect(jobs):
+    name = put(jobs)
+
+    def run(_, deed):
+        jobs.delete(Deed("t"), name.rpartition("/")[2])
+        jobs.records.commit(Commit({"effect": b"1"}).and_also(deed.done("test", "P1", {})))
+
+    with pytest.raises(ConflictError):
+        jobs.run(name, run)
+    assert jobs.records.read(["effect", name]) == [None, None]
 
 
 def test_a_job_that_nobody_enqueued_is_found(settings, storage):
