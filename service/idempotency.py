@@ -29,7 +29,7 @@ from service.records import Commit, ConflictError, Records
 
 PREFIX = "idempotency/"
 KEPT_FOR = timedelta(days=7)
-_LEASE = timedelta(seconds=60)
+_LEASE = timedelta(seconds=10)
 _MAX_KEY = 255
 
 

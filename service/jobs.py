@@ -27,7 +27,7 @@ from service.errors import (
 from service.records import Commit, ConflictError, Records, scan_all
 
 PREFIX = "job/"
-LEASE = timedelta(seconds=60)
+LEASE = timedelta(seconds=30)
 MAX_ATTEMPTS = 8
 FAILED = "job.failed"
 OPEN = ("queued", "running")
