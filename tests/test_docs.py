@@ -13,13 +13,25 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = ROOT / "docs" / "guide.md"
+TOLD = {
+    "guide.md": ("12 simulated plates", "null: intensity", "ONNX against torch", "adapted SIM02B03P01", "context controls"),
+    "lims.md": (
+        "cs-arm-bn",
+        '"state":"staged"',
+        '"adapted":true',
+        "'Metadata_Well'",
+        "batch.classified second True",
+        "answered on",
+    ),
+}
+"""Pages whose commands are run, and what these say."""
 START_TIMEOUT_S = 60
 
 
-def blocks() -> list[tuple[str, str]]:
-    """The guide's code blocks: (language, text), but for lines that say that they are not run."""
-    found = re.findall(r"^```(bash|python)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """A page's code blocks: (language, text), but for lines that say that they are not run."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     kept = [(language, "".join(line for line in text.splitlines(True) if "not run by the test" not in line))
             for language, text in found]  # fmt: skip
     return [(language, text) for language, text in kept if text.strip()]
@@ -33,14 +45,14 @@ def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {
         **os.environ, "PATH": path, "ANCHORWELL_PORT": str(port), "ANCHORWELL_URL": f"http://127.0.0.1:{port}",
-        "COLUMNS": "140", "OMP_NUM_THREADS": "2",
+        "COLUMNS": "140", "OMP_NUM_THREADS": "2", "ANCHORWELL_BUNDLE": str(ROOT / "examples" / "bundles" / "cs-arm-bn"),
     }  # fmt: skip
 
 
 def serve(text: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """Start the guide's server and wait until it says that it is ready."""
     process = subprocess.Popen(
-        ["bash", "-c", f"exec {text}"],
+        ["bash", "-c", text.replace("anchorwell serve", "exec anchorwell serve")],
         cwd=folder,
         env=environment,
         text=True,
@@ -64,26 +76,27 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
     return done.stdout
 
 
-def test_every_command_of_the_guide_runs_as_it_stands(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("page", TOLD)
+def test_every_command_of_a_page_runs_as_it_stands(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
     server, shell, outputs = None, "", []
     try:
-        for language, text in blocks():
-            if text.startswith("anchorwell serve"):
-                server = serve(text.strip(), tmp_path, environment)
+        for language, text in blocks(page):
+            if "anchorwell serve" in text:
+                server = serve(shell + text.strip(), tmp_path, environment)
                 continue
-            variables = re.findall(r"^\w+=.*\n", text, re.MULTILINE) if language == "bash" else []
+            variables = re.findall(r"^\w+=.*[^\\]\n", text, re.MULTILINE) if language == "bash" else []
             outputs.append(run(language, shell + text if language == "bash" else text, tmp_path, environment))
             shell += "".join(variables)
     finally:
         if server is not None:
             server.terminate()
-            assert server.wait(30) in (0, -signal.SIGTERM)
+            assert server.wait(90) in (0, -signal.SIGTERM)
             server.communicate()
     told = "\n".join(outputs)
-    for words in ("12 simulated plates", "null: intensity", "ONNX against torch", "adapted SIM02B03P01", "context controls"):
-        assert words in told
+    for words in TOLD[page]:
+        assert words in told, told
     answers = pd.read_csv(tmp_path / "answers.csv")
-    assert len(answers) == 8 * 2 + 2
+    assert len(answers) == {"guide.md": 8 * 2 + 2, "lims.md": 8 * 2}[page]
 
 
 def test_the_readme_names_files_that_exist() -> None:
