@@ -8,12 +8,12 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit redis demo-bundle first-light real-images open-set gpu-check reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images open-set gpu-check reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
 
-test: $(VENV)/.ready redis check
+test: $(VENV)/.ready machine check
 
 check: lint types unit
 
@@ -27,11 +27,12 @@ types: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# Redis tests start their own server; without the program they skip and say so.
-redis:
-	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null; } \
-	  || echo "redis-server is not installed and cannot be: Redis tests will skip"
+# Programs that some tests run: their own Redis, a trace of system calls, the documentation's curl. Without them they skip.
+machine:
+	@missing=$$(for name in redis-server strace curl openssl; do command -v $$name >/dev/null || echo $$name; done); \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; } \
+	  || echo "cannot be installed here, and what needs it will skip:" $$missing
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

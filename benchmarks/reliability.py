@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import kills
+from benchmarks import hostile, kills, redis_faults
 from benchmarks.bars import Bar, table, write_bars
 
 BUILD = Path("build/reliability")
@@ -21,6 +21,8 @@ KILLS = 100
 PARTS: dict[str, Callable[[Path], list[Bar]]] = {
     "kills-embedded": lambda folder: kills.run(KILLS, folder, with_redis=False),
     "kills-redis": lambda folder: kills.run(KILLS, folder, with_redis=True),
+    "redis-faults": redis_faults.run,
+    "hostile": hostile.run,
 }
 
 

@@ -185,6 +185,7 @@ class Access:
         self._allow_anonymous = allow_anonymous
         self._now = now
         self._known: LRUCache[str, tuple[datetime, ApiKey | None]] = LRUCache(_KNOWN_KEYS)
+        self._keys_known: bool | None = None
         self._lock = threading.Lock()
 
     def caller(self, authorization: str | None) -> Caller:
@@ -226,7 +227,15 @@ class Access:
         return key
 
     def _any_key(self) -> bool:
-        return bool(self._records.scan(_KEYS, limit=1))
+        """Whether there is a key at all; while the store is away, as far as was known."""
+        try:
+            self._keys_known = bool(self._records.scan(_KEYS, limit=1))
+        except StoreLostError:
+            raise
+        except StoreUnavailableError:
+            if self._keys_known is None:
+                raise
+        return bool(self._keys_known)
 
 
 def valid_tenant(name: str) -> bool:

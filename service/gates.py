@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import anyio
 from limits import RateLimitItemPerDay, RateLimitItemPerMinute
@@ -75,11 +76,18 @@ class Slots:
             self._taken -= count
 
 
+def _counts(redis: str | None) -> Any:
+    """Where counts are kept; a Redis that does not answer is not waited for."""
+    if redis is None or redis.startswith("redis+sentinel://"):
+        return storage_from_string("memory://", wrap_exceptions=True)
+    return storage_from_string(redis, wrap_exceptions=True, socket_timeout=1, socket_connect_timeout=1)
+
+
 class Rates:
     """Bounds what each key sends: requests a minute and bytes a day. Counts are shared through Redis when there is one."""
 
     def __init__(self, redis: str | None = None) -> None:
-        self._limiter = FixedWindowRateLimiter(storage_from_string(redis or "memory://", wrap_exceptions=True))
+        self._limiter = FixedWindowRateLimiter(_counts(redis))
 
     def count(self, caller: Caller, sent_bytes: int) -> None:
         """Count a request; while Redis is away none is.

@@ -9,6 +9,7 @@ storage, from which ``anchorwell restore`` rebuilds the records of a Redis that 
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ _COULD_BE_LOST = {
     "maxmemory-policy": "any batch, silently, when Redis runs out of memory",
 }
 _ATTEMPTS = 200
+_AWAY_S = 1.0
 _LOST, _CONFLICT, _MOVED = -1, -2, -3
 _COMMIT = """
 local prefix, lab, at = KEYS[1], ARGV[1], 2
@@ -78,6 +80,7 @@ class RedisRecords:
     def __init__(self, url: str, lab: str | None = None, journal: Journal | None = None) -> None:
         self._lab = lab
         self._journal = journal
+        self._breaker = _Breaker()
         self._chain = threading.Lock()  # of this process's threads one at a time extends a chain
         try:
             self._redis = connect(url)
@@ -87,24 +90,24 @@ class RedisRecords:
 
     def lab(self) -> str | None:
         """The lab that these records are of; None on an empty Redis."""
-        with _told():
+        with self._breaker.told():
             value = self._redis.get(_PREFIX + "lab")
         return None if value is None else str(value.decode())
 
     def found(self, lab: str) -> None:
         """Say whose records an empty Redis holds."""
-        with _told():
+        with self._breaker.told():
             self._redis.set(_PREFIX + "lab", lab, nx=True)
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
-        with _told():
+        with self._breaker.told():
             lab, *values = self._redis.mget([_PREFIX + "lab", *(_record(key) for key in keys)])
         self._require_lab(lab)
         return list(values)
 
     def scan(self, prefix: str, after: str = "", limit: int = 1000) -> list[tuple[str, bytes]]:
         start = b"(" + after.encode() if after else b"[" + prefix.encode()
-        with _told():
+        with self._breaker.told():
             keys = self._redis.zrange(
                 _PREFIX + "index", start, b"(" + prefix.encode() + b"\xff", bylex=True, offset=0, num=limit
             )
@@ -132,7 +135,7 @@ class RedisRecords:
         for values in (commit.expected, derived_from):
             arguments += _listed(values)
         arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
-        with _told():
+        with self._breaker.told():
             outcome = int(self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
         if outcome == _LOST:
             self._require_lab(None)
@@ -146,7 +149,7 @@ class RedisRecords:
 
     def secure(self) -> None:
         """Bring every commit to the journal that did not get there, because the object storage failed or a process died."""
-        with _told():
+        with self._breaker.told():
             found = self._redis.hgetall(_PREFIX + "pending")
         for sequence, entry in _decoded(found):
             self._settle(sequence, entry)
@@ -154,7 +157,7 @@ class RedisRecords:
     def _settle(self, sequence: int, entry: JournalEntry) -> None:
         if self._journal is not None:
             self._journal.keep(sequence, entry)
-            with _told():
+            with self._breaker.told():
                 self._redis.hdel(_PREFIX + "pending", sequence)
 
     def rebuild(self, entries: Sequence[tuple[int, JournalEntry]], lab: str) -> None:
@@ -165,7 +168,7 @@ class RedisRecords:
         """
         if self.lab() is not None:
             raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
-        with _told():
+        with self._breaker.told():
             self._redis.delete(_PREFIX + "index", _PREFIX + "pending")
             for sequence, entry in entries:
                 nothing: list[bytes | str | int] = [0, 0]
@@ -190,7 +193,7 @@ class RedisRecords:
 
 def connect(url: str) -> Any:
     """Connect to ``redis://``, ``rediss://`` or ``redis+sentinel://host:port[,host:port…]/service[?db=0]``."""
-    options = {"socket_connect_timeout": 5, "socket_timeout": 20}
+    options = {"socket_connect_timeout": 2, "socket_timeout": 5}
     if not url.startswith("redis+sentinel://"):
         return redis.Redis.from_url(url, **options)
     parts = urlsplit(url)
@@ -238,13 +241,28 @@ def _check_schema(server: Any) -> None:
         raise StartError(f"the Redis store has schema {found}; this release reads {SCHEMA_VERSION}")
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Tell Redis's errors as the store's own."""
-    try:
-        yield
-    except redis.RedisError as error:
-        raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
+class _Breaker:
+    """Tells Redis's errors as the store's own; for a moment after it did not answer, nobody waits for it again."""
+
+    def __init__(self) -> None:
+        self._away_until = 0.0
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Talk to Redis inside.
+
+        Raises:
+            StoreUnavailableError: it fails, or did not answer a moment ago.
+        """
+        if time.monotonic() < self._away_until:
+            raise StoreUnavailableError("Redis did not answer a moment ago; nothing was changed")
+        try:
+            yield
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            self._away_until = time.monotonic() + _AWAY_S
+            raise StoreUnavailableError(f"Redis does not answer: {error}; nothing is known to have changed") from error
+        except redis.RedisError as error:
+            raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
 
 
 def _record(key: str) -> str:
