@@ -129,6 +129,8 @@ def compose(
     metrics = Metrics()
     opened = storage or settings.open_storage()
     used_storage = Storage(TimedRecords(opened.records, metrics), opened.blobs)
+    for warning in settings.storage_warnings():
+        log.warning(warning)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
     used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, metrics)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)

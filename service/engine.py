@@ -63,6 +63,7 @@ class OnnxEngine:
     precision = "fp32"
 
     def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 0, observer: Observer = UNOBSERVED) -> None:
+        onnxruntime.disable_telemetry_events()
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

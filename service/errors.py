@@ -412,7 +412,8 @@ class _UnexpectedError(AnchorwellError):
 
 def _http_error(request: Request, error: HTTPException) -> ServiceError:
     if error.status_code == 404 and b"%2f" in request.scope.get("raw_path", b"").lower():  # noqa: PLR2004
-        return InvalidBatchIdError("a name in the path has a slash: a batch id is 1 to 128 letters, digits, '.', '_' or '-'")
+        name = request.url.path.removeprefix("/batches/")[:40]
+        return InvalidBatchIdError(f"{name!r} is not a batch id: 1 to 128 letters, digits, '.', '_' or '-'")
     if error.status_code == 404:  # noqa: PLR2004
         return RouteNotFoundError(f"there is no {request.url.path[:200]}; see /docs for what there is")
     if error.status_code == 405:  # noqa: PLR2004

@@ -58,6 +58,14 @@ class StorageSettings(BaseSettings):
             sources.append(TomlConfigSettingsSource(settings_cls, toml_file=_existing(Path(config), CONFIG)))
         return tuple(sources)
 
+    def storage_warnings(self) -> list[str]:
+        """What could be lost as the store is set, a sentence each."""
+        if self.redis is None:
+            return []
+        from service.records_redis import durability_warnings  # noqa: PLC0415 (an embedded service needs no Redis)
+
+        return durability_warnings(self.redis)
+
     def open_storage(self) -> Storage:
         """Open what is kept.
 
