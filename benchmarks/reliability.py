@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import hostile, kills, redis_faults
+from benchmarks import hostile, kills, redis_faults, soak
 from benchmarks.bars import Bar, table, write_bars
 
 BUILD = Path("build/reliability")
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[Path], list[Bar]]] = {
     "kills-redis": lambda folder: kills.run(KILLS, folder, with_redis=True),
     "redis-faults": redis_faults.run,
     "hostile": hostile.run,
+    "soak": soak.run,
 }
 
 

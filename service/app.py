@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
 from model.bundle import Bundle
@@ -105,7 +106,7 @@ def create_app(
         stop_metrics()
         await run_in_threadpool(composition.end)
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Anchorwell",
         version=VERSION,
         description="Classifies microscopy plates against their own negative controls.",

@@ -1,6 +1,7 @@
 """The interface as it is described: nothing vague, every operation answers as it says, and schemathesis finds no fault."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -141,3 +142,12 @@ def test_schemathesis_finds_no_fault(served, tmp_path):
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6_000:]
+
+
+def test_the_page_about_the_interface_needs_no_other_host(client):
+    page = client.get("/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources
+    for source in sources:
+        assert source.startswith("/"), source
+        assert client.get(source).status_code == 200
