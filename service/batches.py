@@ -185,7 +185,8 @@ class Batches:
                 seen += [_without_image(site) for site in sites]
                 deed.progress(len(wells), len(upload.wells))
         prediction = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
-        if frame.adaptation is None:
+        adaptation = frame.adaptation
+        if adaptation is None:
             self._answered(store, deed, batch, prediction)
             return prediction
         answers = kept_answers(prediction, embeddings)
@@ -193,9 +194,8 @@ class Batches:
         def story(now: BatchRecord) -> schemas.Prediction:
             require_same(now, batch)
             treated = upload.wells - now.control_wells - now.treated
-            adaptation = frame.adaptation
-            new = adaptation is not None and _names(adaptation) not in now.adaptations
-            change = Change(self.now(), treated=treated, adaptation=adaptation if new else None, answers=answers)
+            new = None if _names(adaptation) in now.adaptations else adaptation
+            change = Change(self.now(), treated=treated, adaptation=new, answers=answers)
             self._keep(store, deed, now, change, CLASSIFIED, prediction, _planes_of(seen))
             return prediction
 

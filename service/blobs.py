@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 from tempfile import NamedTemporaryFile
@@ -52,8 +51,8 @@ class Blobs(Protocol):
         """
         ...
 
-    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
-        """Names that start with ``prefix``, up to a slash; only of blobs older than ``before`` when that is given."""
+    def names(self, prefix: str = "") -> list[str]:
+        """Names that start with ``prefix``, up to a slash."""
         ...
 
     def delete(self, names: Iterable[str]) -> None:
@@ -95,11 +94,11 @@ class FileBlobs:
             raise BlobMissingError(f"{name} is missing from the data directory {self._root}")
         yield path
 
-    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         start = self._root / prefix
         with _told(prefix):
             found = [Path(folder) / file for folder, _, files in os.walk(start) for file in files]
-            return sorted(str(path.relative_to(self._root)) for path in found if before is None or _is_older(path, before))
+            return sorted(str(path.relative_to(self._root)) for path in found)
 
     def delete(self, names: Iterable[str]) -> None:
         with _told("a blob"):
@@ -174,10 +173,10 @@ class ObjectBlobs:
             file.flush()
             yield Path(file.name)
 
-    def names(self, prefix: str = "", before: datetime | None = None) -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         with _told(prefix):
             found = [item for page in self._store.list(prefix or None) for item in page]
-        return sorted(str(item["path"]) for item in found if before is None or item["last_modified"] < before)
+        return sorted(str(item["path"]) for item in found)
 
     def delete(self, names: Iterable[str]) -> None:
         with _told("a blob"):
@@ -201,10 +200,6 @@ def open_object_blobs(url: str, **options: Any) -> ObjectBlobs:
         return ObjectBlobs(from_url(url, **options))
     except (BaseError, ValueError) as error:
         raise StartError(f"the object storage {url} cannot be used: {error}") from None
-
-
-def _is_older(path: Path, before: datetime) -> bool:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC) < before
 
 
 def _sync_directory(directory: Path) -> None:

@@ -88,7 +88,7 @@ class _Ending:
     now: Callable[[], datetime]
 
     def commit(self, deed: Deed, action: str, subject: str, answer: bytes | None) -> Commit:  # noqa: ARG002
-        """Write the row's end; the commit conflicts when another worker took the job, or it was cancelled."""
+        """Write the row's end; the commit conflicts when another worker took the job, or it was deleted."""
         ended = replace(
             self.job, state="done", finished_at=self.now().isoformat(), answer=json.loads(answer) if answer else None
         )

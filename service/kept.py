@@ -93,14 +93,15 @@ class BundleView:
     def summary(self, batch: BatchRecord) -> schemas.BatchSummary:
         """Tell what is kept of a batch."""
         usable = self.usable(batch)
-        current = self.current(batch)
+        needed = self.wells_needed(usable)
+        current = None if needed else self.name(batch, usable)[1]
         adapted = (self.bundle.digest, current) in batch.adaptations
         assert batch.changed_at is not None
         return schemas.BatchSummary(
             batch_id=batch.batch_id,
             adapted=adapted,
             statistics_id=current if adapted else None,
-            wells_needed=self.wells_needed(usable),
+            wells_needed=needed,
             control_wells=tuple(sorted(batch.control_wells)),
             control_sites=len(batch.controls),
             unusable_sites=len(batch.controls) - len(usable),

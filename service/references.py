@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -22,7 +21,7 @@ from obstore.store import S3Store
 
 from service.decoding import FileSlice
 from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError
-from service.multipart import SPOOL_PREFIX
+from service.multipart import spooled
 
 _CHUNK_BYTES = 1 << 20
 _MAX_URI = 2_000
@@ -68,7 +67,7 @@ class References:
         Raises:
             ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
         """
-        with NamedTemporaryFile(dir=self.spool, prefix=f"{SPOOL_PREFIX}{os.getpid()}-") as file:
+        with spooled(self.spool) as file:
             self._copy(self.place(tenant, uri), uri, file, limit)
             file.seek(0)
             return file.read()
@@ -76,9 +75,8 @@ class References:
     @contextmanager
     def on_disk(self, tenant: str, uri: str) -> Iterator[FileSlice]:
         """Give a copy of a file, so that what is decoded is what was checked."""
-        with NamedTemporaryFile(dir=self.spool, prefix=f"{SPOOL_PREFIX}{os.getpid()}-") as file:
+        with spooled(self.spool) as file:
             size = self._copy(self.place(tenant, uri), uri, file, self.max_file_bytes)
-            file.flush()
             yield FileSlice(Path(file.name), 0, size, uri.rpartition("/")[2])
 
     def _copy(self, place: Place, uri: str, target: Any, limit: int) -> int:

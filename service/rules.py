@@ -67,21 +67,19 @@ def refuse_treated(batch: BatchRecord, wells: frozenset[str]) -> None:
     """
     planned = sorted(wells & batch.planned)
     if planned:
-        raise TreatedAsControlError(
+        raise _treated_as_control(
+            batch,
+            planned,
             f"the plate map of batch {batch.batch_id} calls well {', '.join(planned[:10])} treated: leave it out, or "
             "correct the plate map",
-            batch_id=batch.batch_id,
-            well=planned[0],
-            wells=planned,
         )
     treated = sorted(wells & batch.treated)
     if treated:
-        raise TreatedAsControlError(
+        raise _treated_as_control(
+            batch,
+            treated,
             f"well {', '.join(treated[:10])} of batch {batch.batch_id} was answered as treated and is no control: "
             "leave it out, or delete the batch if it was answered by mistake",
-            batch_id=batch.batch_id,
-            well=treated[0],
-            wells=treated,
         )
 
 
@@ -93,13 +91,16 @@ def refuse_controls(batch: BatchRecord, planned: frozenset[str]) -> None:
     """
     kept = sorted(planned & batch.control_wells)
     if kept:
-        raise TreatedAsControlError(
+        raise _treated_as_control(
+            batch,
+            kept,
             f"the plate map calls well {', '.join(kept[:10])} treated, which batch {batch.batch_id} keeps as a control: "
             "correct it, or delete the batch and send its controls again",
-            batch_id=batch.batch_id,
-            well=kept[0],
-            wells=kept,
         )
+
+
+def _treated_as_control(batch: BatchRecord, wells: list[str], detail: str) -> TreatedAsControlError:
+    return TreatedAsControlError(detail, batch_id=batch.batch_id, well=wells[0], wells=wells)
 
 
 def require_same(now: BatchRecord, asked: BatchRecord) -> None:

@@ -2,7 +2,7 @@
 
 Knows no database. A batch changes by one atomic commit that names the revision it was made from, so that of two simultaneous
 changes one is told to look again. Blobs are put before the commit that names them, and go after the commit that forgets
-them: a process that dies between leaves a blob that nothing names, which ``sweep`` finds. No two puts share a name.
+them: a process that dies between leaves a blob that nothing names. No two puts share a name.
 """
 
 import io
@@ -397,14 +397,6 @@ class BatchStore:
     def secure(self) -> None:
         """Return when everything that was committed is safe."""
         self._records.secure()
-
-    def check(self) -> None:
-        """Return when the store answers.
-
-        Raises:
-            StoreUnavailableError, StoreLostError: it does not.
-        """
-        self._records.check()
 
     # --- names -------------------------------------------------------------------------------------------------------
 
