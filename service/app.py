@@ -1,5 +1,6 @@
 """The one composition root: settings in, an ASGI app or a worker out. Nothing is created at import."""
 
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, cpu_count, decoding_memory_bytes
 from service.engine import Engine, OnnxEngine, replay
 from service.errors import install_handlers
-from service.gates import Rates, Readiness, Slots
+from service.gates import Neighbours, Rates, Readiness, Slots
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.kept import BundleView, Kept
@@ -56,6 +57,8 @@ class Composition:
     async def begin(self) -> None:
         """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
         await _replay(self.served.batches.engine, self.served.batches.bundle, self.served.readiness)
+        gc.collect()
+        gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         if self.served.readiness.reason is None and self.settings.workers:
             await run_in_threadpool(self.queue.start, self.settings.workers, self.run, self.look_after)
 
@@ -149,6 +152,7 @@ def compose(
         kept=kept,
         access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
         rates=Rates(settings.redis),
+        neighbours=Neighbours(settings.allowed_hosts),
         readiness=Readiness(),
         receiver=receiver,
         later=Later(batches, kept, receiver, Jobs(used_storage.records, queue.put, webhooks)),

@@ -114,6 +114,7 @@ def serve(
         for line in settings.lines():
             err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
     from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
 
     application = create_app(settings)
     if settings.allow_anonymous and not is_loopback(settings.host):
@@ -124,6 +125,7 @@ def serve(
         )
     config = uvicorn.Config(
         application,
+        http=BoundedHttpProtocol,
         host=settings.host,
         port=settings.port,
         log_config=None,

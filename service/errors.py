@@ -15,6 +15,7 @@ ServiceError                     what is wrong with a request or the service, be
 ├── AccessError                  the caller may not do that
 │   ├── UnauthorizedError        no key where one is needed, or none that opens anything
 │   ├── ForbiddenError           the key lacks a scope
+│   ├── ForeignSiteError         another site's page asks, by a browser, without a key
 │   ├── KeyNotFoundError         there is no such key
 │   └── TooManyRequestsError     more requests, or bytes, than the key may send
 ├── JobError                     a job that cannot be told of, or goes on no more
@@ -129,6 +130,10 @@ class UnauthorizedError(AccessError):
 
 class ForbiddenError(AccessError):
     """The key lacks a scope."""
+
+
+class ForeignSiteError(AccessError):
+    """Another site's page asks, by a browser, without a key."""
 
 
 class KeyNotFoundError(AccessError):
@@ -309,6 +314,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     UploadTimeoutError: Problem("upload-timeout", "Nothing more of the upload arrived", 408),
     UnauthorizedError: Problem("unauthorized", "An API key is needed", 401),
     ForbiddenError: Problem("forbidden", "The API key lacks a scope", 403),
+    ForeignSiteError: Problem("foreign-site", "Not from another site without a key", 403),
     KeyNotFoundError: Problem("key-not-found", "No such API key", 404),
     TooManyRequestsError: Problem("too-many-requests", "More than this API key may send", 429, retry_after_s=1),
     JobNotFoundError: Problem("job-not-found", "No such job", 404),

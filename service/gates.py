@@ -1,8 +1,11 @@
-"""What lets a request in: the golden replay, a free slot, room for its bytes, and what its key may send."""
+"""What lets a request in: the golden replay, a free slot, room for its bytes, what its key may send, and whence it comes."""
 
+import ipaddress
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -12,7 +15,7 @@ from limits.storage import storage_from_string
 from limits.strategies import FixedWindowRateLimiter
 
 from service.access import Caller
-from service.errors import BusyError, NotReadyError, TooManyRequestsError
+from service.errors import BusyError, ForeignSiteError, NotReadyError, TooManyRequestsError
 
 
 class Readiness:
@@ -58,22 +61,63 @@ class Slots:
     def __init__(self, size: int, what: str = "uploads") -> None:
         self._size = size
         self._what = what
-        self._taken = 0
+        self._held: Counter[str] = Counter()
 
     @contextmanager
-    def taken(self, count: int = 1) -> Iterator[None]:
-        """Hold a slot, or several; more than there are is held alone.
+    def taken(self, tenant: str, count: int = 1) -> Iterator[None]:
+        """Hold a slot, or several; more than there are is held alone. Who holds some leaves as many for another tenant.
 
         Raises:
             BusyError: there is none.
         """
-        if self._taken and self._taken + count > self._size:
-            raise BusyError(f"{self._taken:,} {self._what} are being worked on; {self._size:,} are taken at once")
-        self._taken += count
+        taken = self._held.total()
+        wanted = 2 * count if self._held[tenant] else count
+        if taken and taken + wanted > self._size:
+            raise BusyError(f"{taken:,} {self._what} are being worked on; {self._size:,} are taken at once")
+        self._held[tenant] += count
         try:
             yield
         finally:
-            self._taken -= count
+            self._held[tenant] -= count
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Where requests without a key may come from: this machine's programs, not pages of other sites in its browser.
+
+    A page reaches the service under its own site's name (its DNS led here), or says what site it is of. An address is no
+    name, so that nobody else's can lead to it.
+    """
+
+    names: Sequence[str] = ()
+
+    def require(self, host: str, origin: str | None) -> None:
+        """Check who is called, and from what page.
+
+        Raises:
+            ForeignSiteError: by a name that the operator did not give, or from another site's page.
+        """
+        name = _name_of(host)
+        if host and not (name in ("localhost", *self.names) or _is_address(name)):
+            raise ForeignSiteError(
+                f"requests without an API key are not taken under the name {name[:80]!r}: use the address or localhost, "
+                "give the name in ANCHORWELL_ALLOWED_HOSTS, or make a key"
+            )
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ForeignSiteError(f"requests without an API key are not taken from pages of {origin[:80]!r}")
+
+
+def _name_of(host: str) -> str:
+    """A Host header without its port."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _counts(redis: str | None) -> Any:
@@ -89,22 +133,28 @@ class Rates:
     def __init__(self, redis: str | None = None) -> None:
         self._limiter = FixedWindowRateLimiter(_counts(redis))
 
-    def count(self, caller: Caller, sent_bytes: int) -> None:
+    def count_request(self, caller: Caller) -> None:
         """Count a request; while Redis is away none is.
 
         Raises:
-            TooManyRequestsError: it is one too many, or too large for what is left of the day; says when to come back.
+            TooManyRequestsError: it is one too many; says when to come back.
         """
         if caller.requests_per_minute is not None:
-            self._hit(
-                RateLimitItemPerMinute(caller.requests_per_minute, namespace="requests"), caller, 1, "requests a minute"
-            )
-        if caller.bytes_per_day is not None and sent_bytes:
-            self._hit(RateLimitItemPerDay(caller.bytes_per_day, namespace="bytes"), caller, sent_bytes, "bytes a day")
+            limit = RateLimitItemPerMinute(caller.requests_per_minute, namespace="requests")
+            self._hit(limit, caller, 1, "requests a minute")
+
+    def count_bytes(self, caller: Caller, count: int) -> None:
+        """Count bytes that are sent; those of a request that is refused for them are not.
+
+        Raises:
+            TooManyRequestsError: they are more than is left of the day; says when to come back.
+        """
+        if caller.bytes_per_day is not None and count:
+            self._hit(RateLimitItemPerDay(caller.bytes_per_day, namespace="bytes"), caller, count, "bytes a day")
 
     def _hit(self, limit: RateLimitItemPerMinute | RateLimitItemPerDay, caller: Caller, cost: int, what: str) -> None:
         try:
-            if self._limiter.hit(limit, caller.by, cost=cost):
+            if self._limiter.test(limit, caller.by, cost=cost) and self._limiter.hit(limit, caller.by, cost=cost):
                 return
             reset = self._limiter.get_window_stats(limit, caller.by).reset_time
         except StorageError:

@@ -4,11 +4,13 @@ Knows nothing of plates. The body is parsed and written off the event loop, bloc
 limit that holds with and without Content-Length; a request of thousands of files keeps one file descriptor.
 """
 
+import asyncio
+import fcntl
 import hashlib
-import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +29,10 @@ LAYOUT = "layout"
 OPTIONS = (LAYOUT, "channels", "pixel_size_um")
 """The parts that a form has at most once; a layout may be a file."""
 SPOOL_PREFIX = "anchorwell-spool-"
+SLOWEST_BYTES_PER_S = 16 << 10
+"""An upload that arrives at less than that would hold its slot for hours."""
 _BLOCK_BYTES = 1 << 20
+_NEW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ async def received_form(request: Request, limits: FormLimits) -> AsyncIterator[F
         UploadTooLargeError, MalformedUploadError, InvalidRequestError: as they say.
     """
     _check_declared_length(request, limits.body_bytes)
-    with spooled(limits.spool) as spool:
+    async with _spooled_off_the_loop(limits.spool) as spool:
         reader = _FormReader(_boundary(request), spool, limits)
         block, received = bytearray(), 0
         async for chunk in _chunks(request, limits.idle_timeout_s):
@@ -123,34 +128,65 @@ async def received_body(request: Request, limit: int, idle_timeout_s: float) -> 
 @contextmanager
 def spooled(directory: Path | None) -> Iterator[BinaryIO]:
     """Give a file that other processes can open by its name, and that goes with the request."""
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=f"{SPOOL_PREFIX}{os.getpid()}-", buffering=0) as spool:
-        yield spool  # type: ignore[misc]  # what is wrapped is a plain file
+    with _opened_spool(directory) as spool:
+        yield spool
+
+
+@asynccontextmanager
+async def _spooled_off_the_loop(directory: Path | None) -> AsyncIterator[BinaryIO]:
+    """Give a spool; a disk that takes its time to make or delete it holds nobody else up."""
+    spool = await run_in_threadpool(_opened_spool, directory)
+    try:
+        yield spool
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_threadpool(spool.close)
+
+
+def _opened_spool(directory: Path | None) -> Any:
+    """Open a spool, locked for as long as its process lives: so ``sweep_spool`` knows what is left over."""
+    spool = tempfile.NamedTemporaryFile(dir=directory, prefix=SPOOL_PREFIX, buffering=0)  # noqa: SIM115 (closed by who asked)
+    fcntl.flock(spool, fcntl.LOCK_EX)
+    return spool
 
 
 def sweep_spool(directory: Path) -> None:
     """Delete what requests of processes that are no more left behind."""
     for path in directory.glob(f"{SPOOL_PREFIX}*"):
-        process = path.name.removeprefix(SPOOL_PREFIX).partition("-")[0]
-        if not Path(f"/proc/{process}").exists():
-            path.unlink(missing_ok=True)
+        with suppress(OSError), path.open("rb") as file:  # another process swept it, or holds it
+            if time.time() - path.stat().st_mtime > _NEW_S:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 async def _chunks(request: Request, idle_timeout_s: float) -> AsyncIterator[bytes]:
-    """Give the body as it arrives.
+    """Give the body as it arrives, and count what was not declared.
 
     Raises:
-        UploadTimeoutError: nothing does.
+        UploadTimeoutError: nothing does, or next to nothing. TooManyRequestsError: it is more than its key may send.
     """
-    stream = request.stream()
+    stream, now = request.stream(), asyncio.get_running_loop().time
+    count: Callable[[int], None] | None = getattr(request.state, "count_undeclared", None)
+    begun, received, uncounted = now(), 0, 0
     while True:
         try:
-            with anyio.fail_after(idle_timeout_s):
+            async with asyncio.timeout_at(min(now(), begun + received / SLOWEST_BYTES_PER_S) + idle_timeout_s):
                 chunk = await anext(stream)
         except StopAsyncIteration:
-            return
+            break
         except TimeoutError:
-            raise UploadTimeoutError(f"nothing of the upload arrived for {idle_timeout_s:g} s: send it again") from None
+            raise UploadTimeoutError(
+                f"nothing of the upload arrived for {idle_timeout_s:g} s, or less than {SLOWEST_BYTES_PER_S:,} bytes a "
+                "second: send it again"
+            ) from None
+        received += len(chunk)
+        uncounted += len(chunk)
+        if count is not None and uncounted >= _BLOCK_BYTES:
+            await run_in_threadpool(count, uncounted)
+            uncounted = 0
         yield chunk
+    if count is not None and uncounted:
+        await run_in_threadpool(count, uncounted)
 
 
 def _check_declared_length(request: Request, limit: int) -> None:

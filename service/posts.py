@@ -6,6 +6,7 @@ The body is received in a slot of its own; then, under its Idempotency-Key when 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -27,6 +28,8 @@ from service.uploads import Upload, chosen_pixel_size, complete_sites, read_uplo
 MAX_JSON_BYTES = 16 << 20
 MAX_TABLE_BYTES = 64 << 20
 JSON = "application/json"
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Referred(BaseModel):
@@ -104,7 +107,7 @@ class Receiver:
             async with received_form(request, self.limits) as form:
                 yield await run_in_threadpool(read_upload, form, self.channels, self.decoder), None
             return
-        sent = _parsed(await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
+        sent = parsed(Sent, await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
         yield await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role), sent
 
     def named(self, sent: Sent, tenant: str, batch_id: str, role: Role) -> Upload:
@@ -151,9 +154,14 @@ class Receiver:
         return {key: ReferencedFile(self.references, tenant, uri) for key, uri in addresses.items()}
 
 
-def _parsed(body: bytes) -> Sent:
+def parsed(kind: type[M], body: bytes) -> M:
+    """Read a JSON body.
+
+    Raises:
+        InvalidRequestError: it is not what it should be; says which fields.
+    """
     try:
-        return Sent.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}" for item in error.errors()[:5])
         raise InvalidRequestError(f"the JSON body is not valid: {faults}") from None

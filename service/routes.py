@@ -3,6 +3,7 @@
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -14,9 +15,9 @@ from model.layout import Role
 from service import schemas
 from service.access import Access, Caller, Scope
 from service.batches import Batches
-from service.deeds import Deed
+from service.deeds import ANONYMOUS, Deed
 from service.errors import InvalidBatchIdError
-from service.gates import Rates, Readiness, Slots
+from service.gates import Neighbours, Rates, Readiness, Slots
 from service.kept import Kept
 from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
@@ -41,6 +42,7 @@ class Served:
     receiver: Receiver
     later: Later
     webhooks: Webhooks
+    neighbours: Neighbours
     upload_slots: Slots
     staging_bytes: Slots
     max_plane_bytes: int
@@ -49,7 +51,7 @@ class Served:
 # --- who asks, for what ----------------------------------------------------------------------------------------------
 
 
-def get_served(request: Request) -> Served:
+async def get_served(request: Request) -> Served:
     """What the app was composed of."""
     served: Served = request.app.state.served
     return served
@@ -59,21 +61,28 @@ Serving = Annotated[Served, Depends(get_served)]
 
 
 def caller_of(request: Request, served: Serving) -> Caller:
-    """Who asks; counted against what their key may send.
+    """Who asks; counted against what their key may send. A body of undeclared length is counted as it arrives.
 
     Raises:
-        UnauthorizedError: nobody whom the service knows. TooManyRequestsError: one who sent too much.
+        UnauthorizedError: nobody whom the service knows. ForeignSiteError: another site's page, by a browser.
+        TooManyRequestsError: one who sent too much.
     """
     caller = served.access.caller(request.headers.get("authorization"))
-    declared = request.headers.get("content-length", "0")
-    served.rates.count(caller, int(declared) if declared.isdecimal() else 0)
+    if caller.by == ANONYMOUS:
+        served.neighbours.require(request.headers.get("host", ""), request.headers.get("origin"))
+    served.rates.count_request(caller)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal():
+        served.rates.count_bytes(caller, int(declared))
+    else:
+        request.state.count_undeclared = partial(served.rates.count_bytes, caller)
     return caller
 
 
 def asked_with(scope: Scope) -> Callable[..., Deed]:
     """A dependency that gives the deed of a request whose key has a scope."""
 
-    def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)], served: Serving) -> Deed:
+    async def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)], served: Serving) -> Deed:
         caller.require(scope)
         return Deed(caller.tenant, caller.by, request.scope["state"]["request_id"], events=served.webhooks)
 
@@ -85,7 +94,7 @@ Writing = Annotated[Deed, Depends(asked_with(Scope.WRITE))]
 Administering = Annotated[Deed, Depends(asked_with(Scope.ADMIN))]
 
 
-def valid_batch_id(
+async def valid_batch_id(
     batch_id: Annotated[
         str,
         Path(
@@ -106,7 +115,7 @@ def valid_batch_id(
     return batch_id
 
 
-def ready_batches(served: Serving) -> Batches:
+async def ready_batches(served: Serving) -> Batches:
     """The batches, once the golden images agreed.
 
     Raises:
@@ -116,7 +125,7 @@ def ready_batches(served: Serving) -> Batches:
     return served.batches
 
 
-def kept_batches(served: Serving, _: Annotated[Batches, Depends(ready_batches)]) -> Kept:
+async def kept_batches(served: Serving, _: Annotated[Batches, Depends(ready_batches)]) -> Kept:
     """What is kept of batches, once requests are taken."""
     return served.kept
 
@@ -126,7 +135,9 @@ Ready = Annotated[Batches, Depends(ready_batches)]
 KeptBatches = Annotated[Kept, Depends(kept_batches)]
 
 
-def is_later(prefer: Annotated[str, Header(description="respond-async: answer 202 with a job (RFC 7240)")] = "") -> bool:
+async def is_later(
+    prefer: Annotated[str, Header(description="respond-async: answer 202 with a job (RFC 7240)")] = "",
+) -> bool:
     """Whether the caller wants to be answered later."""
     return "respond-async" in (item.partition(";")[0].strip().lower() for item in prefer.split(","))
 
@@ -140,7 +151,7 @@ def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
     async def received(
         request: Request, deed: Writing, batch_id: BatchId, _: Ready, served: Serving, later: IsLater
     ) -> AsyncIterator[Post]:
-        with served.upload_slots.taken():
+        with served.upload_slots.taken(deed.tenant):
             async with served.receiver.received(request, deed, batch_id, role, 202 if later else status) as post:
                 yield post
 

@@ -63,7 +63,7 @@ async def send_image(
     """Send one plane ahead, as a raw body; it waits until its well is asked for. The fast way: parallel, no multipart."""
     key = PlaneKey(parse_well(well), parse_site(site), match_channel(channel, batches.bundle.manifest.channels))
     declared = request.headers.get("content-length", "")
-    with served.staging_bytes.taken(int(declared) if declared.isdecimal() else served.max_plane_bytes):
+    with served.staging_bytes.taken(deed.tenant, int(declared) if declared.isdecimal() else served.max_plane_bytes):
         body = await received_body(request, served.max_plane_bytes, served.receiver.limits.idle_timeout_s)
         digest = await run_in_threadpool(require_digest, body, content_digest)
         new, image = await run_in_threadpool(served.kept.stage, deed, batch_id, key, body, digest, replace=replace)

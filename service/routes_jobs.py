@@ -1,9 +1,19 @@
 """HTTP of what happens later: jobs and webhooks. Holds no ``try``."""
 
-from fastapi import APIRouter, Response
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from service import schemas
-from service.routes import PROBLEM, Administering, Reading, Serving, Writing
+from service.multipart import received_body
+from service.posts import JSON, parsed
+from service.routes import PROBLEM, Administering, Reading, Serving, Writing, inlined
+
+MAX_WEBHOOK_BYTES = 16 << 10
+_WEBHOOK: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {JSON: {"schema": inlined(schemas.WebhookRequest)}}},
+}
 
 router = APIRouter()
 
@@ -27,10 +37,12 @@ def delete_job(job_id: str, deed: Writing, served: Serving) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/webhooks", status_code=201, response_model=schemas.NewWebhook, responses=PROBLEM)
-def create_webhook(wanted: schemas.WebhookRequest, deed: Administering, served: Serving) -> schemas.NewWebhook:
+@router.post("/webhooks", status_code=201, response_model=schemas.NewWebhook, responses=PROBLEM, openapi_extra=_WEBHOOK)
+async def create_webhook(request: Request, deed: Administering, served: Serving) -> schemas.NewWebhook:
     """Tell events to an address; the answer has the secret that signs them (Standard Webhooks), this once."""
-    return served.webhooks.create(deed, wanted.url, wanted.events)
+    body = await received_body(request, MAX_WEBHOOK_BYTES, served.receiver.limits.idle_timeout_s)
+    wanted = parsed(schemas.WebhookRequest, body)
+    return await run_in_threadpool(served.webhooks.create, deed, wanted.url, wanted.events)
 
 
 @router.get("/webhooks", response_model=schemas.WebhookList, responses=PROBLEM)

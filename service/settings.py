@@ -108,6 +108,9 @@ class Settings(StorageSettings):
     allow_anonymous: bool = Field(
         default=False, description="allow an address that others can reach, although there are no API keys"
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names, beside localhost, that requests without an API key may call the service by"
+    )
     max_upload_bytes: int = Field(4 << 30, gt=0, description="largest request body")
     max_upload_files: int = Field(20_000, gt=0, description="most files in one request")
     max_concurrent_requests: int = Field(8, gt=0, description="uploads worked on at once; further ones get a 503")

@@ -650,6 +650,11 @@ def test_an_image_that_the_decoder_does_not_come_back_from_costs_its_request(slu
     assert client.post(CONTROLS, files=FILES).status_code == 201
 
 
+def test_a_page_of_another_site_gets_nothing_without_a_key(client):
+    refused(client.get("/batches", headers={"host": "evil.example"}), "foreign-site", names=["evil.example"])
+    refused(client.get("/batches", headers={"origin": "http://evil.example"}), "foreign-site", names=["evil.example"])
+
+
 def test_every_slug_of_the_table_is_documented_with_its_status():
     rows = re.findall(r"^\| `([a-z-]+)` \| (\d{3}) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted((slug, int(status)) for slug, status in rows) == sorted(

@@ -1,0 +1,224 @@
+"""What lets a request in: slots, counts of what a key sends, whence requests without one come, and bounds on HTTP itself."""
+
+import socket
+import threading
+import time
+
+import anyio
+import pytest
+import uvicorn
+
+from service import multipart
+from service.access import Keys, Scope
+from service.errors import BusyError, ForeignSiteError
+from service.gates import Neighbours, Slots
+from service.multipart import SPOOL_PREFIX, spooled, sweep_spool
+from service.protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+from tests.service.conftest import free_port, running, wait_until
+from tests.service.plates import FakeEngine, well_files
+
+CONTROLS = "/batches/P1/controls"
+FILES = well_files(["A01", "B01", "C01", "D01"])
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_that_holds_slots_leaves_one_for_another():
+    slots = Slots(3)
+    with slots.taken("a"), slots.taken("a"):
+        with pytest.raises(BusyError), slots.taken("a"):
+            pass
+        with slots.taken("b"), pytest.raises(BusyError), slots.taken("c"):
+            pass
+    with slots.taken("c"), slots.taken("c"):
+        pass
+
+
+def test_what_is_larger_than_all_slots_is_held_alone():
+    slots = Slots(10, "bytes")
+    with slots.taken("a", 50), pytest.raises(BusyError), slots.taken("b", 1):
+        pass
+    with slots.taken("a", 6), slots.taken("b", 4):
+        pass
+
+
+# --- what a key sends ------------------------------------------------------------------------------------------------
+
+
+def limited(storage, **limits):
+    _, token = Keys(storage.records).create("default", [Scope.READ, Scope.WRITE], **limits)
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_bytes_of_an_undeclared_length_are_counted_as_they_arrive(client, storage):
+    headers = limited(storage, bytes_per_day=1_000)
+
+    async def chunked():
+        for _ in range(4):
+            yield b"x" * 300
+
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    assert client.post(CONTROLS, content=chunked(), headers={**headers, **kind}).status_code == 429
+
+
+def test_a_request_that_is_refused_for_its_bytes_uses_none_of_the_day(client, storage):
+    headers = limited(storage, bytes_per_day=1_000)
+    put = {"method": "PUT", "url": "/batches/P1/platemap", "headers": headers}
+    assert client.request(**put, content=b"x" * 900).status_code == 422
+    answer = client.request(**put, content=b"x" * 200)
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert client.request(**put, content=b"x" * 50).status_code == 422
+
+
+def test_requests_a_minute_are_bounded(client, storage):
+    headers = limited(storage, requests_per_minute=2)
+    assert [client.get("/batches", headers=headers).status_code for _ in range(3)] == [200, 200, 429]
+
+
+# --- from where ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("127.0.0.1:8000", None),
+        ("[::1]:8000", None),
+        ("192.168.1.7", None),
+        ("localhost:8000", "http://localhost:8000"),
+        ("LOCALHOST", None),
+        ("scope-3.lab", None),
+        ("", None),
+    ],
+)
+def test_programs_that_call_by_address_or_by_a_name_that_was_given_are_let_in(host, origin):
+    Neighbours(("scope-3.lab",)).require(host, origin)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("evil.example", None),
+        ("127.0.0.1.evil.example:8000", None),
+        ("127.0.0.1:8000", "http://evil.example"),
+        ("localhost:8000", "null"),
+        ("localhost:8000", "http://localhost:3000"),
+        ("[evil.example]:8000", None),
+    ],
+)
+def test_pages_of_other_sites_are_not(host, origin):
+    with pytest.raises(ForeignSiteError):
+        Neighbours().require(host, origin)
+
+
+def test_a_key_may_be_used_under_any_name_from_any_site(client, storage):
+    foreign = {"host": "evil.example", "origin": "http://evil.example"}
+    answer = client.get("/batches", headers=foreign)
+    assert (answer.status_code, answer.json()["type"].rpartition("/")[2]) == (403, "foreign-site")
+    assert client.get("/health/ready", headers=foreign).status_code == 200
+    _, token = Keys(storage.records).create("default", [Scope.READ])
+    assert client.get("/batches", headers={**foreign, "Authorization": f"Bearer {token}"}).status_code == 200
+
+
+# --- HTTP itself -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def echo_port():
+    """A server with the service's protocol that answers with the size of a body."""
+
+    async def app(_scope, receive, send):
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+        await send({"type": "http.response.body", "body": b""})
+
+    port = free_port()
+    config = uvicorn.Config(app, port=port, http=BoundedHttpProtocol, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    yield port
+    server.should_exit = True
+    thread.join()
+
+
+def answers(port, *blocks):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for block in blocks:
+            try:
+                connection.sendall(block)
+            except ConnectionError:
+                break
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        try:
+            while data := connection.recv(1 << 16):
+                received += data
+        except ConnectionError:
+            pass
+        return received
+
+
+def test_headers_without_end_close_the_connection(echo_port):
+    start = b"GET / HTTP/1.1\r\nhost: x\r\nx-filler: "
+    assert answers(echo_port, start, *[b"x" * 8_192] * 64)[:12] in (
+        b"HTTP/1.1 400",
+        b"",
+    )  # closed, perhaps before it is read
+    assert answers(echo_port, start + b"x" * (MAX_HEADER_BYTES // 2) + b"\r\nconnection: close\r\n\r\n").startswith(
+        b"HTTP/1.1 200"
+    )
+
+
+def test_bodies_of_any_size_and_requests_one_after_another_pass(echo_port):
+    body = b"y" * 700_000
+    post = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 700000\r\n\r\n" + body
+    last = post.replace(b"host: x\r\n", b"host: x\r\nconnection: close\r\n")
+    received = answers(echo_port, post + post, post[:300_000], post[300_000:] + last)
+    assert received.count(b"x-size: 700000") == 4
+
+
+def test_an_upload_that_only_drips_gives_its_slot_back(settings, storage, monkeypatch):
+    monkeypatch.setattr(multipart, "SLOWEST_BYTES_PER_S", 1 << 40)
+    with running(settings.model_copy(update={"upload_idle_timeout_s": 0.2}), FakeEngine(), storage) as client:
+
+        async def dripping():
+            while True:
+                yield b"x"
+                await anyio.sleep(0.01)
+
+        answer = client.post(CONTROLS, content=dripping(), headers={"content-type": "multipart/form-data; boundary=x"})
+        assert answer.status_code == 408
+        assert client.post(CONTROLS, files=FILES).status_code == 201
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_address_for_events_is_not_read_at_any_length(declared, client):
+    async def chunked():
+        for _ in range(64):
+            yield b" " * 65_536
+
+    content = b" " * (4 << 20) if declared else chunked()
+    answer = client.post("/webhooks", content=content, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["type"].rpartition("/")[2]) == (413, "upload-too-large")
+
+
+# --- the spool -------------------------------------------------------------------------------------------------------
+
+
+def test_what_dead_processes_left_in_the_spool_goes_and_what_is_in_use_stays(tmp_path, monkeypatch):
+    left = tmp_path / f"{SPOOL_PREFIX}left"
+    left.write_bytes(b"of a process that is no more")
+    with spooled(tmp_path) as used:
+        sweep_spool(tmp_path)
+        assert left.exists()  # it may have been made a moment ago, by a process that is about to lock it
+        later = time.time() + 3_600
+        monkeypatch.setattr(time, "time", lambda: later)
+        sweep_spool(tmp_path)
+        assert [str(path) for path in tmp_path.iterdir()] == [used.name]
+    assert list(tmp_path.iterdir()) == []
