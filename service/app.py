@@ -31,6 +31,7 @@ from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
 from service.requests import Requests
+from service.retention import Retention
 from service.routes import Served
 from service.settings import Settings
 from service.storage import Storage
@@ -50,6 +51,7 @@ class Composition:
     settings: Settings
     served: Served
     queue: Queue
+    retention: Retention
     metrics: Metrics
     own_storage: Storage | None
     own_decoder: WorkerDecoder | None
@@ -79,6 +81,7 @@ class Composition:
         """Enqueue what should run and does not."""
         self.served.later.jobs.look_after()
         self.served.webhooks.look_after()
+        self.retention.look_after()
 
     def end(self) -> None:
         """Let background work end, and let go of everything that was made for this composition."""
@@ -132,7 +135,9 @@ def compose(
     bundle = Bundle.load(settings.bundle)
     metrics = Metrics()
     opened = storage or settings.open_storage()
-    used_storage = Storage(TimedRecords(opened.records, metrics), opened.blobs)
+    used_storage = Storage(
+        TimedRecords(opened.records, metrics), opened.blobs, lambda tenant: settings.rules(tenant).max_bytes
+    )
     for warning in settings.storage_warnings():
         log.warning(warning)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
@@ -142,11 +147,13 @@ def compose(
     used_decoder = decoder or own_decoder
     assert used_decoder is not None
     view = BundleView(bundle, used_engine.precision)
-    batches = Batches(view, used_engine, used_storage, _preparer(settings, bundle, used_decoder))
+    preparer = _preparer(settings, bundle, used_decoder)
+    batches = Batches(view, used_engine, used_storage, preparer, settings.keep_control_images)
     kept = Kept(view, used_storage)
     receiver = _receiver(settings, bundle, used_storage, used_decoder)
     queue = Queue(settings.data, settings.redis)
     webhooks = Webhooks(used_storage.records, queue.put, settings.webhook_networks)
+    jobs = Jobs(used_storage, queue.put, webhooks)
     served = Served(
         batches=batches,
         kept=kept,
@@ -155,13 +162,15 @@ def compose(
         neighbours=Neighbours(settings.allowed_hosts),
         readiness=Readiness(),
         receiver=receiver,
-        later=Later(batches, kept, receiver, Jobs(used_storage.records, queue.put, webhooks)),
+        later=Later(batches, receiver, jobs),
         webhooks=webhooks,
         upload_slots=Slots(settings.max_concurrent_requests),
         staging_bytes=Slots(settings.max_staging_bytes, "bytes of images"),
         max_plane_bytes=_max_plane_bytes(settings),
     )
-    return Composition(settings, served, queue, metrics, used_storage if storage is None else None, own_decoder)
+    retention = Retention(used_storage, jobs, settings.rules)
+    own_storage = used_storage if storage is None else None
+    return Composition(settings, served, queue, retention, metrics, own_storage, own_decoder)
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:

@@ -26,6 +26,7 @@ from service import schemas
 from service.deeds import Deed
 from service.engine import Engine
 from service.errors import RecipeChangedError, StoreLostError, StoreUnavailableError
+from service.keeping import ControlFile, kept_files
 from service.kept import BundleView, retold
 from service.reports import (
     CONTEXT,
@@ -41,9 +42,9 @@ from service.rules import (
     agreed_pixel_size,
     control_conflict,
     refuse_treated,
+    require_incarnation,
     require_pixel_size,
     require_plate,
-    require_same,
 )
 from service.storage import Storage
 from service.store import (
@@ -52,15 +53,25 @@ from service.store import (
     BatchStore,
     Change,
     ControlSite,
+    KeptFile,
     RevisionConflictError,
     image_bytes,
     new_blob,
+    new_shard,
 )
-from service.uploads import PreparedSite, Preparer, RefusedSite, Upload
+from service.uploads import Keeper, PreparedSite, Preparer, RefusedSite, Upload
 
 ADAPTED = "batch.adapted"
 CLASSIFIED = "batch.classified"
+PREPARED = "controls.prepared"
 SITES_PER_CALL = 64
+NOT_FRESH = (
+    "the store cannot be reached: these are the statistics that this process knows, and controls that others sent since are "
+    "not in them; the answers are not kept"
+)
+SUPERSEDED = (
+    "the controls were changed while these wells were answered: the answers stand on superseded statistics; ask again"
+)
 
 Float = NDArray[np.float32]
 
@@ -109,6 +120,7 @@ class Batches:
     engine: Engine
     storage: Storage
     preparer: Preparer
+    keep_files: bool = True
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
     @property
@@ -128,32 +140,38 @@ class Batches:
         """
         store = self.storage.of(deed.tenant)
         self.preparer.require_room(len(upload.sites))
-        pixel_size_um = agreed_pixel_size(store.batch(batch_id) or BatchRecord(batch_id), upload.pixel_size_um)
-        with watch.stage("prepare"):
-            sent = {site.key: site for site in self._prepared_controls(upload, pixel_size_um)}
+        self._prepare_again(store, deed, batch_id, watch)
+        begun = store.batch(batch_id) or BatchRecord(batch_id)
+        pixel_size_um = agreed_pixel_size(begun, upload.pixel_size_um)
         measured: dict[str, Adaptation] = {}
+        with kept_files(store) as files:
+            with watch.stage("prepare"):
+                keep = files if self.keep_files else None
+                sent = {site.key: site for site in self._prepared_controls(upload, pixel_size_um, keep)}
 
-        def story(batch: BatchRecord) -> schemas.ControlsReport:
-            refuse_treated(batch, upload.wells)
-            require_pixel_size(batch, pixel_size_um)
-            require_plate(batch, upload.plate)
-            new = self._new_controls(batch, sent, replace=replace)
-            kept = {**batch.controls, **{site.key: site for site, _ in new}}
-            after = replace_fields(batch, controls=kept, pixel_size_um=pixel_size_um, plate=batch.plate or upload.plate)
-            usable = self.view.usable(after)
-            adaptation = None
-            if not self.view.wells_needed(usable):
-                adaptation = self._adaptation(store, batch, after, usable, sent, measured, watch)
-            stored = adaptation is None or _names(adaptation) in batch.adaptations
-            report = self._controls_report(after, usable, adaptation, upload, sent.values(), watch)
-            change = None
-            if new or not stored or after.plate != batch.plate:
-                measured_now = None if stored else adaptation
-                change = Change(self.now(), pixel_size_um, new, adaptation=measured_now, plate=upload.plate)
-            self._keep(store, deed, batch, change, ADAPTED, report, _planes_of(sent.values()))
-            return report
+            def story(batch: BatchRecord) -> schemas.ControlsReport:
+                require_incarnation(batch, upload.incarnation or begun.incarnation)
+                refuse_treated(batch, upload.wells)
+                require_pixel_size(batch, pixel_size_um)
+                require_plate(batch, upload.plate)
+                new = self._new_controls(batch, sent, replace=replace)
+                kept = {**batch.controls, **{site.key: site for site, _ in new}}
+                after = replace_fields(batch, controls=kept, pixel_size_um=pixel_size_um, plate=batch.plate or upload.plate)
+                usable = self.view.usable(after)
+                adaptation = None
+                if not self.view.wells_needed(usable):
+                    adaptation = self._adaptation(store, batch, after, usable, sent, measured, watch)
+                stored = adaptation is None or _names(adaptation) in batch.adaptations
+                report = self._controls_report(after, usable, adaptation, upload, sent.values(), watch)
+                change = None
+                if new or not stored or after.plate != batch.plate:
+                    measured_now = None if stored else adaptation
+                    change = Change(self.now(), pixel_size_um, new, adaptation=measured_now, plate=upload.plate)
+                self._keep(store, deed, batch, change, ADAPTED, report, _planes_of(sent.values()))
+                files.named = frozenset(blob for site, _ in new for blob in site.blobs)
+                return report
 
-        return retold(store, batch_id, story)
+            return retold(store, batch_id, story)
 
     def classify(
         self, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, source: bool = False
@@ -168,7 +186,7 @@ class Batches:
         """
         store = self.storage.of(deed.tenant)
         self.preparer.require_room(max(Counter(site.well for site in upload.sites).values()))
-        batch, frame = self._frame(store, batch_id, watch, source=source)
+        batch, frame = self._frame(store, deed, batch_id, upload, watch, source=source)
         pixel_size_um = agreed_pixel_size(batch, upload.pixel_size_um)
         require_plate(batch, upload.plate)
         wells: list[schemas.WellPrediction] = []
@@ -184,32 +202,34 @@ class Batches:
                 embeddings.append(embedding)
                 seen += [_without_image(site) for site in sites]
                 deed.progress(len(wells), len(upload.wells))
-        prediction = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
-        adaptation = frame.adaptation
-        if adaptation is None:
-            self._answered(store, deed, batch, prediction)
-            return prediction
-        answers = kept_answers(prediction, embeddings)
+        told = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
+        answers = kept_answers(told, embeddings) if frame.adaptation is not None else []
 
         def story(now: BatchRecord) -> schemas.Prediction:
-            require_same(now, batch)
+            if frame.adaptation is None:
+                self._answered(store, deed, now, told)
+                return told
+            require_incarnation(now, batch.incarnation)
+            current = self._current_answers(store, now, frame.adaptation)
+            prediction = told if current is None else _superseded(told)
             treated = upload.wells - now.control_wells - now.treated
-            new = None if _names(adaptation) in now.adaptations else adaptation
-            change = Change(self.now(), treated=treated, adaptation=new, answers=answers)
+            new = None if _names(frame.adaptation) in now.adaptations else frame.adaptation
+            kept = [answer for answer in answers if answer.well not in (current or ())]
+            change = Change(self.now(), treated=treated, adaptation=new, answers=kept)
             self._keep(store, deed, now, change, CLASSIFIED, prediction, _planes_of(seen))
             return prediction
 
         try:
             return retold(store, batch_id, story)
         except StoreUnavailableError:
-            if frame.fresh or deed.beside:
+            if frame.adaptation is None or frame.fresh or deed.beside:
                 raise
-            return prediction.model_copy(update={"kept": False})
+            return told.model_copy(update={"kept": False})
 
     # --- steps of adapt ----------------------------------------------------------------------------------------------
 
-    def _prepared_controls(self, upload: Upload, pixel_size_um: float | None) -> Iterator[PreparedSite]:
-        with self.preparer.prepared(upload, pixel_size_um) as prepared:
+    def _prepared_controls(self, upload: Upload, pixel_size_um: float | None, keep: Keeper | None) -> Iterator[PreparedSite]:
+        with self.preparer.prepared(upload, pixel_size_um, keep) as prepared:
             for site in prepared:
                 if isinstance(site, RefusedSite):
                     raise site.error
@@ -217,17 +237,66 @@ class Batches:
 
     def _new_controls(
         self, batch: BatchRecord, sent: Mapping[SiteKey, PreparedSite], *, replace: bool
-    ) -> list[tuple[ControlSite, Float]]:
-        """Return the sites that are not kept yet as they were sent."""
-        recipe = recipe_digest(self.bundle.manifest.recipe)
-        new = []
+    ) -> list[tuple[ControlSite, bytes]]:
+        """Return the sites that are not kept yet as they were sent, with their network input."""
+        new, shard = [], new_shard()
         for key, site in sent.items():
             kept = batch.controls.get(key)
-            if kept is not None and dict(kept.planes) != dict(site.planes) and not replace:
+            same = kept is not None and dict(kept.planes) == dict(site.planes)
+            if kept is not None and not same and not replace:
                 raise control_conflict(batch.batch_id, kept, site)
-            if kept is None or dict(kept.planes) != dict(site.planes) or kept.recipe_digest != recipe:
-                new.append((ControlSite(key, site.planes, recipe, new_blob(image_bytes(site.image))), site.image))
+            if not same or kept is None or kept.recipe_digest != self._recipe or (site.files and not kept.files):
+                new.append(self._control_site(site, site.files, shard))
         return new
+
+    @property
+    def _recipe(self) -> str:
+        return recipe_digest(self.bundle.manifest.recipe)
+
+    def _control_site(self, site: PreparedSite, files: Mapping[str, KeptFile], shard: str) -> tuple[ControlSite, bytes]:
+        image = image_bytes(site.image)
+        size = len(image) + sum({file.blob: file.size for file in files.values()}.values())
+        return ControlSite(site.key, site.planes, self._recipe, new_blob(image, shard), size, files), image
+
+    def _prepare_again(self, store: BatchStore, deed: Deed, batch_id: str, watch: Stopwatch) -> None:
+        """Prepare kept controls from their files, when it was another bundle's recipe that they were prepared by.
+
+        Raises:
+            ImageError: one of them is nothing to this bundle.
+        """
+        batch = store.batch(batch_id) or BatchRecord(batch_id)
+        old = [site for site in batch.controls.values() if site.recipe_digest != self._recipe and site.files]
+        for start in range(0, len(old), self.preparer.max_sites):
+            some = {site.key: site for site in old[start : start + self.preparer.max_sites]}
+            files = {
+                key: {channel: ControlFile(store, batch, site, channel) for channel in self.bundle.manifest.channels}
+                for key, site in some.items()
+            }
+            with watch.stage("prepare"):
+                prepared = list(self._prepared_controls(Upload(files), batch.pixel_size_um, None))
+            self._keep_prepared(store, deed, batch, some, prepared)
+
+    def _keep_prepared(
+        self,
+        store: BatchStore,
+        deed: Deed,
+        batch: BatchRecord,
+        old: Mapping[SiteKey, ControlSite],
+        prepared: Sequence[PreparedSite],
+    ) -> None:
+        def story(now: BatchRecord) -> None:
+            require_incarnation(now, batch.incarnation)
+            shard = new_shard()
+            new = [
+                self._control_site(site, old[site.key].files, shard)
+                for site in prepared
+                if now.controls.get(site.key) == old[site.key]
+            ]
+            if new:
+                also = deed.alone().done(PREPARED, batch.batch_id, {"recipe": self._recipe, "sites": len(new)})
+                store.commit(now, Change(self.now(), controls=new), also)
+
+        retold(store, batch.batch_id, story)
 
     def _adaptation(
         self,
@@ -285,13 +354,16 @@ class Batches:
 
     # --- steps of classify -------------------------------------------------------------------------------------------
 
-    def _frame(self, store: BatchStore, batch_id: str, watch: Stopwatch, *, source: bool) -> tuple[BatchRecord, Frame]:
+    def _frame(
+        self, store: BatchStore, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, source: bool
+    ) -> tuple[BatchRecord, Frame]:
         """Return the batch and its statistics under the served bundle, measured again when the bundle is a new one.
 
         While the store is away they are those that this process knows.
         """
 
         def story(batch: BatchRecord) -> tuple[BatchRecord, Frame]:
+            require_incarnation(batch, upload.incarnation)
             if source:
                 return batch, Frame(self.bundle.training_statistics.source, None)
             usable = self.view.usable(batch)
@@ -300,6 +372,8 @@ class Batches:
             return batch, Frame(adaptation.statistics, adaptation)
 
         try:
+            if not source:
+                self._prepare_again(store, deed, batch_id, watch)
             return retold(store, batch_id, story)
         except StoreLostError:
             raise
@@ -354,6 +428,14 @@ class Batches:
         if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
             raise NonFiniteImageError("the network's answer is not finite: an image is out of scale")
         return logits, embeddings
+
+    def _current_answers(self, store: BatchStore, now: BatchRecord, adaptation: Adaptation) -> frozenset[str] | None:
+        """Wells that were answered on newer statistics than this adaptation's; None when it is the newest."""
+        current = self.bundle.digest, self.view.current(now)
+        if current == _names(adaptation):
+            return None
+        answers = store.answers(now.batch_id)
+        return frozenset(item.well for item in answers if (item.bundle_digest, item.statistics_id) == current)
 
     # --- shared steps ------------------------------------------------------------------------------------------------
 
@@ -434,7 +516,10 @@ class Batches:
                 **context_report(self.bundle.manifest, frame.adaptation),
                 "batch_id": batch.batch_id,
                 "pixel_size_um": pixel_size_um,
-                "notices": notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
+                "notices": (
+                    *notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
+                    *(() if frame.fresh else (NOT_FRESH,)),
+                ),
                 "adapted": frame.adaptation is not None,
                 "kept": frame.adaptation is not None,
                 "context": CONTEXT if frame.adaptation else "source",
@@ -444,6 +529,10 @@ class Batches:
                 "seconds": watch.seconds(),
             }
         )
+
+
+def _superseded(prediction: schemas.Prediction) -> schemas.Prediction:
+    return prediction.model_copy(update={"notices": (*prediction.notices, SUPERSEDED)})
 
 
 def _planes_of(sites: Iterable[PreparedSite]) -> list[str]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
 from tempfile import NamedTemporaryFile
@@ -55,6 +56,10 @@ class Blobs(Protocol):
         """Names that start with ``prefix``, up to a slash."""
         ...
 
+    def older(self, prefix: str, than: datetime) -> list[str]:
+        """Names that start with ``prefix``, up to a slash, of blobs that were put before a time."""
+        ...
+
     def delete(self, names: Iterable[str]) -> None:
         """Forget blobs; one that is not there is forgotten already."""
         ...
@@ -75,6 +80,10 @@ class FileBlobs:
 
     def put_all(self, blobs: Mapping[str, bytes]) -> None:
         """Keep several; each directory is synced once, when all its files are there."""
+        if len(blobs) == 1:
+            for name, data in blobs.items():
+                self.put(name, data)
+            return
         with _told("a blob"), ThreadPoolExecutor(_PARALLEL) as pool:
             written = list(pool.map(self._written, blobs, blobs.values()))
             for directory in sorted({path.parent for path in written}):
@@ -95,18 +104,29 @@ class FileBlobs:
         yield path
 
     def names(self, prefix: str = "") -> list[str]:
-        start = self._root / prefix
         with _told(prefix):
-            found = [Path(folder) / file for folder, _, files in os.walk(start) for file in files]
-            return sorted(str(path.relative_to(self._root)) for path in found)
+            return sorted(str(path.relative_to(self._root)) for path in self._files(prefix))
+
+    def older(self, prefix: str, than: datetime) -> list[str]:
+        found = []
+        with _told(prefix):
+            for path in self._files(prefix):
+                with suppress(FileNotFoundError):  # it goes this moment
+                    if path.stat().st_mtime < than.timestamp():
+                        found.append(str(path.relative_to(self._root)))
+        return sorted(found)
+
+    def _files(self, prefix: str) -> Iterator[Path]:
+        return (Path(folder) / file for folder, _, files in os.walk(self._root / prefix) for file in files)
 
     def delete(self, names: Iterable[str]) -> None:
         with _told("a blob"):
             for name in names:
                 path = self._root / name
                 path.unlink(missing_ok=True)
-                with suppress(OSError):  # the directory is not empty
-                    path.parent.rmdir()
+                if path.parent.name != PARTIAL:
+                    with suppress(OSError):  # the directory is not empty
+                        path.parent.rmdir()
 
     def _written(self, name: str, data: bytes) -> Path:
         """Write a file whole or not at all; it is found after a power cut once its directory is synced."""
@@ -125,11 +145,11 @@ class FileBlobs:
 
     def _moved(self, partial: Path, path: Path) -> None:
         for _ in range(_ATTEMPTS):
-            self._make_directory(path.parent)
             try:
+                self._make_directory(path.parent)
                 partial.rename(path)
             except FileNotFoundError:  # another request deleted the directory's last file, and with it the directory
-                self._synced.discard(path.parent)
+                self._synced -= {path.parent, *path.parent.parents}
                 continue
             return
         raise OSError(f"{path.parent} keeps being deleted")
@@ -174,9 +194,14 @@ class ObjectBlobs:
             yield Path(file.name)
 
     def names(self, prefix: str = "") -> list[str]:
+        return sorted(str(item["path"]) for item in self._listed(prefix))
+
+    def older(self, prefix: str, than: datetime) -> list[str]:
+        return sorted(str(item["path"]) for item in self._listed(prefix) if item["last_modified"] < than)
+
+    def _listed(self, prefix: str) -> list[Any]:
         with _told(prefix):
-            found = [item for page in self._store.list(prefix or None) for item in page]
-        return sorted(str(item["path"]) for item in found)
+            return [item for page in self._store.list(prefix or None) for item in page]
 
     def delete(self, names: Iterable[str]) -> None:
         with _told("a blob"):
@@ -203,7 +228,10 @@ def open_object_blobs(url: str, **options: Any) -> ObjectBlobs:
 
 
 def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:  # it went, with all that was in it
+        return
     try:
         os.fsync(handle)
     finally:

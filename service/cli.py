@@ -487,6 +487,8 @@ def _batches_table(kept: schemas.BatchList) -> Iterator[Table | str]:
             f"{batch.changed_at:%Y-%m-%d %H:%M}",
         )
     yield table
+    of = "" if kept.max_bytes is None else f" of {kept.max_bytes / 1e9:,.1f}"
+    yield f"images take {kept.kept_bytes / 1e9:,.1f}{of} GB"
 
 
 def _in_flags(text: str) -> str:

@@ -207,8 +207,16 @@ class AnchorwellClient:
         return schemas.JobReport.model_validate_json(self._send("GET", f"/jobs/{_quoted(job_id)}").content)
 
     def batches(self) -> schemas.BatchList:
-        """What is kept."""
-        return schemas.BatchList.model_validate_json(self._send("GET", "/batches").content)
+        """Every batch that is kept."""
+        pages = [self._page("")]
+        while pages[-1].following is not None:
+            pages.append(self._page(pages[-1].following))
+        whole = tuple(batch for page in pages for batch in page.batches)
+        return pages[-1].model_copy(update={"batches": whole})
+
+    def _page(self, after: str) -> schemas.BatchList:
+        answer = self._send("GET", "/batches", lambda: {"params": {"after": after}})
+        return schemas.BatchList.model_validate_json(answer.content)
 
     def batch(self, batch_id: str) -> schemas.BatchSummary:
         """What is kept of one batch."""

@@ -40,6 +40,10 @@ class Deed:
     progress: Callable[[int, int], None] = field(default=lambda _done, _total: None)
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
+    def alone(self) -> "Deed":
+        """The same caller's deed, of which only the audit log tells."""
+        return Deed(self.tenant, self.by, self.request_id, now=self.now)
+
     def done(self, action: str, subject: str, digests: Mapping[str, Any], answer: bytes | None = None) -> Commit:
         """What is written beside a change: the audit entry, and all that stands beside."""
         entry = Entry(self.now(), self.tenant, self.by, self.request_id, action, subject, digests)

@@ -20,6 +20,7 @@ ServiceError                     what is wrong with a request or the service, be
 │   └── TooManyRequestsError     more requests, or bytes, than the key may send
 ├── JobError                     a job that cannot be told of, or goes on no more
 │   ├── JobNotFoundError         the tenant has no such job
+│   ├── JobAbandonedError        every worker that began the job died; told in the job, never an HTTP answer
 │   └── JobCancelledError        the job was deleted, or taken by another worker; never an HTTP answer
 ├── WebhookNotFoundError         the tenant has no such webhook
 ├── RepeatError                  an Idempotency-Key that cannot be used so
@@ -32,6 +33,7 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── ControlConflictError     another image for a control plane that is kept
 │   ├── TreatedAsControlError    a control well that was answered as a treated one
 │   ├── PixelSizeConflictError   another pixel size than the batch's
+│   ├── QuotaExceededError       no room for more images of the tenant's
 │   ├── PlateConflictError       images of another plate than the batch's controls
 │   └── RecipeChangedError       kept controls that were prepared by another bundle's image recipe
 ├── UnavailableError             not now: the same request may succeed later
@@ -152,6 +154,10 @@ class JobNotFoundError(JobError):
     """The tenant has no such job."""
 
 
+class JobAbandonedError(JobError):
+    """Every worker that began the job died; told in the job, never an HTTP answer."""
+
+
 class JobCancelledError(JobError):
     """The job was deleted, or taken by another worker; never an HTTP answer."""
 
@@ -198,6 +204,10 @@ class TreatedAsControlError(BatchError):
 
 class PixelSizeConflictError(BatchError):
     """Another pixel size than the batch's."""
+
+
+class QuotaExceededError(BatchError):
+    """No room for more images of the tenant's."""
 
 
 class PlateConflictError(BatchError):
@@ -328,6 +338,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
     PixelSizeConflictError: Problem("pixel-size-conflict", "The batch has another pixel size", 409),
     PlateConflictError: Problem("plate-conflict", "The batch is of another plate", 409),
+    QuotaExceededError: Problem("quota-exceeded", "No room for more images of this tenant", 403),
     RecipeChangedError: Problem("controls-of-another-recipe", "The kept controls need to be sent again", 409),
     NotReadyError: Problem("not-ready", "The service is not ready", 503, retry_after_s=2),
     BusyError: Problem("busy", "Every request slot is taken", 503, retry_after_s=1),
@@ -379,6 +390,11 @@ def problem_response(error: Exception, headers: Mapping[str, str] | None = None)
     )
 
 
+def accepted_headers(job_id: str) -> dict[str, str]:
+    """Headers of an answer that a job was taken."""
+    return {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
+
+
 def install_handlers(app: FastAPI) -> None:
     """Let every error of the app, routing and validation included, leave as problem+json."""
 
@@ -400,6 +416,8 @@ def install_handlers(app: FastAPI) -> None:
     async def answered(_: Request, answer: Exception) -> Response:
         assert isinstance(answer, AnsweredBefore)
         headers = {"Idempotency-Replayed": "true"}
+        if answer.status == 202:  # noqa: PLR2004
+            headers |= accepted_headers(json.loads(answer.body)["job_id"])
         return Response(answer.body, status_code=answer.status, media_type="application/json", headers=headers)
 
     app.add_exception_handler(AnsweredBefore, answered)

@@ -3,19 +3,23 @@
 import ipaddress
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import anyio.to_thread
 from limits import RateLimitItemPerDay, RateLimitItemPerMinute
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 from limits.strategies import FixedWindowRateLimiter
 
 from service.access import Caller
-from service.errors import BusyError, ForeignSiteError, NotReadyError, TooManyRequestsError
+from service.errors import BusyError, ForeignSiteError, NotReadyError, StoreUnavailableError, TooManyRequestsError
+
+_CHECKS = 4
+_CHECK_TIMEOUT_S = 5.0
 
 
 class Readiness:
@@ -23,6 +27,7 @@ class Readiness:
 
     def __init__(self) -> None:
         self._decided = anyio.Event()
+        self._checks = anyio.CapacityLimiter(_CHECKS)
         self._reason: str | None = "the bundle's golden images are being replayed"
 
     @property
@@ -44,6 +49,18 @@ class Readiness:
         """Wait for the verdict; whether it is good."""
         await self._decided.wait()
         return self._reason is None
+
+    async def checked(self, check: Callable[[], None]) -> None:
+        """Run a check of the store, on threads of its own: others may all be waiting for a disk.
+
+        Raises:
+            StoreUnavailableError: it does not come back.
+        """
+        try:
+            with anyio.fail_after(_CHECK_TIMEOUT_S):
+                await anyio.to_thread.run_sync(check, limiter=self._checks, abandon_on_cancel=True)
+        except TimeoutError:
+            raise StoreUnavailableError(f"the store did not answer for {_CHECK_TIMEOUT_S:g} s") from None
 
     def require(self) -> None:
         """Return when requests are taken.

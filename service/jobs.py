@@ -1,8 +1,9 @@
 """Jobs: requests that are answered later. A job is a row of its own: it may run again, but takes effect once.
 
-The row says what was asked and how it ended. Who runs it holds a lease in a record beside it, which is pushed on while it
-runs and carries the progress; when the lease runs out, the next worker may take the job. Its effect is committed together
-with its row, which only the holder of the latest lease can write.
+The row says of whom it is and how it ended. What was asked and what was answered, which may be long, are records beside it,
+and images that came with the request are kept as long as the job is open. Who runs it holds a lease in a further record,
+which is pushed on while it runs and carries the progress; when the lease runs out, the next worker may take the job. Its
+effect is committed together with its row, which only the holder of the latest lease can write.
 """
 
 import json
@@ -19,14 +20,19 @@ from model.statistics import canonical_json
 from service import schemas
 from service.deeds import Beside, Deed
 from service.errors import (
+    JobAbandonedError,
     JobCancelledError,
     JobNotFoundError,
     UnavailableError,
     problem_body,
 )
-from service.records import Commit, ConflictError, Records, scan_all
+from service.records import Changes, Commit, ConflictError, Records, scan_all
+from service.storage import Storage
+from service.usage import Usage
 
 PREFIX = "job/"
+ASKED = "job-asked/"
+ANSWERS = "job-answer/"
 LEASE = timedelta(seconds=30)
 MAX_ATTEMPTS = 8
 FAILED = "job.failed"
@@ -35,7 +41,7 @@ OPEN = ("queued", "running")
 
 @dataclass(frozen=True)
 class Job:
-    """One row: what was asked by whom, and how it ended."""
+    """One row: who asked for what of which batch, and how it ended; ``size`` is what images kept for it take, in bytes."""
 
     job_id: str
     tenant: str
@@ -43,13 +49,12 @@ class Job:
     request_id: str
     kind: str
     batch_id: str
-    asked: Mapping[str, Any]
     created_at: str
+    size: int = 0
     state: str = "queued"
     attempt: int = 0
     run: str = ""
     finished_at: str | None = None
-    answer: Mapping[str, Any] | None = None
     problem: Mapping[str, Any] | None = None
 
     @property
@@ -61,6 +66,16 @@ class Job:
     def lease(self) -> str:
         """The record of who runs it, until when, and how far it is."""
         return f"lease/{self.name}"
+
+    @property
+    def asked(self) -> str:
+        """The record of what was asked."""
+        return f"{ASKED}{self.tenant}/{self.job_id}"
+
+    @property
+    def answer(self) -> str:
+        """The record of what was answered."""
+        return f"{ANSWERS}{self.tenant}/{self.job_id}"
 
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON."""
@@ -81,40 +96,81 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a job is to do: ``what`` only who runs it understands; ``files`` are blobs that are kept for it, of ``size``."""
+
+    what: Mapping[str, Any]
+    files: tuple[str, ...] = ()
+    size: int = 0
+
+    def to_bytes(self) -> bytes:
+        """Serialise as canonical JSON."""
+        return canonical_json(vars(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Asked":
+        """Read what ``to_bytes`` wrote."""
+        value = json.loads(data)
+        return cls(value["what"], tuple(value["files"]), value["size"])
+
+
+@dataclass(frozen=True)
 class _Ending:
     """A job's end; stands beside its effect."""
 
     job: Job
+    usage: Usage
     now: Callable[[], datetime]
 
     def commit(self, deed: Deed, action: str, subject: str, answer: bytes | None) -> Commit:  # noqa: ARG002
         """Write the row's end; the commit conflicts when another worker took the job, or it was deleted."""
-        ended = replace(
-            self.job, state="done", finished_at=self.now().isoformat(), answer=json.loads(answer) if answer else None
-        )
-        return Commit({self.job.name: ended.to_bytes(), self.job.lease: None}, expected={self.job.name: self.job.to_bytes()})
+        ended = replace(self.job, state="done", finished_at=self.now().isoformat(), size=0)
+        changes = {self.job.name: ended.to_bytes(), self.job.lease: None, self.job.asked: None, self.job.answer: answer}
+        return Commit(changes, {self.job.name: self.job.to_bytes()}, derived=self.usage.changed(-self.job.size))
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """Every tenant's jobs, on the records."""
+    """Every tenant's jobs."""
 
-    records: Records
+    storage: Storage
     enqueue: Callable[[str, str], None]
     events: Beside
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
+    @property
+    def records(self) -> Records:
+        """Where they are kept."""
+        return self.storage.records
+
     # --- asked for ---------------------------------------------------------------------------------------------------
 
-    def put(self, deed: Deed, kind: str, batch_id: str, asked: Mapping[str, Any]) -> schemas.JobReport:
-        """Keep a new job, and enqueue it."""
+    def put(self, deed: Deed, kind: str, batch_id: str, asked: Asked) -> schemas.JobReport:
+        """Keep a new job, and enqueue it.
+
+        Raises:
+            QuotaExceededError: there is no room for what came with it.
+        """
         now = self.now().isoformat()
-        job = Job(token_hex(12), deed.tenant, deed.by, deed.request_id, kind, batch_id, asked, now)
+        job = Job(token_hex(12), deed.tenant, deed.by, deed.request_id, kind, batch_id, now, asked.size)
         report = self._report(job, None)
         beside = deed.done("job.queued", batch_id, {"job_id": job.job_id}, report.model_dump_json().encode())
-        self.records.commit(Commit({job.name: job.to_bytes()}, {job.name: None}, scope=job.name).and_also(beside))
+        derived = self.storage.of(job.tenant).usage.changed(asked.size)
+        changes: Changes = {job.name: job.to_bytes(), job.asked: asked.to_bytes()}
+        self.records.commit(Commit(changes, {job.name: None}, derived=derived, scope=job.name).and_also(beside))
         self.enqueue("job", job.name)
         return report
+
+    def asked(self, job: Job) -> Asked:
+        """What an open job is to do.
+
+        Raises:
+            JobCancelledError: it is open no more.
+        """
+        (data,) = self.records.read([job.asked])
+        if data is None:
+            raise JobCancelledError(f"job {job.job_id} was deleted, or done by another worker")
+        return Asked.from_bytes(data)
 
     def get(self, tenant: str, job_id: str) -> schemas.JobReport:
         """How far a job is, or how it ended.
@@ -123,10 +179,11 @@ class Jobs:
             JobNotFoundError: the tenant has no such job.
         """
         job, lease = self._read(tenant, job_id)
-        return self._report(job, lease)
+        (answer,) = self.records.read([job.answer])
+        return self._report(job, lease, answer)
 
     def all(self, tenant: str) -> schemas.JobList:
-        """A tenant's jobs, the newest first."""
+        """A tenant's jobs, the newest first, without their answers."""
         found = [Job.from_bytes(data) for _, data in scan_all(self.records, f"{PREFIX}{tenant}/")]
         found.sort(key=lambda job: job.created_at, reverse=True)
         leases = self.records.read([job.lease for job in found])
@@ -140,11 +197,19 @@ class Jobs:
         """
         while True:
             job, _ = self._read(deed.tenant, job_id)
+            files = self._files(job)
             beside = deed.done("job.deleted", job.batch_id, {"job_id": job_id, "state": job.state})
-            gone = Commit({job.name: None, job.lease: None}, {job.name: job.to_bytes()}, scope=job.name)
+            changes = dict.fromkeys((job.name, job.lease, job.asked, job.answer))
+            usage = self.storage.of(job.tenant).usage.changed(-job.size)
+            gone = Commit(changes, {job.name: job.to_bytes()}, derived=usage, scope=job.name)
             with suppress(ConflictError):
                 self.records.commit(gone.and_also(beside))
+                self.storage.of(job.tenant).drop_files(files)
                 return
+
+    def _files(self, job: Job) -> tuple[str, ...]:
+        (data,) = self.records.read([job.asked])
+        return () if data is None else Asked.from_bytes(data).files
 
     # --- run ---------------------------------------------------------------------------------------------------------
 
@@ -153,11 +218,13 @@ class Jobs:
         job = self._taken(name)
         if job is None:
             return
+        files = self._files(job)
         with self._lease_held(job) as progress:
-            ending = _Ending(job, self.now)
+            ending = _Ending(job, self.storage.of(job.tenant).usage, self.now)
             deed = Deed(job.tenant, job.by, job.request_id, (ending,), self.events, progress, self.now)
             try:
                 runner(job, deed)
+                self.storage.of(job.tenant).drop_files(files)
             except JobCancelledError:
                 return
             except UnavailableError as error:
@@ -182,6 +249,11 @@ class Jobs:
             return None
         job = Job.from_bytes(data)
         if job.state not in OPEN or self._is_held(lease):
+            return None
+        if job.attempt >= MAX_ATTEMPTS:
+            self._fail(
+                job, JobAbandonedError(f"job {job.job_id} was begun {job.attempt} times, and no worker came to its end")
+            )
             return None
         taken = replace(job, state="running", attempt=job.attempt + 1, run=token_hex(8))
         changes = {name: taken.to_bytes(), job.lease: self._lease(0, 0)}
@@ -226,13 +298,18 @@ class Jobs:
 
     def _fail(self, job: Job, error: Exception) -> None:
         problem = problem_body(error)
-        ended = replace(job, state="failed", finished_at=self.now().isoformat(), problem=problem)
+        ended = replace(job, state="failed", finished_at=self.now().isoformat(), problem=problem, size=0)
+        files = self._files(job)
         deed = Deed(job.tenant, job.by, job.request_id, events=self.events, now=self.now)
         told = canonical_json({"job_id": job.job_id, "problem": problem})
         beside = deed.done(FAILED, job.batch_id, {"job_id": job.job_id}, told)
-        changes = {job.name: ended.to_bytes(), job.lease: None}
+        changes: Changes = {job.name: ended.to_bytes(), job.lease: None, job.asked: None}
+        store = self.storage.of(job.tenant)
+        derived = store.usage.changed(-job.size)
         with suppress(ConflictError):
-            self.records.commit(Commit(changes, {job.name: job.to_bytes()}, scope=job.name).and_also(beside))
+            commit = Commit(changes, {job.name: job.to_bytes()}, derived=derived, scope=job.name)
+            self.records.commit(commit.and_also(beside))
+            store.drop_files(files)
 
     # --- told --------------------------------------------------------------------------------------------------------
 
@@ -243,7 +320,8 @@ class Jobs:
             raise JobNotFoundError(f"there is no job {job_id[:40]!r}", job_id=job_id[:40])
         return Job.from_bytes(data), lease
 
-    def _report(self, job: Job, lease: bytes | None) -> schemas.JobReport:
+    def _report(self, job: Job, lease: bytes | None, answer: bytes | None = None) -> schemas.JobReport:
+        told = json.loads(answer) if answer is not None else None
         progress = json.loads(lease) if lease is not None else {"done": 0, "total": 0}
         return schemas.JobReport.model_validate(
             {
@@ -256,8 +334,8 @@ class Jobs:
                 "wells": progress["total"],
                 "created_at": job.created_at,
                 "finished_at": job.finished_at,
-                "controls": job.answer if job.kind == "controls" else None,
-                "prediction": job.answer if job.kind == "predict" else None,
+                "controls": told if job.kind == "controls" else None,
+                "prediction": told if job.kind == "predict" else None,
                 "problem": job.problem,
             }
         )

@@ -27,6 +27,7 @@ from service.store import (
     RevisionConflictError,
     StagedPlane,
     new_blob,
+    new_shard,
     platemap_bytes,
 )
 
@@ -34,6 +35,8 @@ DELETED = "batch.deleted"
 MAPPED = "platemap.sent"
 STAGED = "plane.staged"
 COMMIT_ATTEMPTS = 20
+PAGE = 1000
+"""Most batches in one listing."""
 
 T = TypeVar("T")
 
@@ -122,11 +125,16 @@ class Kept:
 
     # --- looked at ---------------------------------------------------------------------------------------------------
 
-    def summaries(self, tenant: str) -> schemas.BatchList:
-        """Every batch kept."""
+    def summaries(self, tenant: str, after: str = "", limit: int = PAGE) -> schemas.BatchList:
+        """Batches behind a name, as many as are asked for."""
         store = self.storage.of(tenant)
-        batches = (store.batch(batch_id) for batch_id in store.batch_ids())
-        return schemas.BatchList(batches=tuple(self.view.summary(batch) for batch in batches if batch is not None))
+        found = store.page(after, limit)
+        return schemas.BatchList(
+            batches=tuple(self.view.summary(batch) for batch in found),
+            following=found[-1].batch_id if len(found) == limit else None,
+            kept_bytes=store.usage.kept_bytes(),
+            max_bytes=store.usage.max_bytes,
+        )
 
     def summary(self, tenant: str, batch_id: str) -> schemas.BatchSummary:
         """What is kept of a batch.
@@ -175,11 +183,11 @@ class Kept:
         """Keep one plane until its well is asked for; the same again changes nothing. Whether it is new.
 
         Raises:
-            StagedConflictError: another one is kept there.
+            StagedConflictError: another one is kept there. QuotaExceededError: there is no room for it.
         """
         store = self.storage.of(deed.tenant)
         answer = schemas.KeptImage(**vars(key), sha256=digest, state="staged")
-        plane = StagedPlane(key, digest, len(data), new_blob(data))
+        plane = StagedPlane(key, digest, len(data), new_blob(data, new_shard()), self.now().isoformat())
 
         def story(batch: BatchRecord) -> tuple[bool, schemas.KeptImage]:
             was = store.staged_plane(batch_id, key)

@@ -51,10 +51,10 @@ class Commit:
         )
 
     def with_derived(self, read: Callable[[str], bytes | None]) -> dict[str, bytes | None]:
-        """Return all changes, the derived ones computed from what ``read`` gives."""
+        """Return all changes, the derived ones computed from what ``read`` gives, or from what was derived before."""
         changes = dict(self.changes)
         for item in self.derived:
-            changes |= item.changes(read(item.key))
+            changes |= item.changes(changes[item.key] if item.key in changes else read(item.key))
         return changes
 
 

@@ -1,7 +1,7 @@
 """HTTP in, HTTP out. Knows no rule of a plate and holds no ``try``: what is raised below leaves as problem+json."""
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,9 +16,9 @@ from service import schemas
 from service.access import Access, Caller, Scope
 from service.batches import Batches
 from service.deeds import ANONYMOUS, Deed
-from service.errors import InvalidBatchIdError
+from service.errors import InvalidBatchIdError, accepted_headers
 from service.gates import Neighbours, Rates, Readiness, Slots
-from service.kept import Kept
+from service.kept import PAGE, Kept
 from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
 from service.reports import model_card, provenance
@@ -79,7 +79,7 @@ def caller_of(request: Request, served: Serving) -> Caller:
     return caller
 
 
-def asked_with(scope: Scope) -> Callable[..., Deed]:
+def asked_with(scope: Scope) -> Callable[..., Awaitable[Deed]]:
     """A dependency that gives the deed of a request whose key has a scope."""
 
     async def deed_of(request: Request, caller: Annotated[Caller, Depends(caller_of)], served: Serving) -> Deed:
@@ -277,17 +277,21 @@ async def predict(
 
 def accepted(job: schemas.JobReport) -> Response:
     """Tell where a job is looked at."""
-    headers = {"Location": f"/jobs/{job.job_id}", "Preference-Applied": "respond-async"}
-    return Response(job.model_dump_json(), status_code=202, media_type=JSON, headers=headers)
+    return Response(job.model_dump_json(), status_code=202, media_type=JSON, headers=accepted_headers(job.job_id))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
 @router.get("/batches", response_model=schemas.BatchList, responses=PROBLEM)
-def list_batches(deed: Reading, kept: KeptBatches) -> schemas.BatchList:
-    """List the batches kept."""
-    return kept.summaries(deed.tenant)
+def list_batches(
+    deed: Reading,
+    kept: KeptBatches,
+    after: Annotated[str, Query(description="a batch's name: those behind it", max_length=128)] = "",
+    limit: Annotated[int, Query(description="most batches", ge=1, le=PAGE)] = PAGE,
+) -> schemas.BatchList:
+    """List the batches kept, a page at a time; ``following`` says where the next one begins."""
+    return kept.summaries(deed.tenant, after, limit)
 
 
 @router.get("/batches/{batch_id}", response_model=schemas.BatchSummary, responses=PROBLEM)
@@ -326,7 +330,7 @@ async def live() -> schemas.Live:
 
 
 @router.get("/health/ready", response_model=schemas.Ready, responses=PROBLEM)
-def ready(batches: Ready) -> schemas.Ready:
+async def ready(batches: Ready, served: Serving) -> schemas.Ready:
     """Answer 200 once the bundle's golden images were replayed and agreed, and while the store answers."""
-    batches.storage.records.check()
+    await served.readiness.checked(batches.storage.records.check)
     return schemas.Ready(**provenance(batches.bundle, batches.engine))

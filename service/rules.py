@@ -103,15 +103,15 @@ def _treated_as_control(batch: BatchRecord, wells: list[str], detail: str) -> Tr
     return TreatedAsControlError(detail, batch_id=batch.batch_id, well=wells[0], wells=wells)
 
 
-def require_same(now: BatchRecord, asked: BatchRecord) -> None:
-    """Check that answers are kept for the batch that they were asked of.
+def require_incarnation(now: BatchRecord, asked: str | None) -> None:
+    """Check that what comes of a request is kept for the batch that it was asked of; None is one that was not there yet.
 
     Raises:
         BatchNotFoundError: it was deleted meanwhile, whether or not it was made anew.
     """
-    if now.incarnation != asked.incarnation:
+    if asked is not None and now.incarnation != asked:
         raise BatchNotFoundError(
-            f"batch {now.batch_id} was deleted while its wells were answered; nothing of the answers was kept",
+            f"batch {now.batch_id} was deleted while this request was worked on; nothing of it was kept",
             batch_id=now.batch_id,
         )
 

@@ -203,9 +203,12 @@ class BatchSummary(_Value):
 
 
 class BatchList(_Value):
-    """The batches kept."""
+    """The batches kept, in order of their names, and what the tenant's images take in all."""
 
     batches: tuple[BatchSummary, ...]
+    following: str | None = Field(default=None, description="where there are more: ask again with after=<this>")
+    kept_bytes: int = Field(description="bytes of images that the tenant keeps")
+    max_bytes: int | None = Field(description="bytes that it may keep; null when the operator set no bound")
 
 
 class JobReport(_Value):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -24,6 +24,18 @@ CONFIG = "ANCHORWELL_CONFIG"
 """Names a TOML file of settings; variables go before it."""
 SECRETS = "ANCHORWELL_SECRETS_DIR"
 """Names a directory with a file a setting, as containers mount secrets: ``anchorwell_redis``."""
+
+
+class TenantRules(BaseModel):
+    """How much a tenant may keep, and for how long."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_bytes: int | None = Field(default=None, gt=0, description="most bytes of images")
+    keep_days: float | None = Field(default=None, gt=0, description="a batch is deleted so long after its last change")
+    keep_staged_days: float | None = Field(
+        default=None, gt=0, description="a plane that was sent ahead is deleted after that"
+    )
 
 
 class StorageSettings(BaseSettings):
@@ -84,6 +96,13 @@ class Settings(StorageSettings):
     roots: Mapping[str, tuple[str, ...]] = Field(
         default={}, description="places that each tenant may refer to images in: file:///directory/, s3://bucket/prefix/"
     )
+    tenants: Mapping[str, TenantRules] = Field(
+        default={}, description="how much each tenant may keep, and for how long; '*' is every tenant that is not named"
+    )
+    keep_control_images: bool = Field(
+        default=True,
+        description="keep the controls' files as they were sent, so that a bundle with another recipe can use them",
+    )
     workers: int = Field(
         1, ge=0, description="jobs and deliveries run at once by this process; 0 leaves them to 'anchorwell worker'"
     )
@@ -126,6 +145,10 @@ class Settings(StorageSettings):
     max_saturated_share: float = Field(
         0.25, gt=0, le=1, description="largest share of a plane's pixels at the top of the range"
     )
+
+    def rules(self, tenant: str) -> TenantRules:
+        """What a tenant may keep."""
+        return self.tenants.get(tenant, self.tenants.get("*", TenantRules()))
 
     @property
     def image_limits(self) -> ImageLimits:

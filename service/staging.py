@@ -37,7 +37,7 @@ class StagedFile:
     @contextmanager
     def on_disk(self) -> Iterator[FileSlice]:
         """Give the file as bytes on this machine's disk."""
-        with self.store.staged_file(self.batch, self.plane) as path:
+        with self.store.file(self.batch, self.plane.blob) as path:
             yield FileSlice(path, 0, self.plane.size, self.name)
 
 
@@ -60,7 +60,8 @@ def staged_upload(store: BatchStore, named: Named, channels: Sequence[str]) -> U
     """
     batch = existing(store, named.batch_id)
     planes = {plane.key: StagedFile(store, batch, plane) for plane in store.staged(named.batch_id)}
-    return Upload(complete_sites(chosen(store, named, planes, "staged"), channels), pixel_size_um=named.pixel_size_um)
+    sites = complete_sites(chosen(store, named, planes, "staged"), channels)
+    return Upload(sites, pixel_size_um=named.pixel_size_um, incarnation=batch.incarnation)
 
 
 def chosen(store: BatchStore, named: Named, planes: Mapping[PlaneKey, F], how: str) -> dict[PlaneKey, F]:

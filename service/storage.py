@@ -5,6 +5,7 @@ flushed, or are others: they are never taken for those of an empty lab.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -27,17 +28,18 @@ _LAB = "lab"
 
 @dataclass(frozen=True)
 class Storage:
-    """Records and blobs of one lab, and each tenant's batches in them."""
+    """Records and blobs of one lab, and each tenant's batches in them; a tenant's images may take ``max_bytes``."""
 
     records: Records
     blobs: Blobs
+    max_bytes: Callable[[str], int | None] = lambda _: None
     _stores: dict[str, BatchStore] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def of(self, tenant: str) -> BatchStore:
         """The batches of a tenant."""
         with self._lock:
-            return self._stores.setdefault(tenant, BatchStore(self.records, self.blobs, tenant))
+            return self._stores.setdefault(tenant, BatchStore(self.records, self.blobs, tenant, self.max_bytes(tenant)))
 
     def close(self) -> None:
         """Let go of connections."""

@@ -9,8 +9,8 @@ import io
 import json
 import threading
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -25,9 +25,12 @@ from numpy.typing import NDArray
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
 from model.statistics import BatchNormStatistics, canonical_json
 from service.blobs import Blobs
-from service.errors import BlobMissingError
+from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
 from service.records import Commit, ConflictError, Records, scan_all
+from service.usage import Usage, added, amount
 
+BLOBS = "batches/"
+"""Where batches' blobs lie, a folder a tenant."""
 KNOWN_BATCHES = 256
 KNOWN_ADAPTATIONS = 256
 
@@ -37,16 +40,33 @@ class RevisionConflictError(Exception):
 
 
 @dataclass(frozen=True)
+class KeptFile:
+    """A file as it was sent: its blob, its size in bytes, and the page of it that is meant, in one of several channels."""
+
+    blob: str
+    size: int
+    page: int | None = None
+
+
+@dataclass(frozen=True)
 class ControlSite:
     """One kept control site: the sha256 of each channel's file, and the recipe its network input was prepared by.
 
     ``blob`` is where that input lies: a name like no other (``new_blob``), so that who forgets it never means another's.
+    ``files`` are the channels' files, where they are kept; ``size`` is what all of it takes, in bytes.
     """
 
     key: SiteKey
     planes: Mapping[str, str]
     recipe_digest: str
     blob: str
+    size: int
+    files: Mapping[str, KeptFile] = field(default_factory=dict)
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """Where all of it lies."""
+        return frozenset({self.blob, *(file.blob for file in self.files.values())})
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,16 +136,17 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class StagedPlane:
-    """One plane that was sent ahead: its file's sha256, its size in bytes, and where it lies."""
+    """One plane that was sent ahead: its file's sha256, its size in bytes, where it lies, and when it came."""
 
     key: PlaneKey
     sha256: str
     size: int
     blob: str
+    staged_at: str
 
     def to_bytes(self) -> bytes:
         """Serialise all but the key as canonical JSON."""
-        return canonical_json({"sha256": self.sha256, "size": self.size, "blob": self.blob})
+        return canonical_json({"sha256": self.sha256, "size": self.size, "blob": self.blob, "staged_at": self.staged_at})
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +202,11 @@ class BatchRecord:
         return None if self.revision is None else self.revision.partition(".")[0]
 
     @property
+    def control_bytes(self) -> int:
+        """What the kept controls take."""
+        return sum(site.size for site in self.controls.values())
+
+    @property
     def control_wells(self) -> frozenset[str]:
         """The wells of the kept control sites."""
         return frozenset(site.well for site in self.controls)
@@ -193,7 +219,15 @@ class BatchRecord:
                 "pixel_size_um": self.pixel_size_um,
                 "plate": self.plate,
                 "controls": [
-                    [site.key.well, site.key.site, dict(site.planes), site.recipe_digest, site.blob]
+                    {
+                        "well": site.key.well,
+                        "site": site.key.site,
+                        "planes": dict(site.planes),
+                        "recipe": site.recipe_digest,
+                        "blob": site.blob,
+                        "size": site.size,
+                        "files": {channel: [file.blob, file.size, file.page] for channel, file in site.files.items()},
+                    }
                     for site in self.controls.values()
                 ],
                 "treated": sorted(self.treated),
@@ -207,7 +241,7 @@ class BatchRecord:
     def from_bytes(cls, batch_id: str, data: bytes) -> "BatchRecord":
         """Read what ``to_bytes`` wrote."""
         value = json.loads(data)
-        sites = (ControlSite(SiteKey(well, site), *rest) for well, site, *rest in value["controls"])
+        sites = map(_control_site, value["controls"])
         return cls(
             batch_id=batch_id,
             revision=value["revision"],
@@ -221,13 +255,19 @@ class BatchRecord:
         )
 
 
+def _control_site(value: Mapping[str, Any]) -> ControlSite:
+    files = {channel: KeptFile(*file) for channel, file in value["files"].items()}
+    key = SiteKey(value["well"], value["site"])
+    return ControlSite(key, value["planes"], value["recipe"], value["blob"], value["size"], files)
+
+
 @dataclass(frozen=True, eq=False)
 class Change:
     """What one commit adds: control sites with their network input, treated wells, an adaptation, answers, a plate map."""
 
     changed_at: datetime
     pixel_size_um: float | None = None
-    controls: Sequence[tuple[ControlSite, NDArray[np.float32]]] = ()
+    controls: Sequence[tuple[ControlSite, bytes]] = ()
     treated: frozenset[str] = frozenset()
     adaptation: Adaptation | None = None
     plate: str | None = None
@@ -252,15 +292,26 @@ def platemap_from_bytes(data: bytes) -> PlateMap:
 
 
 class BatchStore:
-    """The batches of one tenant."""
+    """The batches of one tenant, who may keep ``max_bytes`` of images."""
 
-    def __init__(self, records: Records, blobs: Blobs, tenant: str) -> None:
+    def __init__(self, records: Records, blobs: Blobs, tenant: str, max_bytes: int | None = None) -> None:
         self._records = records
         self._blobs = blobs
         self._tenant = tenant
+        self._usage = Usage(records, tenant, max_bytes)
         self._known: LRUCache[str, tuple[bytes, BatchRecord]] = LRUCache(KNOWN_BATCHES)
         self._adaptations: LRUCache[str, Adaptation] = LRUCache(KNOWN_ADAPTATIONS)
         self._lock = threading.Lock()
+
+    @property
+    def tenant(self) -> str:
+        """Whose they are."""
+        return self._tenant
+
+    @property
+    def usage(self) -> Usage:
+        """What the tenant's images take."""
+        return self._usage
 
     # --- what is kept ------------------------------------------------------------------------------------------------
 
@@ -269,23 +320,38 @@ class BatchStore:
         prefix = self._head("")
         return [key.removeprefix(prefix) for key, _ in scan_all(self._records, prefix)]
 
+    def page(self, after: str, limit: int) -> list[BatchRecord]:
+        """The first batches behind a name, sorted."""
+        prefix = self._head("")
+        found = self._records.scan(prefix, self._head(after) if after else "", limit)
+        return [self._read(key.removeprefix(prefix), data) for key, data in found]
+
     def batch(self, batch_id: str) -> BatchRecord | None:
         """One consistent reading of a batch; None when it is not kept."""
         (data,) = self._records.read([self._head(batch_id)])
-        return None if data is None else self._read(batch_id, data)
+        if data is None:
+            self._forget(batch_id)
+            return None
+        return self._read(batch_id, data)
 
     def last_known(self, batch_id: str) -> BatchRecord | None:
-        """The batch as this process read it last, whatever became of it since."""
+        """The batch as this process read or changed it last, whatever became of it since."""
         with self._lock:
             known = self._known.get(batch_id)
         return None if known is None else known[1]
 
     def image(self, batch: BatchRecord, site: SiteKey) -> NDArray[np.float32] | None:
-        """The network input of a kept control site; None when it is gone: the batch was changed or deleted since."""
+        """The network input of a kept control site; None when it is gone: the batch was changed or deleted since.
+
+        Raises:
+            BlobMissingError: it is gone although the batch is as it was, or it was damaged.
+        """
         kept = batch.controls[site]
         try:
-            data = self._blobs.get(f"{self._folder(batch)}/{kept.blob}")
+            data = self._blobs.get(self._path(kept.blob))
         except BlobMissingError:
+            if self._is_as_read(batch):
+                raise
             return None
         if not _is_whole(kept.blob, data):
             raise BlobMissingError(
@@ -328,16 +394,40 @@ class BatchStore:
 
     def staged_plane(self, batch_id: str, key: PlaneKey) -> StagedPlane | None:
         """The plane that was sent ahead for one place."""
-        (data,) = self._records.read([self._part(batch_id, "staged", key.well, str(key.site), key.channel)])
+        (data,) = self._records.read([self._staged_key(batch_id, key)])
         return None if data is None else StagedPlane(key, **json.loads(data))
 
-    def staged_file(self, batch: BatchRecord, plane: StagedPlane) -> AbstractContextManager[Path]:
-        """The file of a staged plane, on this machine while the context lasts.
+    @contextmanager
+    def file(self, batch: BatchRecord, blob: str) -> Iterator[Path]:
+        """The file of a staged plane or a control, on this machine while the context lasts.
 
         Raises:
-            BlobMissingError: it is gone.
+            BatchNotFoundError: the batch was deleted meanwhile. BatchBusyError: another image took this one's place.
+            BlobMissingError: it is gone although the batch is as it was.
         """
-        return self._blobs.local(f"{self._folder(batch)}/{plane.blob}")
+        try:
+            with self._blobs.local(self._path(blob)) as path:
+                yield path
+        except (BlobMissingError, FileNotFoundError):
+            self._tell_missing(batch, blob)
+            raise
+
+    def _tell_missing(self, batch: BatchRecord, blob: str) -> None:
+        """Say why a file is gone that a batch named; return when nothing explains it."""
+        now = self.batch(batch.batch_id)
+        if now is None or now.incarnation != batch.incarnation:
+            raise BatchNotFoundError(
+                f"batch {batch.batch_id} was deleted while its images were read; nothing was changed",
+                batch_id=batch.batch_id,
+            )
+        if blob not in {*_blobs_of(now), *(plane.blob for plane in self.staged(batch.batch_id))}:
+            raise BatchBusyError(
+                f"images of batch {batch.batch_id} were replaced while they were read; nothing was changed: send it again"
+            )
+
+    def _is_as_read(self, batch: BatchRecord) -> bool:
+        now = self.batch(batch.batch_id)
+        return now is not None and now.revision == batch.revision
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -345,17 +435,28 @@ class BatchStore:
         """Add ``change`` whole, and whatever is to be written beside it, when the batch is still as it was read.
 
         Raises:
-            RevisionConflictError: it is not, or what is beside it conflicts.
+            RevisionConflictError: it is not, or what is beside it conflicts. QuotaExceededError: there is no room for it.
         """
-        incarnation = batch.incarnation or token_hex(8)
-        folder = f"{self._tenant}/{incarnation}"
-        self._blobs.put_all({f"{folder}/{site.blob}": image_bytes(image) for site, image in change.controls})
-        after = _changed(batch, change, f"{incarnation}.{token_hex(8)}")
+        after = _changed(batch, change)
+        new = {self._path(site.blob): image for site, image in change.controls}
         parts = dict(self._parts_of(batch.batch_id, change))
-        self._commit(batch, Commit({self._head(batch.batch_id): after.to_bytes(), **parts}), also)
-        superseded = _blobs_of(batch) - _blobs_of(after)
-        self._blobs.delete(f"{folder}/{blob}" for blob in superseded)
+        commit = Commit(
+            {self._head(batch.batch_id): after.to_bytes(), **parts},
+            derived=self._usage.changed(after.control_bytes - batch.control_bytes),
+        )
+        with self._put(new):
+            self._commit(batch, commit, also)
+        self._know(after, change.adaptation)
+        self._blobs.delete(self._path(blob) for blob in _blobs_of(batch) - _blobs_of(after))
         return after
+
+    def put_files(self, files: Mapping[str, bytes]) -> None:
+        """Keep files under their blobs' names, before the commit that names them."""
+        self._blobs.put_all({self._path(blob): data for blob, data in files.items()})
+
+    def drop_files(self, blobs: Iterable[str]) -> None:
+        """Forget files that no record names, or none any more."""
+        self._blobs.delete(self._path(blob) for blob in blobs)
 
     def beside(self, batch: BatchRecord, also: Commit) -> None:
         """Write what stands beside a batch that is not changed itself, when it is still as it was read."""
@@ -374,29 +475,75 @@ class BatchStore:
 
         Raises:
             RevisionConflictError: the batch changed since it was read, or the plane there is not ``instead_of``.
+            QuotaExceededError: there is no room for it.
         """
-        incarnation = batch.incarnation or token_hex(8)
-        folder = f"{self._tenant}/{incarnation}"
-        self._blobs.put(f"{folder}/{plane.blob}", data)
-        key = self._part(batch.batch_id, "staged", plane.key.well, str(plane.key.site), plane.key.channel)
+        key = self._staged_key(batch.batch_id, plane.key)
         changes: dict[str, bytes | None] = {key: plane.to_bytes()}
         if batch.revision is None:
-            begun = _changed(batch, Change(changed_at), f"{incarnation}.{token_hex(8)}")
-            changes[self._head(batch.batch_id)] = begun.to_bytes()
+            changes[self._head(batch.batch_id)] = _changed(batch, Change(changed_at)).to_bytes()
         was = None if instead_of is None else instead_of.to_bytes()
-        self._commit(batch, Commit(changes, expected={key: was}), also)
+        more = plane.size - (0 if instead_of is None else instead_of.size)
+        derived = (*self._usage.changed(more), added(self._part(batch.batch_id, "staged-bytes"), more))
+        with self._put({self._path(plane.blob): data}):
+            self._commit(batch, Commit(changes, expected={key: was}, derived=derived), also)
         if instead_of is not None:
-            self._blobs.delete([f"{folder}/{instead_of.blob}"])
+            self._blobs.delete([self._path(instead_of.blob)])
+
+    def unstage(self, batch: BatchRecord, planes: Sequence[StagedPlane], also: Commit) -> None:
+        """Forget planes that were sent ahead.
+
+        Raises:
+            RevisionConflictError: the batch or one of them changed since.
+        """
+        keys = {self._staged_key(batch.batch_id, plane.key): plane for plane in planes}
+        less = -sum(plane.size for plane in planes)
+        commit = Commit(
+            dict.fromkeys(keys),
+            expected={key: plane.to_bytes() for key, plane in keys.items()},
+            derived=(*self._usage.changed(less), added(self._part(batch.batch_id, "staged-bytes"), less)),
+        )
+        self._commit(batch, commit, also)
+        self._blobs.delete(self._path(plane.blob) for plane in planes)
 
     def delete(self, batch: BatchRecord, also: Commit) -> None:
         """Forget a batch and its files."""
-        gone = Commit({self._head(batch.batch_id): None}, cleared=(self._part(batch.batch_id, ""),))
+        staged_bytes = self._part(batch.batch_id, "staged-bytes")
+        (counted,) = self._records.read([staged_bytes])
+        blobs = {*_blobs_of(batch), *(plane.blob for plane in self.staged(batch.batch_id))}
+        less = -(batch.control_bytes + amount(counted))
+        gone = Commit(
+            {self._head(batch.batch_id): None},
+            expected={staged_bytes: counted},
+            cleared=(self._part(batch.batch_id, ""),),
+            derived=self._usage.changed(less),
+        )
         self._commit(batch, gone, also)
-        self._blobs.delete(self._blobs.names(self._folder(batch) + "/"))
+        self._forget(batch.batch_id)
+        self.drop_files(blobs)
 
     def secure(self) -> None:
         """Return when everything that was committed is safe."""
         self._records.secure()
+
+    @contextmanager
+    def _put(self, blobs: Mapping[str, bytes]) -> Iterator[None]:
+        """Put blobs for a commit; when it certainly did not come about, they go again."""
+        self._blobs.put_all(blobs)
+        try:
+            yield
+        except (RevisionConflictError, QuotaExceededError):
+            self._blobs.delete(blobs)
+            raise
+
+    def _know(self, batch: BatchRecord, adaptation: Adaptation | None) -> None:
+        with self._lock:
+            self._known[batch.batch_id] = (batch.to_bytes(), batch)
+            if adaptation is not None:
+                self._adaptations[self._adaptation_key(batch.batch_id, adaptation)] = adaptation
+
+    def _forget(self, batch_id: str) -> None:
+        with self._lock:
+            self._known.pop(batch_id, None)
 
     # --- names -------------------------------------------------------------------------------------------------------
 
@@ -406,6 +553,7 @@ class BatchStore:
             commit.changes,
             {**expected, **commit.expected},
             commit.cleared,
+            commit.derived,
             scope=f"{self._tenant}/{batch.batch_id}",
         )
         try:
@@ -425,8 +573,7 @@ class BatchStore:
 
     def _parts_of(self, batch_id: str, change: Change) -> Iterable[tuple[str, bytes]]:
         if change.adaptation is not None:
-            names = change.adaptation.bundle_digest, change.adaptation.statistics_id
-            yield self._part(batch_id, "adaptation", *names), change.adaptation.to_bytes()
+            yield self._adaptation_key(batch_id, change.adaptation), change.adaptation.to_bytes()
         for answer in change.answers:
             yield self._part(batch_id, "answer", answer.well), answer.to_bytes()
         if change.platemap is not None:
@@ -438,19 +585,24 @@ class BatchStore:
     def _part(self, batch_id: str, *names: str) -> str:
         return "/".join(("part", self._tenant, batch_id, *names))
 
-    def _folder(self, batch: BatchRecord) -> str:
-        assert batch.incarnation is not None
-        return f"{self._tenant}/{batch.incarnation}"
+    def _adaptation_key(self, batch_id: str, adaptation: Adaptation) -> str:
+        return self._part(batch_id, "adaptation", adaptation.bundle_digest, adaptation.statistics_id)
+
+    def _staged_key(self, batch_id: str, key: PlaneKey) -> str:
+        return self._part(batch_id, "staged", key.well, str(key.site), key.channel)
+
+    def _path(self, blob: str) -> str:
+        return f"{BLOBS}{self._tenant}/{blob}"
 
 
-def _changed(batch: BatchRecord, change: Change, revision: str) -> BatchRecord:
-    """The batch as it is after a change."""
+def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
+    """The batch as it is after a change, under a new revision; a new batch begins its one incarnation."""
     adaptation = change.adaptation
     new = frozenset() if adaptation is None else frozenset({(adaptation.bundle_digest, adaptation.statistics_id)})
     controls = {**batch.controls, **{site.key: site for site, _ in change.controls}}
     return BatchRecord(
         batch_id=batch.batch_id,
-        revision=revision,
+        revision=f"{batch.incarnation or token_hex(8)}.{token_hex(8)}",
         pixel_size_um=batch.pixel_size_um if change.pixel_size_um is None else change.pixel_size_um,
         plate=batch.plate or change.plate,
         controls=dict(sorted(controls.items())),
@@ -467,16 +619,21 @@ def _staged(name: str, data: bytes) -> StagedPlane:
 
 
 def _blobs_of(batch: BatchRecord) -> set[str]:
-    return {site.blob for site in batch.controls.values()}
+    return {blob for site in batch.controls.values() for blob in site.blobs}
 
 
-def new_blob(data: bytes) -> str:
+def new_shard() -> str:
+    """Draw a folder for what one request keeps: it is synced once, and no folder comes to hold everything."""
+    return token_hex(2)[:3]
+
+
+def new_blob(data: bytes, shard: str) -> str:
     """Draw a name for bytes: their sha256, and what no other name has."""
-    return f"{sha256(data).hexdigest()}-{token_hex(8)}"
+    return f"{shard}/{sha256(data).hexdigest()}-{token_hex(8)}"
 
 
 def _is_whole(blob: str, data: bytes) -> bool:
-    return blob.partition("-")[0] == sha256(data).hexdigest()
+    return blob.rpartition("/")[2].partition("-")[0] == sha256(data).hexdigest()
 
 
 def image_bytes(image: NDArray[np.float32]) -> bytes:

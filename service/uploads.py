@@ -7,10 +7,10 @@ has to fit in memory.
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from typing import Protocol
@@ -43,6 +43,7 @@ from model.layout import (
 from service.decoding import Decoder, FileSlice
 from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
 from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
+from service.store import KeptFile
 from service.tables import rows_of
 
 UNUSED_CHANNEL = "-"
@@ -81,7 +82,8 @@ class SentFile(Protocol):
 class Upload:
     """Which file is which plane: complete sites, in order; nothing is decoded yet.
 
-    ``plate`` is the one that the layout names; ``notices`` tell what was assumed, or chosen of two, unasked.
+    ``plate`` is the one that the layout names; ``notices`` tell what was assumed, or chosen of two, unasked. Images that are
+    kept already are of one ``incarnation`` of their batch, and of no other.
     """
 
     sites: Mapping[SiteKey, Mapping[str, SentFile]]
@@ -89,6 +91,7 @@ class Upload:
     pixel_size_um: float | None = None
     plate: str | None = None
     notices: tuple[str, ...] = ()
+    incarnation: str | None = None
 
     @property
     def wells(self) -> frozenset[str]:
@@ -108,12 +111,16 @@ class Upload:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSite:
-    """One site as the network takes it: float32 (channels, size, size), with each plane's sha256 and saturated share."""
+    """One site as the network takes it: float32 (channels, size, size), with each plane's sha256 and saturated share.
+
+    ``files`` are what whoever was to keep its files made of them.
+    """
 
     key: SiteKey
     planes: Mapping[str, str]
     saturation: Mapping[str, float]
     image: NDArray[np.float32]
+    files: Mapping[str, KeptFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,6 +285,10 @@ def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str])
 # --- bytes to network input ------------------------------------------------------------------------------------------
 
 
+Keeper = Callable[[Mapping[str, FileSlice], Mapping[str, str]], Mapping[str, KeptFile]]
+"""Is given a site's files by channel, and the sha256 that each was decoded from; says where they are kept."""
+
+
 @dataclass(frozen=True)
 class Preparer:
     """Turns an upload's files into network input by the bundle's recipe, a few sites ahead of whoever takes them."""
@@ -288,8 +299,12 @@ class Preparer:
     max_input_bytes: int
 
     @contextmanager
-    def prepared(self, upload: Upload, pixel_size_um: float | None) -> Iterator[Iterator[PreparedSite | RefusedSite]]:
+    def prepared(
+        self, upload: Upload, pixel_size_um: float | None, keep: Keeper | None = None
+    ) -> Iterator[Iterator[PreparedSite | RefusedSite]]:
         """Give the upload's sites in sorted order; those with an error of ``QUALITY_ERRORS`` as ``RefusedSite``.
+
+        ``keep`` is given the files of each site that is not refused.
 
         Raises:
             ImageError: any other fault of a file; it names file, well, site and channel.
@@ -300,7 +315,7 @@ class Preparer:
 
             def ahead() -> Iterator[PreparedSite | RefusedSite]:
                 for key, files in upload.sites.items():
-                    waiting.append(pool.submit(partial(self._prepare, key, files, pixel_size_um)))
+                    waiting.append(pool.submit(partial(self._prepare, key, files, pixel_size_um, keep)))
                     if len(waiting) > self.ahead:
                         yield waiting.popleft().result()
                 while waiting:
@@ -312,22 +327,26 @@ class Preparer:
                 for future in waiting:
                     future.cancel()
 
+    @property
+    def max_sites(self) -> int:
+        """How many sites' network input may be held together."""
+        return self.max_input_bytes // (4 * len(self.recipe.channels) * self.recipe.size**2)
+
     def require_room(self, sites: int) -> None:
         """Check that the network input of sites which are held together is not too large.
 
         Raises:
             UploadTooLargeError: it is; says how many fit.
         """
-        fit = self.max_input_bytes // (4 * len(self.recipe.channels) * self.recipe.size**2)
-        if sites > fit:
+        if sites > self.max_sites:
             raise UploadTooLargeError(
-                f"{sites:,} sites are more than are held at once; at most {fit:,} fit in one request's controls, or in one "
-                "well: send fewer a request",
-                max_sites=fit,
+                f"{sites:,} sites are more than are held at once; at most {self.max_sites:,} fit in one request's controls, "
+                "or in one well: send fewer a request",
+                max_sites=self.max_sites,
             )
 
     def _prepare(
-        self, key: SiteKey, files: Mapping[str, SentFile], pixel_size_um: float | None
+        self, key: SiteKey, files: Mapping[str, SentFile], pixel_size_um: float | None, keep: Keeper | None
     ) -> PreparedSite | RefusedSite:
         with ExitStack() as stack:
             slices = {channel: stack.enter_context(file.on_disk()) for channel, file in files.items()}
@@ -337,7 +356,8 @@ class Preparer:
                 if isinstance(error, QUALITY_ERRORS):
                     return RefusedSite(key, error)
                 raise
-        return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image)
+            kept = {} if keep is None else keep(slices, decoded.planes)
+        return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image, kept)
 
 
 def _different(outcomes: Iterator[PreparedSite | RefusedSite]) -> Iterator[PreparedSite | RefusedSite]:

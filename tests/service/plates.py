@@ -84,6 +84,14 @@ def tiff(plane, **options) -> bytes:
     return buffer.getvalue()
 
 
+def ome_tiff(names: Sequence[str], planes, **options) -> bytes:
+    """Several channels in one file that names them."""
+    buffer = io.BytesIO()
+    metadata = {"axes": "CYX", "Channel": {"Name": list(names)}}
+    tifffile.imwrite(buffer, np.stack(planes), ome=True, photometric="minisblack", metadata=metadata, **options)
+    return buffer.getvalue()
+
+
 def plane(seed: object, size: int = SIZE, brightness: float = 0.5):
     rng = np.random.default_rng(np.frombuffer(repr(seed).encode(), np.uint8))
     return (rng.beta(2 * brightness, 2 * (1 - brightness), (size, size)) * 60_000).astype(np.uint16)

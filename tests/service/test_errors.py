@@ -20,6 +20,7 @@ from service.digests import content_digest
 from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, problem_of
 from service.multipart import FormLimits
 from service.records import Commit
+from service.settings import TenantRules
 from service.store import RevisionConflictError
 from tests.service.conftest import running, wait_until
 from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files, with_file
@@ -207,8 +208,9 @@ def test_another_pixel_size_than_the_batchs_is_refused(client, store):
     assert everything(store) == before
 
 
-def test_controls_of_another_image_recipe_are_asked_for_again(client, settings, tmp_path, storage):
-    client.post(CONTROLS, files=FILES)
+def test_controls_of_another_image_recipe_whose_files_are_not_kept_are_asked_for_again(settings, tmp_path, storage):
+    with running(settings.model_copy(update={"keep_control_images": False}), FakeEngine(), storage) as client:
+        client.post(CONTROLS, files=FILES)
     recipe = ImageRecipe(channels=CHANNELS, size=8, shrink=2)
     other = fake_bundle(tmp_path / "other", recipe=recipe)
     with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), storage) as later:
@@ -653,6 +655,17 @@ def test_an_image_that_the_decoder_does_not_come_back_from_costs_its_request(slu
 def test_a_page_of_another_site_gets_nothing_without_a_key(client):
     refused(client.get("/batches", headers={"host": "evil.example"}), "foreign-site", names=["evil.example"])
     refused(client.get("/batches", headers={"origin": "http://evil.example"}), "foreign-site", names=["evil.example"])
+
+
+def test_what_does_not_fit_a_tenants_room_is_refused(settings, storage):
+    rules = {"*": TenantRules(max_bytes=10_000)}
+    with running(settings.model_copy(update={"tenants": rules}), FakeEngine(), storage) as client:
+        body = refused(client.post(CONTROLS, files=FILES), "quota-exceeded", names=["10,000 bytes"])
+        assert (body["kept_bytes"], body["max_bytes"]) == (0, 10_000)
+        answer = client.post(CONTROLS, files=FILES, headers={"Prefer": "respond-async"})
+        refused(answer, "quota-exceeded", names=["delete batches"])
+        assert client.get("/batches").json()["batches"] == client.get("/jobs").json()["jobs"] == []
+        assert storage.blobs.names("batches/") == []
 
 
 def test_every_slug_of_the_table_is_documented_with_its_status():

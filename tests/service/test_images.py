@@ -22,6 +22,16 @@ PLATEMAP = (
 )
 
 
+def put_plane(client, batch, well, site, channel, *, salt="", replace=False):
+    """Send one plane ahead."""
+    data = tiff(plane((salt, well, site, channel)))
+    params, headers = {"replace": "true"} if replace else {}, {"Content-Digest": content_digest(data)}
+    answer = client.request(
+        "PUT", f"/batches/{batch}/images/{well}/{site}/{channel}", content=data, headers=headers, params=params
+    )
+    assert answer.status_code in (200, 201), answer.text
+
+
 def staged(client, wells, sites=(1, 2), batch="P1"):
     """Send planes ahead, one raw body each."""
     answers = []

@@ -11,14 +11,16 @@ import pytest
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from service.blobs import memory_blobs
 from service.deeds import Deed
 from service.errors import InvalidRequestError, JobNotFoundError, StoreUnavailableError
-from service.jobs import LEASE, MAX_ATTEMPTS, Jobs
+from service.jobs import LEASE, MAX_ATTEMPTS, Asked, Jobs
 from service.records import Commit, ConflictError, MemoryRecords
+from service.storage import Storage
 from service.webhooks import RETRIES_S, Webhooks
 from tests.service.conftest import running, wait_until
-from tests.service.plates import CONTROL_WELLS, FakeEngine, well_files
-from tests.service.test_images import staged
+from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, image, ome_tiff, plane, well_files
+from tests.service.test_images import put_plane, staged
 from tests.service.test_routes import adapted, by_well
 
 LATER = {"Prefer": "respond-async"}
@@ -100,7 +102,72 @@ def test_a_deleted_job_has_no_effect_and_is_gone(settings, storage):
         assert client.get(place).status_code == client.delete(place).status_code == 404
         served = client.app.state.served
         served.later.jobs.run(f"job/default{place.removeprefix('/jobs')}", served.later.run)
-        assert client.get("/batches/P1").json()["control_sites"] == 0
+        assert client.get("/batches/P1").status_code == 404
+        assert storage.blobs.names("batches/") == [], "nor are its images"
+
+
+def run_later(settings, storage, answer, engine=None):
+    """Let another process do a job that was asked for."""
+    with running(settings.model_copy(update={"workers": 1}), engine or FakeEngine(), storage) as client:
+        client.app.state.served.later.jobs.look_after()
+        return ended(client, answer)
+
+
+def test_a_form_is_answered_later_on_its_own_images_whatever_was_sent_ahead(settings, storage):
+    waiting = settings.model_copy(update={"workers": 0})
+    with running(waiting, FakeEngine(), storage) as client:
+        adapted(client)
+        put_plane(client, "P1", "E05", 3, "DNA")  # an incomplete site of the same well
+        staged(client, ["E05"], sites=(4,))
+        files = well_files(["E05"], sites=(1, 2))
+        at_once = client.post("/batches/P1/predict", files=files).json()["wells"]
+        answer = client.post("/batches/P1/predict", files=files, headers=LATER)
+    job = run_later(settings, storage, answer)
+    assert job["prediction"]["wells"] == at_once
+    assert at_once[0]["sites"] == 2
+
+
+def test_channels_of_one_file_are_answered_later_too(settings, storage):
+    with running(settings.model_copy(update={"workers": 0}), FakeEngine(), storage) as client:
+        adapted(client)
+        files = [image("E05_1.ome.tif", ome_tiff(CHANNELS, [plane(name) for name in CHANNELS]))]
+        at_once = client.post("/batches/P1/predict", files=files)
+        assert at_once.status_code == 200, at_once.text
+        answer = client.post("/batches/P1/predict", files=files, headers=LATER)
+    assert run_later(settings, storage, answer)["prediction"]["wells"] == at_once.json()["wells"]
+
+
+def test_a_job_is_of_the_images_that_were_there_when_it_was_asked_for(settings, storage):
+    with running(settings.model_copy(update={"workers": 0}), FakeEngine(), storage) as client:
+        adapted(client)
+        staged(client, ["E05"])
+        answer = client.post("/batches/P1/predict", json={"staged": True}, headers=LATER)
+        staged(client, ["F05"])
+        put_plane(client, "P1", "E05", 1, "DNA", salt="other", replace=True)
+    job = run_later(settings, storage, answer)
+    assert (job["state"], job["problem"]["type"].rpartition("/")[2]) == ("failed", "staged-conflict")
+    assert job["problem"]["well"] == "E05"
+
+
+@pytest.mark.parametrize("form", [True, False])
+def test_a_job_is_of_the_batch_that_was_there_when_it_was_asked_for(form, settings, storage):
+    with running(settings.model_copy(update={"workers": 0}), FakeEngine(), storage) as client:
+        adapted(client)
+        staged(client, ["E05"])
+        sent = {"files": well_files(["E05"])} if form else {"json": {"staged": True}}
+        answer = client.post("/batches/P1/predict", **sent, headers=LATER)
+        client.delete("/batches/P1")
+        adapted(client)
+        staged(client, ["E05"])
+    job = run_later(settings, storage, answer)
+    assert (job["state"], job["problem"]["type"].rpartition("/")[2]) == ("failed", "batch-not-found")
+
+
+def test_a_repeated_request_for_a_job_tells_where_it_is(later):
+    headers = {**LATER, "Idempotency-Key": "k"}
+    first, again = (later.post("/batches/P1/controls", files=well_files(CONTROL_WELLS), headers=headers) for _ in range(2))
+    assert again.headers["idempotency-replayed"] == "true"
+    assert (again.headers["location"], again.headers["preference-applied"]) == (first.headers["location"], "respond-async")
 
 
 def test_a_job_that_is_deleted_while_it_runs_has_no_effect(jobs):
@@ -133,11 +200,11 @@ def clock():
 
 @pytest.fixture
 def jobs(clock):
-    return Jobs(MemoryRecords(), lambda *_: None, Nothing(), clock)
+    return Jobs(Storage(MemoryRecords(), memory_blobs()), lambda *_: None, Nothing(), clock)
 
 
-def put(jobs):
-    return f"job/t/{jobs.put(Deed('t'), 'controls', 'P1', {}).job_id}"
+def put(jobs, **asked):
+    return f"job/t/{jobs.put(Deed('t'), 'controls', 'P1', Asked({}, **asked)).job_id}"
 
 
 def state(jobs, name):
@@ -195,6 +262,39 @@ def test_a_fault_of_the_moment_is_tried_again_and_ends_at_last(jobs, clock):
         assert state(jobs, name).attempt == attempt
         clock.advance(seconds=LEASE.total_seconds() + 1)
     assert state(jobs, name).problem.type.endswith("store-unavailable")
+
+
+def test_a_job_that_kills_its_workers_is_given_up(jobs, clock):
+    name = put(jobs)
+
+    def die(*_):
+        raise SystemExit
+
+    for _ in range(MAX_ATTEMPTS):
+        with pytest.raises(SystemExit):
+            jobs.run(name, die)
+        clock.advance(seconds=LEASE.total_seconds() + 1)
+    jobs.run(name, die)
+    assert state(jobs, name).state == "failed"
+    assert f"begun {MAX_ATTEMPTS} times" in state(jobs, name).problem.detail
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "deleted"])
+def test_images_kept_for_a_job_go_with_its_end(end, jobs):
+    store = jobs.storage.of("t")
+    store.put_files({"0a1/image": b"abc"})
+    name = put(jobs, files=("0a1/image",), size=3)
+    assert store.usage.kept_bytes() == 3
+
+    def invalid(*_):
+        raise InvalidRequestError("not like this")
+
+    {
+        "done": lambda: effect(jobs, name),
+        "failed": lambda: jobs.run(name, invalid),
+        "deleted": lambda: jobs.delete(Deed("t"), name.rpartition("/")[2]),
+    }[end]()
+    assert (store.usage.kept_bytes(), jobs.storage.blobs.names()) == (0, [])
 
 
 def test_a_fault_of_the_request_ends_a_job_at_once(jobs):

@@ -110,6 +110,23 @@ def test_other_images_replace_kept_ones_only_when_asked_to(client, store):
     assert kept.statistics_id == first["statistics_id"], "superseded statistics stay readable"
 
 
+def test_batches_are_listed_page_by_page_with_what_they_take(client, storage):
+    for name in ("P3", "P1", "P2", "P10"):
+        client.request("PUT", f"/batches/{name}/platemap", content=b"well,role\nA01,control\n")
+    adapted(client)
+    whole = client.get("/batches").json()
+    assert [batch["batch_id"] for batch in whole["batches"]] == ["P1", "P10", "P2", "P3"]
+    assert (whole["following"], whole["kept_bytes"], whole["max_bytes"]) == (
+        None,
+        sum(len(storage.blobs.get(name)) for name in storage.blobs.names("batches/")),
+        None,
+    )
+    first = client.get("/batches?limit=2").json()
+    assert ([batch["batch_id"] for batch in first["batches"]], first["following"]) == (["P1", "P10"], "P10")
+    rest = client.get("/batches", params={"limit": 3, "after": first["following"]}).json()
+    assert ([batch["batch_id"] for batch in rest["batches"]], rest["following"]) == (["P2", "P3"], None)
+
+
 def test_a_control_well_that_is_predicted_is_marked_and_stays_a_control(client):
     adapted(client)
     assert by_well(predicted(client, ["A01", "E05"]))["A01"]["control"] is True
@@ -142,7 +159,7 @@ def test_two_simultaneous_uploads_both_count(client, engine):
 
 
 def test_batches_are_listed_told_and_forgotten(client):
-    assert client.get("/batches").json() == {"batches": []}
+    assert client.get("/batches").json()["batches"] == []
     report = adapted(client)
     (kept,) = client.get("/batches").json()["batches"]
     assert kept == client.get("/batches/P1").json()
@@ -257,8 +274,10 @@ def test_what_is_left_out_is_told_as_of_now(client):
     assert predicted(client, ["E05"])["left_out"] == more["left_out"]
 
 
-def test_an_answer_says_when_kept_controls_are_of_another_recipe(client, settings, storage, tmp_path):
-    adapted(client)
+def test_an_answer_says_when_kept_controls_are_of_another_recipe(settings, storage, tmp_path):
+    frugal = settings.model_copy(update={"keep_control_images": False})
+    with running(frugal, FakeEngine(), storage) as client:
+        adapted(client)
     other = fake_bundle(tmp_path / "other", recipe=ImageRecipe(channels=CHANNELS, size=8, shrink=2))
     with running(settings.model_copy(update={"bundle": other.path}), FakeEngine(), storage) as later:
         new = ["E01", "F01", "G01", "H01"]

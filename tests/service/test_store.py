@@ -2,6 +2,7 @@
 
 import io
 from datetime import UTC, datetime
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
 from model.statistics import BatchNormStatistics
 from service.deeds import Deed
-from service.errors import BlobMissingError
+from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
+from service.storage import Storage
 from service.store import (
     Adaptation,
     BatchRecord,
@@ -30,9 +32,19 @@ NEW = BatchRecord("P1")
 
 
 def control(key, seed=0):
-    pixels = plane((key, seed)).astype(np.float32)[None]
-    site = ControlSite(key, {"DNA": "0" * 64, "ER": f"{seed:064d}"}, "recipe", new_blob(image_bytes(pixels)))
-    return site, pixels
+    image = image_bytes(pixels_of(key, seed))
+    site = ControlSite(key, {"DNA": "0" * 64, "ER": f"{seed:064d}"}, "recipe", new_blob(image, "0a1"), len(image))
+    return site, image
+
+
+def pixels_of(key, seed=0):
+    return plane((key, seed)).astype(np.float32)[None]
+
+
+def staged_plane(data, well="E05"):
+    return StagedPlane(
+        PlaneKey(well, 1, "DNA"), sha256(data).hexdigest(), len(data), new_blob(data, "0a2"), "2026-01-02T03:04:05Z"
+    )
 
 
 def adaptation(name="s1", bundle="b1"):
@@ -66,16 +78,16 @@ def also():
 
 
 def test_a_commit_keeps_all_of_a_change_and_reads_back_as_it_was(kept):
-    site, pixels = control(A01)
+    site, image = control(A01)
     platemap = PlateMap(("well", "compound"), {"A01": ("A01", "DMSO")}, {"A01": Role.CONTROL, "E05": Role.TREATED})
-    change = Change(NOW, 0.65, [(site, pixels)], frozenset({"E05"}), adaptation(), "BR1", [answer("E05")], platemap)
+    change = Change(NOW, 0.65, [(site, image)], frozenset({"E05"}), adaptation(), "BR1", [answer("E05")], platemap)
     kept.commit(NEW, change)
     batch = kept.batch("P1")
     assert batch.controls == {A01: site}
     assert (batch.treated, batch.planned) == ({"E05"}, {"E05"})
     assert batch.adaptations == {("b1", "s1")}
     assert (batch.pixel_size_um, batch.plate, batch.changed_at) == (0.65, "BR1", NOW)
-    assert kept.image(batch, A01).tobytes() == pixels.tobytes()
+    assert kept.image(batch, A01).tobytes() == pixels_of(A01).tobytes()
     read = kept.adaptation("P1", "b1", "s1")
     assert read.to_bytes() == adaptation().to_bytes()
     assert (read.used, read.left_out, read.wells) == ((A01, B01), (SiteKey("B01", 13),), ("A01", "B01"))
@@ -111,12 +123,12 @@ def test_the_latest_answer_of_a_well_takes_the_place_of_the_one_before(kept):
 def test_a_site_sent_again_takes_the_place_of_the_kept_one_and_the_old_file_goes(kept, any_storage):
     kept.commit(NEW, Change(NOW, controls=[control(A01)]))
     before = kept.batch("P1")
-    site, pixels = control(A01, seed=1)
-    kept.commit(before, Change(NOW, controls=[(site, pixels)]))
+    site, image = control(A01, seed=1)
+    kept.commit(before, Change(NOW, controls=[(site, image)]))
     assert kept.batch("P1").controls == {A01: site}
-    assert kept.image(kept.batch("P1"), A01).tobytes() == pixels.tobytes()
+    assert kept.image(kept.batch("P1"), A01).tobytes() == pixels_of(A01, 1).tobytes()
     assert kept.image(before, A01) is None
-    assert len(any_storage.blobs.names("mine")) == 1
+    assert any_storage.blobs.names("batches/mine") == [f"batches/mine/{site.blob}"]
 
 
 def test_a_commit_from_another_revision_changes_nothing(kept):
@@ -150,7 +162,7 @@ def test_a_batch_keeps_its_incarnation_until_it_is_deleted(kept):
 
 
 def test_a_deleted_batch_leaves_nothing_but_its_entry_in_the_audit_log(kept, any_storage):
-    staged = StagedPlane(PlaneKey("E05", 1, "DNA"), "0" * 64, 3, new_blob(b"abc"))
+    staged = staged_plane(b"abc")
     kept.commit(NEW, Change(NOW, 0.65, [control(A01)], frozenset({"E05"}), adaptation(), answers=[answer("E05")]))
     kept.stage(kept.batch("P1"), staged, b"abc", NOW, also())
     kept.commit(BatchRecord("P10"), Change(NOW, controls=[control(A01)]))
@@ -160,8 +172,9 @@ def test_a_deleted_batch_leaves_nothing_but_its_entry_in_the_audit_log(kept, any
     assert kept.staged("P1") == kept.answers("P1") == []
     assert kept.batch_ids() == ["P10"]
     assert [key for key, _ in any_storage.records.scan("part/mine/P1/")] == []
-    folder = kept.batch("P10").incarnation
-    assert [name for name in any_storage.blobs.names("mine") if f"/{folder}/" not in name] == []
+    (site,) = kept.batch("P10").controls.values()
+    assert any_storage.blobs.names("batches/mine") == [f"batches/mine/{site.blob}"]
+    assert kept.usage.kept_bytes() == site.size
     assert [name for name in any_storage.blobs.names("journal/mine/P1") if "/P10/" not in name][1:] == []
 
 
@@ -173,26 +186,90 @@ def test_tenants_do_not_see_each_other(any_storage):
     assert mine.batch_ids() == ["P1"]
 
 
-def test_a_plane_is_staged_once_and_replaced_only_by_who_saw_it(kept):
-    key = PlaneKey("E05", 1, "DNA")
-    first, second = (StagedPlane(key, digest * 64, 3, new_blob(b"abc")) for digest in "12")
+def test_a_plane_is_staged_once_and_replaced_only_by_who_saw_it(kept, any_storage):
+    first, second = staged_plane(b"abc"), staged_plane(b"abd")
     kept.stage(NEW, first, b"abc", NOW, also())
     batch = kept.batch("P1")
-    with kept.staged_file(batch, first) as path:
+    with kept.file(batch, first.blob) as path:
         assert path.read_bytes() == b"abc"
     with pytest.raises(RevisionConflictError):
         kept.stage(batch, second, b"abd", NOW, also())
+    assert len(any_storage.blobs.names("batches/mine")) == 1, "what was refused is not left behind"
     kept.stage(batch, second, b"abd", NOW, also(), instead_of=first)
     assert kept.staged("P1") == [second]
-    assert kept.staged_plane("P1", key) == second
-    with pytest.raises(BlobMissingError), kept.staged_file(batch, first):
+    assert kept.staged_plane("P1", first.key) == second
+    with pytest.raises(BatchBusyError, match="replaced while they were read"), kept.file(batch, first.blob):
+        pass
+    kept.delete(batch, also())
+    with pytest.raises(BatchNotFoundError, match="was deleted"), kept.file(batch, second.blob):
         pass
 
 
+def test_a_file_that_goes_while_it_is_read_is_told_as_what_happened(kept):
+    plane = staged_plane(b"abc")
+    kept.stage(NEW, plane, b"abc", NOW, also())
+    batch = kept.batch("P1")
+
+    def read_late():
+        with kept.file(batch, plane.blob):
+            kept.delete(batch, also())
+            raise FileNotFoundError  # as a worker finds that opens it by its name
+
+    with pytest.raises(BatchNotFoundError, match="was deleted"):
+        read_late()
+
+
+def test_a_file_that_is_gone_without_a_reason_is_told_as_missing(kept, any_storage):
+    kept.commit(NEW, Change(NOW, controls=[control(A01)]))
+    any_storage.blobs.delete(any_storage.blobs.names("batches/mine"))
+    with pytest.raises(BlobMissingError):
+        kept.image(kept.batch("P1"), A01)
+
+
+def test_bytes_are_counted_as_they_come_and_go(kept):
+    site, image = control(A01)
+    kept.commit(NEW, Change(NOW, controls=[(site, image)]))
+    planes = [staged_plane(data, well) for well, data in (("E05", b"abc"), ("F05", b"defg"))]
+    for item, data in zip(planes, (b"abc", b"defg"), strict=True):
+        kept.stage(kept.batch("P1"), item, data, NOW, also())
+    assert kept.usage.kept_bytes() == len(image) + 7
+    kept.stage(kept.batch("P1"), staged_plane(b"hijkl"), b"hijkl", NOW, also(), instead_of=planes[0])
+    assert kept.usage.kept_bytes() == len(image) + 9
+    kept.unstage(kept.batch("P1"), [planes[1]], also())
+    assert kept.usage.kept_bytes() == len(image) + 5
+    assert [item.key.well for item in kept.staged("P1")] == ["E05"]
+    kept.delete(kept.batch("P1"), also())
+    assert kept.usage.kept_bytes() == 0
+
+
+def test_what_does_not_fit_a_tenants_room_is_not_kept_and_takes_none(any_storage):
+    site, image = control(A01)
+    full = Storage(any_storage.records, any_storage.blobs, lambda _: len(image) + 2).of("mine")
+    full.commit(NEW, Change(NOW, controls=[(site, image)]))
+    before = full.batch("P1")
+    with pytest.raises(QuotaExceededError, match="3 more do not fit"):
+        full.stage(before, staged_plane(b"abc"), b"abc", NOW, also())
+    with pytest.raises(QuotaExceededError):
+        full.commit(before, Change(NOW, controls=[control(B01)]))
+    assert (full.batch("P1"), full.staged("P1")) == (before, [])
+    assert any_storage.blobs.names("batches/mine") == [f"batches/mine/{site.blob}"]
+    full.commit(before, Change(NOW, controls=[control(A01, seed=1)]))  # in the place of the one before
+    full.stage(full.batch("P1"), staged_plane(b"ab"), b"ab", NOW, also())
+    assert Storage(any_storage.records, any_storage.blobs).of("other").usage.kept_bytes() == 0
+
+
+def test_what_this_process_changed_is_what_it_knows_while_the_store_is_away(kept):
+    kept.commit(NEW, Change(NOW, controls=[control(A01)]))
+    assert list(kept.last_known("P1").controls) == [A01]
+    kept.commit(kept.last_known("P1"), Change(NOW, controls=[control(B01)]))
+    assert list(kept.last_known("P1").controls) == [A01, B01]
+    kept.delete(kept.last_known("P1"), also())
+    assert kept.last_known("P1") is None
+
+
 def test_a_kept_image_that_was_damaged_is_never_measured(kept, any_storage):
-    site, pixels = control(A01)
-    kept.commit(NEW, Change(NOW, controls=[(site, pixels)]))
-    (name,) = any_storage.blobs.names("mine")
+    kept.commit(NEW, Change(NOW, controls=[control(A01)]))
+    (name,) = any_storage.blobs.names("batches/mine")
     data = bytearray(any_storage.blobs.get(name))
     data[-1] ^= 1
     any_storage.blobs.put(name, bytes(data))
