@@ -409,7 +409,7 @@ def duplicate_image(first: PlaneKey, second: PlaneKey) -> DuplicateImageError:
 
 MAX_MAP_COLUMNS = 200
 MAX_MAP_COLUMN_NAME = 200
-MAX_MAP_HEADER_BYTES = 8_000
+MAX_MAP_HEADER_BYTES = 4_000
 """Bytes of all the names of a plate map's columns, as JSON: they are told again with every answered well."""
 MAX_MAP_CELL = 2_000
 WELL_COLUMNS = ("well", "metadata_well", "well_position")
