@@ -4,6 +4,7 @@ AnchorwellError                  everything below
 ├── PlateError                   the plate's description does not hold together
 │   ├── WellNameError            a name that is no well of any plate format
 │   ├── LayoutError              a file whose well, site or channel is not known, or a table that cannot be read
+│   ├── TableTooLargeError       a table of more rows, cells or bytes than any plate needs
 │   ├── UnknownChannelError      a channel that the bundle does not have
 │   ├── MissingChannelError      a site without one of the bundle's channels
 │   ├── DuplicatePlaneError      two files for one well, site and channel
@@ -57,6 +58,10 @@ class WellNameError(PlateError):
 
 class LayoutError(PlateError):
     """A file whose well, site or channel is not known, or a table that cannot be read."""
+
+
+class TableTooLargeError(PlateError):
+    """A table of more rows, cells or bytes than any plate needs."""
 
 
 class UnknownChannelError(PlateError):

@@ -3,23 +3,23 @@
 Knows nothing of pixels. Every function takes text and returns values; no file is opened here.
 """
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import PurePosixPath, PureWindowsPath
+from functools import lru_cache
 
 from model.errors import (
     DuplicateImageError,
     DuplicatePlaneError,
     LayoutError,
     MissingChannelError,
+    TableTooLargeError,
     UnknownChannelError,
     WellNameError,
 )
+from model.tables import Table, read_table
 
 PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
     6: (2, 3),
@@ -35,6 +35,8 @@ PLATE_FORMATS: Mapping[int, tuple[int, int]] = {
 MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
 MAX_PIXEL_SIZE_UM = 1_000.0
 MAX_PLATE_NAME = 128
+MAX_PLANES = 400_000
+"""Planes that one table tells of: twice those of a 1536-well plate of 16 sites and 8 channels."""
 PIXEL_SIZE_DECIMALS = 6
 """Decimals of a pixel size in µm: metres of a table and µm of a form give the same number."""
 
@@ -78,8 +80,9 @@ def row_name(row: int) -> str:
     return chr(ord("A") + row) if row < 26 else "A" + chr(ord("A") + row - 26)  # noqa: PLR2004
 
 
+@lru_cache(MAX_ROWS * MAX_COLUMNS)
 def well_name(row: int, column: int) -> str:
-    """Name the well at a zero-based row and column: (0, 0) → "A01".
+    """Name the well at a zero-based row and column: (0, 0) → "A01"; one string a well, however many planes it has.
 
     Raises:
         WellNameError: outside a 1536-well plate.
@@ -164,7 +167,7 @@ class ParsedName:
 
 def file_name(path: str) -> str:
     """Return the last part of a path written on Windows or POSIX."""
-    return PurePosixPath(PureWindowsPath(path).as_posix()).name
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def parse_file_name(path: str) -> ParsedName:
@@ -263,11 +266,11 @@ _LOAD_DATA = frozenset({"Metadata_Well", "Metadata_Site"})
 
 
 def parse_layout(text: str, channels: Sequence[str]) -> Layout:
-    """Read a layout from text, as ``layout_of`` does."""
+    """Read a layout from text, as ``read_table`` and ``layout_of`` do."""
     return layout_of(read_table(text), channels)
 
 
-def layout_of(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> Layout:
+def layout_of(table: Table, channels: Sequence[str]) -> Layout:
     """Read a layout: which file is which well, site and channel.
 
     Takes CSV with the columns ``file,well,site,channel``; JSON, a list of objects with the same keys; or a JUMP
@@ -277,24 +280,25 @@ def layout_of(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> Lay
 
     Raises:
         LayoutError: not such a table. WellNameError, UnknownChannelError, DuplicatePlaneError: as they say.
+        TableTooLargeError: a table of too many planes.
     """
-    columns = set(rows[0])
+    columns = set(table.columns)
     if {"file", "well", "site", "channel"} <= columns:
-        pairs = [
+        pairs = (
             (
                 file_name(row["file"]),
                 PlaneKey(parse_well(row["well"]), parse_site(row["site"]), match_channel(row["channel"], channels)),
             )
-            for row in rows
-        ]
+            for row in table
+        )
     elif columns >= _LOAD_DATA:
-        pairs = [(file_name(place), key) for key, place in _load_data_places(rows, channels, ("FileName", "URL"))]
+        pairs = ((file_name(place), key) for key, place in _load_data_places(table, channels, ("FileName", "URL")))
     else:
         raise LayoutError(
             "a layout needs the columns file, well, site, channel (or JUMP's Metadata_Well, Metadata_Site and "
             f"FileName_Orig…); it has {', '.join(sorted(columns))[:200]}"
         )
-    return Layout(_unique_files(pairs), _plate(rows), _pixel_sizes_um(rows))
+    return Layout(_unique_files(pairs), _plate(table), _pixel_sizes_um(table))
 
 
 @dataclass(frozen=True)
@@ -306,26 +310,27 @@ class Places:
     pixel_size_um: float | None
 
 
-def load_data_places(rows: Sequence[Mapping[str, str]], channels: Sequence[str]) -> Places:
+def load_data_places(table: Table, channels: Sequence[str]) -> Places:
     """Read where a LoadData table says that images are: ``URL_Orig…``, or else ``PathName_Orig…`` and ``FileName_Orig…``.
 
     Raises:
         LayoutError: not such a table. WellNameError, MissingChannelError, DuplicatePlaneError: as they say.
+        TableTooLargeError: a table of too many planes.
     """
-    if not rows or not set(rows[0]) >= _LOAD_DATA:
+    if not set(table.columns) >= _LOAD_DATA:
         raise LayoutError(
             "a LoadData table needs the columns Metadata_Well and Metadata_Site, and URL_Orig… for each channel"
         )
     addresses: dict[PlaneKey, str] = {}
-    for key, place in _load_data_places(rows, channels, ("URL", "FileName")):
+    for key, place in _load_data_places(table, channels, ("URL", "FileName")):
         if key in addresses:
             raise duplicate_plane(key, addresses[key], place)
         addresses[key] = place
-    return Places(addresses, _plate(rows), Layout({}, None, _pixel_sizes_um(rows)).pixel_size_um)
+    return Places(addresses, _plate(table), Layout({}, None, _pixel_sizes_um(table)).pixel_size_um)
 
 
-def _pixel_sizes_um(rows: Sequence[Mapping[str, str]]) -> tuple[float, ...]:
-    found = {row[_RESOLUTION].strip() for row in rows if _RESOLUTION in row} - {""}
+def _pixel_sizes_um(table: Table) -> tuple[float, ...]:
+    found = {cell.strip() for cell in table.column(_RESOLUTION)} - {""}
     try:
         sizes = sorted({round(float(value) * 1e6, PIXEL_SIZE_DECIMALS) for value in found})
     except ValueError:
@@ -335,8 +340,8 @@ def _pixel_sizes_um(rows: Sequence[Mapping[str, str]]) -> tuple[float, ...]:
     return tuple(sizes)
 
 
-def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
-    plates = sorted({row["Metadata_Plate"].strip() for row in rows if "Metadata_Plate" in row} - {""})
+def _plate(table: Table) -> str | None:
+    plates = sorted({cell.strip() for cell in table.column("Metadata_Plate")} - {""})
     if len(plates) > 1:
         raise LayoutError(f"the table is of {len(plates)} plates ({', '.join(plates)[:80]}); send one plate's rows")
     if plates and len(plates[0]) > MAX_PLATE_NAME:
@@ -344,12 +349,10 @@ def _plate(rows: Sequence[Mapping[str, str]]) -> str | None:
     return plates[0] if plates else None
 
 
-def _load_data_places(
-    rows: Sequence[Mapping[str, str]], channels: Sequence[str], kinds: Sequence[str]
-) -> Iterator[tuple[PlaneKey, str]]:
+def _load_data_places(table: Table, channels: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[PlaneKey, str]]:
     """Give each plane and its place, from the first of the kinds of columns that there is."""
     columns = {
-        channel: next((f"{kind}_Orig{channel}" for kind in kinds if f"{kind}_Orig{channel}" in rows[0]), None)
+        channel: next((f"{kind}_Orig{channel}" for kind in kinds if f"{kind}_Orig{channel}" in table.columns), None)
         for channel in channels
     }
     missing = [channel for channel, column in columns.items() if column is None]
@@ -357,7 +360,9 @@ def _load_data_places(
         raise MissingChannelError(
             f"the LoadData table has no {kinds[0]}_Orig… column for {', '.join(missing)}", channels=missing
         )
-    for row in rows:
+    if len(table) * len(columns) > MAX_PLANES:
+        raise TableTooLargeError(f"the table is of more than {MAX_PLANES:,} images: send one of the plate's own rows")
+    for row in table:
         well, site = parse_well(row["Metadata_Well"]), parse_site(row["Metadata_Site"])
         for channel, column in columns.items():
             assert column is not None
@@ -400,46 +405,13 @@ def duplicate_image(first: PlaneKey, second: PlaneKey) -> DuplicateImageError:
     )
 
 
-def read_table(text: str) -> list[dict[str, str]]:
-    """Read a CSV, TSV or JSON table as rows of text."""
-    body = text.lstrip("\ufeff").strip("\r\n ")
-    rows = _json_rows(body) if body.startswith(("[", "{")) else _csv_rows(body)
-    if not rows:
-        raise LayoutError("the table has no rows")
-    return rows
-
-
-def _json_rows(body: str) -> list[dict[str, str]]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise LayoutError(f"the layout is not valid JSON: {error}") from None
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise LayoutError("a JSON layout is a list of objects with file, well, site, channel")
-    for number, row in enumerate(value, start=1):
-        if row.keys() != value[0].keys():
-            raise LayoutError(f"object {number} of the layout does not have the keys of the first")
-    return [{str(name): "" if cell is None else str(cell) for name, cell in row.items()} for row in value]
-
-
-def _csv_rows(body: str) -> list[dict[str, str]]:
-    first = body.partition("\n")[0]
-    delimiter = next((mark for mark in ("\t", ",", ";") if mark in first), ",")
-    try:
-        reader = csv.DictReader(io.StringIO(body), delimiter=delimiter, strict=True)
-        header, rows = reader.fieldnames or (), list(reader)
-    except csv.Error as error:
-        raise LayoutError(f"the table is not valid CSV: {error}") from None
-    if len(set(header)) != len(header):
-        raise LayoutError("the header of the table names a column twice")
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise LayoutError(f"line {number} of the table does not have the header's {len(rows[0])} columns")
-    return rows
-
-
 # --- plate maps ------------------------------------------------------------------------------------------------------
 
+MAX_MAP_COLUMNS = 200
+MAX_MAP_COLUMN_NAME = 200
+MAX_MAP_HEADER_BYTES = 4_000
+"""Bytes of all the names of a plate map's columns, as JSON: they are told again with every answered well."""
+MAX_MAP_CELL = 2_000
 WELL_COLUMNS = ("well", "metadata_well", "well_position")
 _ROLE_COLUMNS = ("role", "control_type", "metadata_control_type", "pert_type", "metadata_pert_type")
 _NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control", "dmso"})
@@ -480,26 +452,52 @@ def read_platemap(text: str) -> PlateMap:
     """Read a whole plate map, as ``parse_platemap`` does; one without a role column tells no roles.
 
     Raises:
-        LayoutError: no well column, a role that is not known, or a well named twice.
+        LayoutError: no well column, a role that is not known, a well named twice, or more than a plate map may have.
+        TableTooLargeError: more than any table may have.
     """
-    rows = read_table(text)
-    names = {name: name.strip().casefold() for name in rows[0]}
+    table = read_table(text)
+    _require_map(table)
+    names = {name: name.strip().casefold() for name in table.columns}
     well_column = next((name for name, folded in names.items() if folded in WELL_COLUMNS), None)
     if well_column is None:
         raise LayoutError(
-            f"a plate map needs a column well, Metadata_Well or well_position; it has {', '.join(rows[0])[:200]}"
+            f"a plate map needs a column well, Metadata_Well or well_position; it has {', '.join(table.columns)[:200]}"
         )
     values: dict[str, tuple[str, ...]] = {}
     roles: dict[str, Role] = {}
-    for row in rows:
+    for row in table:
         well = parse_well(row[well_column])
         if well in values:
             raise LayoutError(f"the plate map names well {well} twice", well=well)
-        values[well] = tuple(row.values())
+        values[well] = _map_cells(well, row)
         role = _role(well, {names[name]: cell for name, cell in row.items()})
         if role is not None:
             roles[well] = role
-    return PlateMap(tuple(rows[0]), values, roles)
+    return PlateMap(table.columns, values, roles)
+
+
+def _require_map(table: Table) -> None:
+    """Check that a table is no larger than a plate map may be, however small it is as a file."""
+    longest = max(map(len, table.columns))
+    header = len(json.dumps(table.columns, ensure_ascii=False).encode())
+    for found, most, what in (
+        (len(table), MAX_ROWS * MAX_COLUMNS, "rows, one a well"),
+        (len(table.columns), MAX_MAP_COLUMNS, "columns"),
+        (longest, MAX_MAP_COLUMN_NAME, "characters in the name of a column"),
+        (header, MAX_MAP_HEADER_BYTES, "bytes in the names of all its columns"),
+    ):
+        if found > most:
+            raise LayoutError(f"a plate map has at most {most:,} {what}; this one has {found:,}")
+
+
+def _map_cells(well: str, row: Mapping[str, str]) -> tuple[str, ...]:
+    for name, cell in row.items():
+        if len(cell) > MAX_MAP_CELL:
+            raise LayoutError(
+                f"a cell of a plate map has at most {MAX_MAP_CELL:,} characters; well {well} has {len(cell):,} in {name!r}",
+                well=well,
+            )
+    return tuple(row.values())
 
 
 def _role(well: str, row: Mapping[str, str]) -> Role | None:

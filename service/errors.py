@@ -292,6 +292,7 @@ class Problem:
 PROBLEMS: Mapping[type[Exception], Problem] = {
     plate.WellNameError: Problem("invalid-well", "Not a well", 422),
     plate.LayoutError: Problem("invalid-layout", "Well, site or channel of a file is not known", 422),
+    plate.TableTooLargeError: Problem("upload-too-large", "The upload is too large", 413),
     plate.UnknownChannelError: Problem("unknown-channel", "The bundle has no such channel", 422),
     plate.MissingChannelError: Problem("missing-channel", "A site lacks a channel", 422),
     plate.DuplicatePlaneError: Problem("duplicate-plane", "Two files for one well, site and channel", 422),

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from model.layout import PlaneKey, Role, duplicate_plane, load_data_places, match_channel, parse_site, parse_well
+from model.tables import MAX_TABLE_BYTES
 from service.batches import Stopwatch
 from service.decoding import Decoder
 from service.deeds import Deed
@@ -22,11 +23,10 @@ from service.multipart import FormLimits, received_body, received_form
 from service.references import ReferencedFile, References
 from service.staging import Named, chosen, staged_upload
 from service.storage import Storage
-from service.tables import rows_of
+from service.tables import table_of_any_kind
 from service.uploads import Upload, chosen_pixel_size, complete_sites, read_upload
 
 MAX_JSON_BYTES = 16 << 20
-MAX_TABLE_BYTES = 64 << 20
 JSON = "application/json"
 
 M = TypeVar("M", bound=BaseModel)
@@ -124,8 +124,8 @@ class Receiver:
             return staged_upload(store, named, self.channels)
         if sent.images is not None:
             return self._referred(sent.images, named, tenant)
-        rows = rows_of(self.references.read(tenant, sent.load_data or "", MAX_TABLE_BYTES), "load_data")
-        places = load_data_places(rows, self.channels)
+        table = table_of_any_kind(self.references.read(tenant, sent.load_data or "", MAX_TABLE_BYTES))
+        places = load_data_places(table, self.channels)
         files = self._files(tenant, places.addresses)
         return Upload(
             complete_sites(chosen(store, named, files, "in the LoadData table"), self.channels),

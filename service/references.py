@@ -146,7 +146,14 @@ def _parts(uri: str) -> tuple[str, str, tuple[str, ...]]:
     where, _, path = rest.partition("/")
     if not separator or kind not in ("file", "s3") or (kind == "file") == bool(where):
         raise ReferenceNotAllowedError(f"{uri[:200]!r} is no address that is read: file:///path or s3://bucket/key")
-    return kind, where, _names(unquote(path, errors="strict") if kind == "file" else path)
+    return kind, where, _names(_unquoted(path) if kind == "file" else path)
+
+
+def _unquoted(path: str) -> str:
+    try:
+        return unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise ReferenceNotAllowedError(f"the address {path[:200]!r} has a name that is not UTF-8") from None
 
 
 def _names(path: str) -> tuple[str, ...]:

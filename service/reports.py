@@ -222,7 +222,7 @@ def platemap_report(batch_id: str, platemap: PlateMap) -> schemas.PlateMapReport
     return schemas.PlateMapReport(
         batch_id=batch_id,
         columns=platemap.columns,
-        wells={well: row_of(platemap, well) for well in platemap.rows},
+        wells=platemap.rows,
         control_wells=tuple(sorted(platemap.wells(Role.CONTROL))),
         treated_wells=tuple(sorted(platemap.wells(Role.TREATED))),
     )

@@ -11,7 +11,7 @@ from service.digests import require_digest
 from service.multipart import received_body, utf8
 from service.routes import PROBLEM, BatchId, KeptBatches, Reading, Ready, Serving, Writing
 
-MAX_PLATEMAP_BYTES = 4 << 20
+MAX_PLATEMAP_BYTES = 1 << 20
 
 router = APIRouter()
 

@@ -181,7 +181,7 @@ class PlateMapReport(_Value):
 
     batch_id: str
     columns: tuple[str, ...]
-    wells: Mapping[str, Mapping[str, str]] = Field(description="each well's row")
+    wells: Mapping[str, tuple[str, ...]] = Field(description="each well's row, its cells in the order of the columns")
     control_wells: tuple[str, ...] = Field(description="wells that it calls negative controls")
     treated_wells: tuple[str, ...] = Field(description="wells that it calls anything else")
 

@@ -40,11 +40,12 @@ from model.layout import (
     parse_file_name,
     plane_key,
 )
+from model.tables import Table
 from service.decoding import Decoder, FileSlice
 from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
 from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
 from service.store import KeptFile
-from service.tables import rows_of
+from service.tables import table_of_any_kind
 
 UNUSED_CHANNEL = "-"
 _SUFFIX = re.compile(r"(\.ome)?\.tiff?$", re.IGNORECASE)
@@ -162,12 +163,12 @@ def read_upload(form: Form, channels: Sequence[str], decoder: Decoder) -> Upload
     return Upload(complete_sites(planes, channels), tuple(skipped), pixel_size_um, plate, notices)
 
 
-def _split(form: Form) -> tuple[Mapping[str, str], Sequence[Mapping[str, str]] | None, list[ReceivedFile]]:
-    """Separate the form's options, the rows of its layout (text or a file), and its images."""
+def _split(form: Form) -> tuple[Mapping[str, str], Table | None, list[ReceivedFile]]:
+    """Separate the form's options, its layout (text or a file), and its images."""
     tables = [file.read() for name, file in form.files if name == LAYOUT]
     tables += [form.fields[LAYOUT].encode()] if LAYOUT in form.fields else []
     images = [file for name, file in form.files if name == IMAGES]
-    return form.fields, rows_of(tables[0], LAYOUT) if tables else None, images
+    return form.fields, table_of_any_kind(tables[0]) if tables else None, images
 
 
 def _any_numbered(files: Iterable[ReceivedFile]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from secrets import token_bytes, token_hex
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 from standardwebhooks import Webhook
@@ -172,7 +172,7 @@ class Webhooks:
         }
         try:
             answer = self._post(endpoint.url, delivery.body, headers)
-        except (OSError, httpx.HTTPError, InvalidRequestError) as error:
+        except (OSError, UnicodeError, httpx.HTTPError, httpx.InvalidURL, InvalidRequestError) as error:
             return str(error)[:200] or type(error).__name__
         return None if answer.is_success else f"HTTP {answer.status_code}"
 
@@ -232,15 +232,23 @@ def _told(action: str, subject: str, answer: bytes | None) -> dict[str, Any]:
     return {**told, "wells": [well["well"] for well in body.get("wells", ())]}
 
 
-def _check_url(url: str) -> Any:
-    parts = urlsplit(url)
-    try:
-        port_is_valid = parts.port != 0
-    except ValueError:
-        port_is_valid = False
-    if parts.scheme not in ("https", "http") or not parts.hostname or parts.username or not port_is_valid:
+def _check_url(url: str) -> SplitResult:
+    parts = _split_url(url)
+    if parts is None or parts.scheme not in ("https", "http") or not parts.hostname or parts.username:
         raise InvalidRequestError(f"{url[:200]!r} is no address that events can be posted to: https://host/path")
     return parts
+
+
+def _split_url(url: str) -> SplitResult | None:
+    """Split an address; None when it is no text, or its host or port cannot be told."""
+    try:
+        url.encode()
+        httpx.URL(url)
+        parts = urlsplit(url)
+        port = parts.port
+    except (ValueError, httpx.InvalidURL):
+        return None
+    return None if port == 0 else parts
 
 
 def _endpoint(data: bytes) -> Endpoint:

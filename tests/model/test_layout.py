@@ -21,10 +21,10 @@ from model.layout import (
     parse_well,
     plane_key,
     read_platemap,
-    read_table,
     well_name,
     well_position,
 )
+from model.tables import read_table
 
 CHANNELS = ("DNA", "ER", "RNA")
 
@@ -224,9 +224,9 @@ def test_a_load_data_table_tells_where_images_lie() -> None:
     with pytest.raises(MissingChannelError, match="RNA"):
         load_data_places(rows, ["DNA", "RNA"])
     with pytest.raises(LayoutError, match="LoadData"):
-        load_data_places([{"well": "A01"}], ["DNA"])
+        load_data_places(read_table("well\nA01\n"), ["DNA"])
     with pytest.raises(DuplicatePlaneError):
-        load_data_places(rows * 2, ["DNA", "ER"])
+        load_data_places(read_table(head + "BR1,A01,1,a.tif,/data/x/,s3://plates/b.tif\n" * 2), ["DNA", "ER"])
 
 
 def test_a_plate_map_is_read_with_all_its_columns_and_may_tell_no_roles() -> None:

@@ -1,6 +1,7 @@
 """Every refusal: its slug, its shape, its words, and that it changes nothing."""
 
 import io
+import json
 import re
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from model.errors import UndecodableImageError
 from model.images import ImageRecipe
+from model.layout import well_name
 from service.access import Keys, Scope
 from service.digests import content_digest
 from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, problem_of
@@ -620,6 +622,157 @@ def test_the_same_request_while_it_runs_is_told_to_wait(client, engine):
     leave.set()
     thread.join()
     assert send().content == first[0].content
+
+
+# --- text that is no text -----------------------------------------------------------------------------------------------
+
+HALF = "\\ud800"  # half a surrogate pair, as JSON can say it and UTF-8 cannot
+LAYOUT_OF_A_SITE = [
+    {"file": f"A01_1_{channel}.tif", "well": "A01", "site": 1, "channel": channel, "Metadata_Plate": "BR1"}
+    for channel in CHANNELS
+]
+REFERRED = {"uri": "file:///a.tif", "well": "A01", "site": 1, "channel": "DNA"}
+JSON = {"content-type": "application/json"}
+IDEMPOTENT = {"Idempotency-Key": "k1"}
+
+
+def halved(value, name):
+    """JSON whose member of that name, in every object, ends in half a surrogate pair."""
+    return json.dumps([{**item, name: f"{item[name]}\ud800"} for item in value])
+
+
+def posted_json(text, path="/batches/P1/controls", **headers):
+    return ("POST", path, {"content": text.encode(), "headers": {**JSON, **headers}})
+
+
+def posted_layout(text, **headers):
+    data = text if isinstance(text, bytes) else text.encode()
+    files = [*FILES[: len(CHANNELS)], ("layout", ("layout.json", data, "text/plain"))]
+    return ("POST", "/batches/P1/controls", {"files": files, "headers": {**IDEMPOTENT, **headers}})
+
+
+def mapped(content):
+    return ("PUT", "/batches/P1/platemap", {"content": content})
+
+
+NO_TEXT = {
+    **{f"layout's {name}": posted_layout(halved(LAYOUT_OF_A_SITE, name)) for name in LAYOUT_OF_A_SITE[0]},
+    "layout's key": posted_layout(json.dumps(LAYOUT_OF_A_SITE).replace('"file"', f'"{HALF}"')),
+    "layout in surrogates of UTF-8": posted_layout(b"file,well,site,channel\n\xed\xa0\x80.tif,A01,1,DNA\n"),
+    "layout of no UTF-8": posted_layout(b"file,well,site,channel\n\xff.tif,A01,1,DNA\n"),
+    "layout in UTF-16": posted_layout("file,well,site,channel\na.tif,A01,1,DNA\n".encode("utf-16")),
+    "layout with a NUL": posted_layout("file,well,site,channel\na\0.tif,A01,1,DNA\n"),
+    "plate map's cell": mapped(f'[{{"well": "A01", "role": "control", "compound": "{HALF}"}}]'),
+    "plate map's column": mapped(f'[{{"well": "A01", "role": "control", "{HALF}": ""}}]'),
+    "plate map's well": mapped(f'[{{"well": "{HALF}", "role": "control"}}]'),
+    "plate map's role": mapped(f'[{{"well": "A01", "role": "{HALF}"}}]'),
+    "plate map in surrogates of UTF-8": mapped(b"well,role,a\nA01,control,\xed\xa0\x80\n"),
+    **{
+        f"image's {name}": posted_json('{"images": ' + halved([REFERRED], name) + "}", **IDEMPOTENT)
+        for name in ("uri", "well", "site", "channel")
+    },
+    "address of no UTF-8": posted_json(json.dumps({"images": [{**REFERRED, "uri": "file:///screens/%ff"}]})),
+    "address of half a pair in UTF-8": posted_json(json.dumps({"images": [{**REFERRED, "uri": "file:///%ed%a0%80"}]})),
+    "table's address": posted_json(f'{{"load_data": "file:///{HALF}"}}'),
+    "table's address of no UTF-8": posted_json('{"load_data": "file:///screens/%ff"}'),
+    "staged wells": posted_json(f'{{"staged": true, "wells": ["{HALF}"]}}', path="/batches/P1/predict"),
+    "a key of the body": posted_json(f'{{"{HALF}": true}}'),
+    "a body that is no UTF-8": ("POST", CONTROLS, {"content": b'{"staged": "\xff"}', "headers": JSON}),
+    "a job's wells": posted_json(f'{{"staged": true, "wells": ["{HALF}"]}}', Prefer="respond-async"),
+    "webhook's url": posted_json(f'{{"url": "https://host/{HALF}"}}', path="/webhooks"),
+    "webhook's host": posted_json('{"url": "https://[::/"}', path="/webhooks"),
+    "webhook's host that folds to another": posted_json('{"url": "https://a\\u2100b/"}', path="/webhooks"),
+    "webhook's control character": posted_json('{"url": "https://host/\\u0000"}', path="/webhooks"),
+    "webhook's port": posted_json('{"url": "https://host:99999/"}', path="/webhooks"),
+    "webhook's event": posted_json(f'{{"url": "https://host/", "events": ["{HALF}"]}}', path="/webhooks"),
+    "webhook's key": posted_json(f'{{"url": "https://host/", "{HALF}": 1}}', path="/webhooks"),
+    "webhook that is no UTF-8": ("POST", "/webhooks", {"content": b'{"url": "\xff"}', "headers": JSON}),
+    "webhook that nests": posted_json('{"url": ' + "[" * 100_000, path="/webhooks"),
+    "query": ("POST", f"{CONTROLS}?replace=%ed%a0%80", {"files": FILES, "headers": IDEMPOTENT}),
+    "query of no UTF-8": ("POST", "/batches/P1/predict?context=%ff", {"files": FILES, "headers": IDEMPOTENT}),
+    "query of a form": ("GET", "/batches/P1/predictions?format=%ed%a0%80", {}),
+    "batch id": ("POST", "/batches/%ed%a0%80/controls", {"files": FILES}),
+    "batch id of no UTF-8": ("GET", "/batches/%ff", {}),
+    "job's id": ("GET", "/jobs/%ed%a0%80%00", {}),
+    "webhook's id": ("DELETE", "/webhooks/%ff%00", {}),
+    "plane's place": ("PUT", "/batches/P1/images/%ed%a0%80/%ff/%00", {"headers": {"Content-Digest": content_digest(b"")}}),
+    "file's name": (
+        "POST",
+        CONTROLS,
+        {"content": HEADER.replace(b"A01", b"\xff\xed\xa0\x80") + b"\r\n--x--\r\n", "headers": {"content-type": FORM}},
+    ),
+    "key": ("POST", CONTROLS, {"files": FILES, "headers": {"Idempotency-Key": "\xff".encode("latin-1")}}),
+    "who asks": ("GET", "/batches", {"headers": {"Authorization": b"Bearer \xff"}}),
+    "what is liked": ("GET", "/batches/P1/predictions", {"headers": {"Accept": b"\xff;q=\xff"}}),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "options"), NO_TEXT.values(), ids=NO_TEXT)
+def test_what_is_no_text_is_refused_as_such_and_never_a_fault_of_the_service(method, path, options, client, store):
+    answer = client.request(method, path, **options)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == answer.status_code
+    assert store.batch_ids() == []
+
+
+def test_a_layout_with_half_a_surrogate_pair_is_no_layout(client):
+    method, path, options = NO_TEXT["layout's Metadata_Plate"]
+    refused(client.request(method, path, **options), "invalid-layout", names=["surrogate"])
+    method, path, options = NO_TEXT["plate map's cell"]
+    refused(client.request(method, path, **options), "invalid-layout", names=["surrogate"])
+    method, path, options = NO_TEXT["address of no UTF-8"]
+    refused(client.request(method, path, **options), "reference-not-allowed", names=["%ff"])
+
+
+# --- tables that are too large ------------------------------------------------------------------------------------------
+
+WELLS_1536 = [well_name(row, column) for row in range(32) for column in range(48)]
+WIDE_HEADER = ["well", *(f"{number:03d}{'x' * 36}" for number in range(199))]
+ODD_MAPS = [
+    ("invalid-layout", "well,role\n" + "A01,control\n" * 1_537, ["1,536 rows", "1,537"]),
+    ("invalid-layout", "well" + ",c" * 3 + ",d" * 197 + "\n" + "A01" + "," * 200 + "\n", ["twice"]),
+    ("invalid-layout", "well," + ",".join(f"c{at}" for at in range(200)) + "\n" + "A01" + "," * 200, ["200 columns", "201"]),
+    ("invalid-layout", f"well,{'x' * 201}\nA01,1\n", ["200 characters", "201"]),
+    ("invalid-layout", f"{','.join(WIDE_HEADER)}\nA01{',' * 199}\n", ["4,000 bytes"]),
+    ("invalid-layout", f"well,note\nA01,{'x' * 2_001}\n", ["2,000 characters", "A01", "note"]),
+    ("upload-too-large", "well,note\n" + f"A01,{'x' * 2_000}\n" * 525, ["1,048,576"]),
+]
+
+
+@pytest.mark.parametrize(("slug", "text", "names"), ODD_MAPS)
+def test_a_plate_map_beyond_a_bound_is_refused_with_the_bound(slug, text, names, client, store):
+    refused(client.request("PUT", "/batches/P1/platemap", content=text.encode()), slug, names=names)
+    assert store.batch_ids() == []
+
+
+def test_a_plate_maps_report_is_little_larger_than_the_plate_map(client):
+    header = ["well", "role", *(f"{number:03d}{'x' * 16}" for number in range(170))]
+    rows = [f"{well},control" + "," * 170 for well in WELLS_1536]
+    text = "\n".join([",".join(header), *rows])
+    put = client.request("PUT", "/batches/P1/platemap", content=text.encode())
+    assert put.json()["wells"]["AF48"] == ["AF48", "control", *[""] * 170]
+    assert client.get("/batches/P1/platemap").json() == put.json()
+    assert len(put.content) < 4 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("b\n" * 500_000, ["400,000 lines"]),
+        ("\n".join([",".join(f"c{at}" for at in range(50)), *["," * 49] * 100_001]), ["5,000,000 cells"]),
+        ("[" + ",".join(['{"b":1}'] * 400_001) + "]", ["400,000 rows"]),
+        ("file,well\n" + '"' * 600_000, ["500,000 bytes"]),
+        ("x," * 300_000, ["500,000 bytes"]),
+        ("[{" + ",".join(f'"{at}":1' for at in range(100_000)) + "}]", ["500,000"]),
+    ],
+    ids=["lines", "cells", "objects", "quote", "columns", "keys"],
+)
+def test_a_layout_larger_than_any_plates_is_refused_with_the_bound(text, names, client, store):
+    slug = "invalid-layout" if names == ["500,000"] else "upload-too-large"
+    data = text.encode()
+    refused(client.post(CONTROLS, files=[*FILES, ("layout", ("layout.csv", data, "text/csv"))]), slug, names=names)
+    assert store.batch_ids() == []
 
 
 # --- what happens to the service --------------------------------------------------------------------------------------
