@@ -26,6 +26,7 @@ from service.jobs import Jobs
 from service.kept import BundleView, Kept
 from service.later import Later
 from service.multipart import FormLimits, sweep_spool
+from service.observe import Observer
 from service.posts import Receiver
 from service.queue import Queue
 from service.references import References
@@ -36,6 +37,7 @@ from service.routes import Served
 from service.settings import Settings
 from service.storage import Storage
 from service.telemetry import Metrics, TimedRecords
+from service.tracing import UNTRACED, Tracing, open_tracing
 from service.uploads import Preparer
 from service.webhooks import Webhooks
 
@@ -100,7 +102,8 @@ def create_app(
     Raises:
         BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
     """
-    composition = compose(settings, engine=engine, storage=storage, decoder=decoder)
+    tracing = open_tracing()
+    composition = compose(settings, engine=engine, storage=storage, decoder=decoder, tracing=tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -111,6 +114,7 @@ def create_app(
             tasks.cancel_scope.cancel()
         stop_metrics()
         await run_in_threadpool(composition.end)
+        await run_in_threadpool(tracing.close)
 
     app = FastAPIOffline(
         title="Anchorwell",
@@ -118,6 +122,7 @@ def create_app(
         description="Classifies microscopy plates against their own negative controls.",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=tracing.requests(),
     )
     app.state.served = composition.served
     app.state.metrics = composition.metrics
@@ -129,21 +134,27 @@ def create_app(
 
 
 def compose(
-    settings: Settings, *, engine: Engine | None = None, storage: Storage | None = None, decoder: Decoder | None = None
+    settings: Settings,
+    *,
+    engine: Engine | None = None,
+    storage: Storage | None = None,
+    decoder: Decoder | None = None,
+    tracing: Tracing = UNTRACED,
 ) -> Composition:
     """Make everything that the settings ask for; raises as ``create_app`` does."""
     bundle = Bundle.load(settings.bundle)
     metrics = Metrics()
+    observer = tracing.observing(metrics)
     opened = storage or settings.open_storage()
     used_storage = Storage(
-        TimedRecords(opened.records, metrics), opened.blobs, lambda tenant: settings.rules(tenant).max_bytes
+        TimedRecords(opened.records, observer), opened.blobs, lambda tenant: settings.rules(tenant).max_bytes
     )
     for warning in settings.storage_warnings():
         log.warning(warning)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, metrics)
+    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, observer)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
-    own_decoder = _decoder(settings, bundle, metrics) if decoder is None else None
+    own_decoder = _decoder(settings, bundle, observer) if decoder is None else None
     used_decoder = decoder or own_decoder
     assert used_decoder is not None
     view = BundleView(bundle, used_engine.precision)
@@ -207,14 +218,14 @@ def _max_plane_bytes(settings: Settings) -> int:
     return 4 * settings.max_image_pixels + _HEADER_BYTES
 
 
-def _decoder(settings: Settings, bundle: Bundle, metrics: Metrics) -> WorkerDecoder:
+def _decoder(settings: Settings, bundle: Bundle, observer: Observer) -> WorkerDecoder:
     recipe, limits = bundle.manifest.recipe, settings.image_limits
     return WorkerDecoder(
         SiteDecoder(recipe, limits),
         workers=cpu_count(settings.threads),
         memory_bytes=decoding_memory_bytes(limits, recipe),
         timeout_s=settings.decode_timeout_s,
-        observer=metrics,
+        observer=observer,
     )
 
 

@@ -277,12 +277,13 @@ def watch(
     channels: _Channels = None,
     pixel_size_um: _PixelSize = None,
     form: Annotated[Form, typer.Option("--format", help="of the answers")] = Form.CSV,
+    partial: Annotated[bool, typer.Option("--partial", help="leave out wells of the plate map that have no images")] = False,
     once: Annotated[bool, typer.Option("--once", help="end when nothing is left to do")] = False,
     url: _Url = _DEFAULT_URL,
 ) -> None:
     """Adapt and classify every plate that is dropped with its plate map, each once; answers are written beside it."""
     with _connected(url) as client:
-        watcher = Watcher(client, directory, settle_s, form, _names(channels), pixel_size_um)
+        watcher = Watcher(client, directory, settle_s, form, _names(channels), pixel_size_um, partial)
         while True:
             for outcome in watcher.look():
                 style = "green" if outcome.done else "red"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -166,7 +167,8 @@ class WorkerDecoder:
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         arguments = (self._decode, key, files, pixel_size_um)
         task: Future[DecodedSite] = self._pool.schedule(_run, arguments, timeout=self._timeout_s)
-        return self._told({"well": key.well, "site": key.site}, task, self._count)
+        asking = copy_context()  # its end is told on a thread of the pool's, which knows of no request
+        return self._told({"well": key.well, "site": key.site}, task, lambda site: asking.run(self._count, site))
 
     def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
         task: Future[Mapping[str, int]] = self._pool.schedule(_pages, (file,), timeout=self._timeout_s)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-ID"
 _USABLE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-_QUIET = ("/health/live", "/health/ready", "/metrics")
+QUIET = ("/health/live", "/health/ready", "/metrics")
 
 log = logging.getLogger("anchorwell.requests")
 
@@ -48,7 +48,7 @@ class Requests:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "PUT", "DELETE") else "other"
         self._count(method, route, status, seconds)
-        if route not in _QUIET:
+        if route not in QUIET:
             told = {
                 "request_id": request_id,
                 "method": method,

@@ -10,7 +10,7 @@ from service.multipart import received_body
 from service.posts import JSON, parsed
 from service.routes import PROBLEM, Administering, Reading, Serving, Writing, inlined
 
-MAX_WEBHOOK_BYTES = 16 << 10
+MAX_WEBHOOK_BYTES = 128 << 10
 _WEBHOOK: dict[str, Any] = {
     "requestBody": {"required": True, "content": {JSON: {"schema": inlined(schemas.WebhookRequest)}}},
 }

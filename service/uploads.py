@@ -10,8 +10,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import isfinite
 from typing import Protocol
 
@@ -316,7 +316,7 @@ class Preparer:
 
             def ahead() -> Iterator[PreparedSite | RefusedSite]:
                 for key, files in upload.sites.items():
-                    waiting.append(pool.submit(partial(self._prepare, key, files, pixel_size_um, keep)))
+                    waiting.append(pool.submit(copy_context().run, self._prepare, key, files, pixel_size_um, keep))
                     if len(waiting) > self.ahead:
                         yield waiting.popleft().result()
                 while waiting:

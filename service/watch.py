@@ -2,9 +2,10 @@
 
 A plate is a folder with images and a plate map. When it has not changed for a while, its images are sent, and the answers
 are written to ``anchorwell/`` in it: that they are there is what says that the plate is done, also after a restart. A plate
-that was refused is tried again when its folder changes.
+that was refused is tried again when its folder changes; so is one of whose wells some have no images yet.
 """
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from model.errors import AnchorwellError, LayoutError
-from model.layout import PlaneKey, Role, parse_layout, read_platemap
+from model.layout import Role, parse_layout, read_platemap, well_position
 from service.client import AnchorwellClient, ProblemError, ServiceUnreachableError, StatisticsChangedError, well_of
 
 RESULTS = "anchorwell"
@@ -23,6 +25,11 @@ REPORT = "report.json"
 LAYOUT = "load_data.csv"
 _NOT_THE_PLATES = (401, 403)
 """Refusals of the watcher itself: no plate is to blame."""
+_CHANGING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+"""What reading a folder meets while files of it are moved or removed."""
+_WITHOUT_IMAGES = "wells_without_images"
+_NAMED = 12
+"""Wells that a line names; the files name all."""
 _IMAGES = (".tif", ".tiff")
 _TABLES = (".csv", ".tsv")
 
@@ -54,6 +61,8 @@ class Watcher:
     form: Form = Form.CSV
     channels: Sequence[str] | None = None
     pixel_size_um: float | None = None
+    partial: bool = False
+    """Whether wells of the plate map that have no images are left out; else the plate waits for them."""
     clock: Callable[[], float] = time.monotonic
     _seen: dict[Path, tuple[str, float]] = field(default_factory=dict)
     waiting: int = 0
@@ -69,10 +78,15 @@ class Watcher:
         for folder in sorted(path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink()):
             if self._is_done(folder):
                 continue
-            now = fingerprint(folder)
-            if self._was_refused(folder, now):
-                continue
-            outcome = self._worked_on(folder, now) if self._is_settled(folder, now) else None
+            try:
+                now = fingerprint(folder)
+                if self._was_refused(folder, now):
+                    continue
+                outcome = self._worked_on(folder, now) if self._is_settled(folder, now) else None
+            except OSError as error:
+                if error.errno not in _CHANGING:
+                    raise
+                outcome = None
             if outcome is None:
                 waiting += 1
             else:
@@ -93,34 +107,34 @@ class Watcher:
                 raise
             if isinstance(error, ProblemError) and error.status >= 500:  # noqa: PLR2004 (the service's trouble: later)
                 return None
-            problem = error.problem if isinstance(error, ProblemError) else {"detail": str(error)}
-            write_whole(folder / RESULTS / ERROR, json.dumps({"folder": now, **problem}, indent=2).encode())
+            write_whole(folder / RESULTS / ERROR, json.dumps({"folder": now, **_problem(error)}, indent=2).encode())
             return Outcome(folder.name, done=False, told=str(error))
         (folder / RESULTS / ERROR).unlink(missing_ok=True)
         return Outcome(folder.name, done=True, told=told)
 
     def _answered(self, folder: Path, platemap: Path) -> str:
-        text = platemap.read_text(encoding="utf-8-sig")
-        table = folder / LAYOUT
-        layout = table.read_text(encoding="utf-8-sig") if table.is_file() else None
+        text, table = read_text(platemap), folder / LAYOUT
+        layout = read_text(table) if table.is_file() else None
         wells = read_platemap(text)
         if not wells.roles:
             raise LayoutError(f"the plate map {platemap.name} does not tell which wells are controls")
         places = None if layout is None else parse_layout(layout, self.client.model().channels).files
-        of_role = {role: self._images(folder, wells.wells(role), places) for role in Role}
+        well_of_image = {path: well_of(path, places) for path in images_of(folder)}
+        without = sorted(wells.roles.keys() - well_of_image.values(), key=well_position)
+        if without and not self.partial:
+            raise _incomplete(without, len(wells.roles))
+        of_role = {role: [path for path, well in well_of_image.items() if well in wells.wells(role)] for role in Role}
         batch_id, size = folder.name, self.pixel_size_um
         self.client.send_platemap(batch_id, text)
         report = self.client.adapt(batch_id, of_role[Role.CONTROL], layout, channels=self.channels, pixel_size_um=size)
         if not report.adapted:
             raise LayoutError(f"{report.wells_needed} more control wells are needed")
         prediction = self.client.predict(batch_id, of_role[Role.TREATED], layout, channels=self.channels, pixel_size_um=size)
-        content = prediction.model_copy(update={"wells": ()}).model_dump_json(indent=2).encode()
-        write_whole(folder / RESULTS / REPORT, content)
+        told = {**prediction.model_copy(update={"wells": ()}).model_dump(mode="json"), _WITHOUT_IMAGES: without}
+        write_whole(folder / RESULTS / REPORT, json.dumps(told, indent=2, ensure_ascii=False).encode())
         write_whole(self._answers(folder), self.client.export(batch_id, self.form.value))
-        return f"{len(prediction.wells)} wells answered on {len(report.context_wells)} control wells"
-
-    def _images(self, folder: Path, wells: frozenset[str], places: Mapping[str, PlaneKey] | None) -> list[Path]:
-        return [path for path in images_of(folder) if well_of(path, places) in wells]
+        left_out = f"; left out without images: {_some_of(without)}" if without else ""
+        return f"{len(prediction.wells)} wells answered on {len(report.context_wells)} control wells{left_out}"
 
     def _answers(self, folder: Path) -> Path:
         return folder / RESULTS / f"predictions.{self.form}"
@@ -129,8 +143,12 @@ class Watcher:
         return any((folder / RESULTS / f"predictions.{form}").is_file() for form in Form)
 
     def _was_refused(self, folder: Path, now: str) -> bool:
+        """Whether a folder was refused as it is; one that was only not whole is none to refuse where parts are taken."""
         error = folder / RESULTS / ERROR
-        return error.is_file() and json.loads(error.read_text(encoding="utf-8")).get("folder") == now
+        if not error.is_file():
+            return False
+        found = json.loads(error.read_text(encoding="utf-8"))
+        return found.get("folder") == now and not (self.partial and found.get(_WITHOUT_IMAGES))
 
     def _is_settled(self, folder: Path, now: str) -> bool:
         """Whether a folder has been as it is for long enough: a microscope may still be writing to it."""
@@ -139,6 +157,38 @@ class Watcher:
             self._seen[folder] = (now, self.clock())
             return self.settle_s <= 0
         return self.clock() - since >= self.settle_s
+
+
+def _problem(error: AnchorwellError | ProblemError | StatisticsChangedError) -> Mapping[str, Any]:
+    if isinstance(error, ProblemError):
+        return error.problem
+    return {"detail": str(error), **(error.members if isinstance(error, AnchorwellError) else {})}
+
+
+def _incomplete(without: Sequence[str], wells: int) -> LayoutError:
+    return LayoutError(
+        f"{len(without)} of the {wells} wells of the plate map have no images: {_some_of(without)}. "
+        "The plate is tried again when its folder changes; if no more images come, leave these wells out of the plate map, "
+        "or watch with --partial",
+        **{_WITHOUT_IMAGES: list(without)},
+    )
+
+
+def _some_of(wells: Sequence[str]) -> str:
+    more = f" and {len(wells) - _NAMED} more" if len(wells) > _NAMED else ""
+    return ", ".join(wells[:_NAMED]) + more
+
+
+def read_text(path: Path) -> str:
+    """Read a table.
+
+    Raises:
+        LayoutError: it is not UTF-8. OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise LayoutError(f"{path.name} is not UTF-8 text: save it as UTF-8 (in Excel: CSV UTF-8)", file=path.name) from None
 
 
 def images_of(folder: Path) -> list[Path]:

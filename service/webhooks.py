@@ -3,6 +3,7 @@
 An event is written in the commit of what it tells of, one delivery for each address, and kept until the address answers 2xx
 or days have passed. A receiver that sees an event's id again has seen the event. Private addresses are refused unless the
 operator allows them, at the moment of each delivery, to the very address that is then connected to; no redirect is followed.
+Of an answer only the status is read, and an attempt as a whole has its time, however the address answers.
 """
 
 import ipaddress
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from secrets import token_bytes, token_hex
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
+import anyio
+import anyio.to_thread
 import httpx
 from standardwebhooks import Webhook
 
@@ -30,8 +32,11 @@ ENDPOINTS = "webhook/"
 DELIVERIES = "delivery/"
 RETRIES_S = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 43_200, 86_400, 86_400)
 """How long after each failed attempt the next one is made: about three days in all."""
-_TIMEOUT_S = 20.0
 _CLAIM = timedelta(seconds=60)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_PORTS = range(1, 1 << 16)
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Webhooks:
     enqueue: Callable[[str, str, float], None]
     allowed: Sequence[str] = ()
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    timeout_s: float = 20.0
 
     # --- addresses ---------------------------------------------------------------------------------------------------
 
@@ -86,7 +92,7 @@ class Webhooks:
         Raises:
             InvalidRequestError: an address that nothing may be sent to, or an event that there is not.
         """
-        _check_url(url)
+        _checked_url(url)
         unknown = sorted(set(events) - set(EVENTS))
         if unknown or not events:
             raise InvalidRequestError(f"events are some of {', '.join(EVENTS)}; not {', '.join(unknown) or 'none'}")
@@ -171,21 +177,31 @@ class Webhooks:
             "content-type": "application/json",
         }
         try:
-            answer = self._post(endpoint.url, delivery.body, headers)
+            status = anyio.run(self._post, endpoint.url, delivery.body, headers)
+        except TimeoutError:
+            return f"no answer within {self.timeout_s:g} s"
         except (OSError, UnicodeError, httpx.HTTPError, httpx.InvalidURL, InvalidRequestError) as error:
             return str(error)[:200] or type(error).__name__
-        return None if answer.is_success else f"HTTP {answer.status_code}"
+        return None if httpx.codes.is_success(status) else f"HTTP {status}"
 
-    def _post(self, url: str, body: str, headers: Mapping[str, str]) -> httpx.Response:
-        """Post to the very address that was found to be allowed, whatever its name leads to a moment later."""
-        parts = _check_url(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        address = self._allowed_address(parts.hostname or "", port)
-        shown = f"[{address}]" if ":" in address else address
-        pinned = parts._replace(netloc=f"{shown}:{port}").geturl()
-        sent = {**headers, "host": parts.netloc.rpartition("@")[2]}
-        with httpx.Client(follow_redirects=False, timeout=_TIMEOUT_S, trust_env=False) as client:
-            return client.post(pinned, content=body, headers=sent, extensions={"sni_hostname": parts.hostname})
+    async def _post(self, address: str, body: str, headers: Mapping[str, str]) -> int:
+        """Post to the very address that was found to be allowed, whatever its name leads to later; gives the status.
+
+        Raises:
+            InvalidRequestError: nothing may be sent there. TimeoutError: it took too long, name and answer together.
+            OSError, httpx.HTTPError: it cannot be reached.
+        """
+        url = _checked_url(address)
+        host, port = url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
+        with anyio.fail_after(self.timeout_s):
+            found = await anyio.to_thread.run_sync(self._allowed_address, host, port, abandon_on_cancel=True)
+            pinned = url.copy_with(host=found, port=port)
+            sent = {**headers, "host": url.netloc.decode()}
+            async with (
+                httpx.AsyncClient(follow_redirects=False, timeout=self.timeout_s, trust_env=False) as client,
+                client.stream("POST", pinned, content=body, headers=sent, extensions={"sni_hostname": host}) as answer,
+            ):
+                return answer.status_code
 
     def _allowed_address(self, host: str, port: int) -> str:
         found = [str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -196,11 +212,9 @@ class Webhooks:
 
     def _may_reach(self, address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(ip, "ipv4_mapped", None) or ip
+        end = _end_of(ip)
         networks = [ipaddress.ip_network(network) for network in self.allowed]
-        return (mapped.is_global and not mapped.is_multicast) or any(
-            mapped.version == network.version and mapped in network for network in networks
-        )
+        return _is_public(end) or any(at in network for network in networks for at in (ip, end))
 
     def _conclude(self, delivery: Delivery, error: str | None) -> None:
         """Forget what was taken; try the rest again later, and give up after days."""
@@ -232,23 +246,34 @@ def _told(action: str, subject: str, answer: bytes | None) -> dict[str, Any]:
     return {**told, "wells": [well["well"] for well in body.get("wells", ())]}
 
 
-def _check_url(url: str) -> SplitResult:
-    parts = _split_url(url)
-    if parts is None or parts.scheme not in ("https", "http") or not parts.hostname or parts.username:
-        raise InvalidRequestError(f"{url[:200]!r} is no address that events can be posted to: https://host/path")
-    return parts
+def _end_of(ip: _Address) -> _Address:
+    """Return the IPv4 address that an IPv6 address leads to (mapped, 6to4, NAT64), or else the address."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip
+    translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
+    return ip.ipv4_mapped or ip.sixtofour or translated or ip
 
 
-def _split_url(url: str) -> SplitResult | None:
-    """Split an address; None when it is no text, or its host or port cannot be told."""
+def _is_public(ip: _Address) -> bool:
+    odd = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+    return ip.is_global and not odd
+
+
+def _checked_url(text: str) -> httpx.URL:
+    """Read an address that events can be posted to.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
     try:
-        url.encode()
-        httpx.URL(url)
-        parts = urlsplit(url)
-        port = parts.port
-    except (ValueError, httpx.InvalidURL):
-        return None
-    return None if port == 0 else parts
+        url = httpx.URL(text)
+        url.raw_host.decode().encode("idna")  # what looking the name up does: a label has 1 to 63 letters
+    except (httpx.InvalidURL, UnicodeError):
+        url = httpx.URL()
+    port_is_valid = url.port is None or url.port in _PORTS
+    if url.scheme not in ("https", "http") or not url.host or url.userinfo or not port_is_valid:
+        raise InvalidRequestError(f"{text[:200]!r} is no address that events can be posted to: https://host/path")
+    return url
 
 
 def _endpoint(data: bytes) -> Endpoint:

@@ -331,14 +331,16 @@ def test_a_flushed_redis_is_restored_while_the_service_runs(tiny_bundle_path, pl
 def test_watch_answers_a_dropped_plate_with_an_api_key(tiny_bundle_path, plate, tmp_path):
     drop = tmp_path / "drop"
     shutil.copytree(plate, drop / "W7")
-    (drop / "W7" / "platemap.csv").write_text(PLATEMAP)
+    (drop / "W7" / "platemap.csv").write_text(f"{PLATEMAP}H12,trt\n")
     token = run("keys", "create", "--data", tmp_path / "data").stdout.strip()
     with serving(tiny_bundle_path, tmp_path) as (_, url):
         watch = ("watch", drop, "--settle-s", "0", "--once", "--url", url)
-        refused = run(*watch)
+        refused = run(*watch, "--partial")
         assert (refused.returncode, "An API key is needed" in refused.stderr) == (1, True)
         assert not (drop / "W7" / "anchorwell").exists(), "the plate is not to blame"
-        done = run(*watch, ANCHORWELL_API_KEY=token)
-        assert "3 wells answered on 4 control wells" in done.stdout, done.stderr
+        incomplete = run(*watch, ANCHORWELL_API_KEY=token)
+        assert "have no images: H12" in incomplete.stdout, incomplete.stderr
+        done = run(*watch, "--partial", ANCHORWELL_API_KEY=token)
+        assert "3 wells answered on 4 control wells; left out without images: H12" in done.stdout, done.stderr
     rows = list(csv.DictReader((drop / "W7" / "anchorwell" / "predictions.csv").read_text().splitlines()))
     assert [row["Metadata_Well"] for row in rows] == list(TREATED)

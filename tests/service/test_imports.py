@@ -51,6 +51,8 @@ def test_the_model_imports_neither_of_its_users(package):
         ("typer", SERVICE, {"cli.py", "cli_operate.py"}),
         ("rich", SERVICE, {"cli.py", "cli_operate.py", "telemetry.py"}),
         ("prometheus_client", SERVICE, {"telemetry.py"}),
+        ("opentelemetry", SERVICE, {"otlp.py", "tracing.py"}),
+        ("opentelemetry.sdk", SERVICE, {"otlp.py"}),
     ],
 )
 def test_an_edge_is_known_to_one_module(package, files, allowed):

@@ -1,9 +1,11 @@
 """A watched directory: each plate once, restarts included; and what the client does when it is not answered."""
 
+import errno
 import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pandas as pd
@@ -87,7 +89,7 @@ def test_a_plate_waits_until_its_plate_map_is_there_and_nothing_changes(connecte
 
 def test_a_refused_plate_is_told_once_and_tried_again_when_it_changes(connected, drop):
     folder = drop(wells=(*CONTROL_WELLS[:2], *TREATED))
-    watching = watcher(connected, drop)
+    watching = watcher(connected, drop, partial=True)
     (outcome,) = watching.look()
     assert (outcome.done, "2 more control wells" in outcome.told) == (False, True)
     assert "2 more" in json.loads((folder / "anchorwell" / "error.json").read_text())["detail"]
@@ -112,6 +114,97 @@ def test_a_plate_that_cannot_be_answered_says_why_beside_it(name, platemap, word
     (outcome,) = watcher(connected, drop).look()
     assert (outcome.done, words in outcome.told) == (False, True), outcome.told
     assert words in (folder / "anchorwell" / "error.json").read_text()
+
+
+def test_a_plate_whose_wells_have_no_images_yet_waits_for_them(connected, drop):
+    now = [0.0]
+    watching = watcher(connected, drop, settle_s=30.0, clock=lambda: now[0])
+    folder = drop(wells=(*CONTROL_WELLS, TREATED[0]))
+    assert (list(watching.look()), watching.waiting) == ([], 1)
+    now[0] = 40.0
+    (outcome,) = watching.look()
+    assert (outcome.done, "1 of the 6 wells of the plate map have no images: F05" in outcome.told) == (False, True)
+    error = json.loads((folder / "anchorwell" / "error.json").read_text())
+    assert (error["wells_without_images"], "--partial" in error["detail"]) == (["F05"], True)
+    assert list(watching.look()) == list(watcher(connected, drop).look()) == []
+    for _, (file, data, _) in well_files(TREATED[1:]):
+        (folder / "images" / file).write_bytes(data)
+    assert (list(watching.look()), watching.waiting) == ([], 1)
+    now[0] = 80.0
+    assert [outcome.told for outcome in watching.look()] == ["2 wells answered on 4 control wells"]
+    assert json.loads((folder / "anchorwell" / "report.json").read_text())["wells_without_images"] == []
+
+
+def test_wells_without_images_are_left_out_and_listed_when_that_is_asked_for(connected, drop):
+    folder = drop(wells=(*CONTROL_WELLS, TREATED[0]))
+    assert [outcome.done for outcome in watcher(connected, drop).look()] == [False]
+    (outcome,) = watcher(connected, drop, partial=True).look()
+    assert outcome.told == "1 wells answered on 4 control wells; left out without images: F05"
+    assert json.loads((folder / "anchorwell" / "report.json").read_text())["wells_without_images"] == ["F05"]
+    assert not (folder / "anchorwell" / "error.json").exists()
+
+
+def test_many_wells_without_images_are_all_named_in_the_file_and_some_in_the_line(connected, drop):
+    more = "".join(f"G{column:02d},trt,BRD-3,1\n" for column in range(1, 21))
+    folder = drop(platemap=PLATEMAP + more)
+    (outcome,) = watcher(connected, drop).look()
+    assert "20 of the 26 wells" in outcome.told
+    assert "G12 and 8 more" in outcome.told
+    assert len(json.loads((folder / "anchorwell" / "error.json").read_text())["wells_without_images"]) == 20
+
+
+@pytest.mark.parametrize("name", ["plate_map.csv", "load_data.csv"])
+def test_a_table_that_is_not_utf_8_is_refused_and_other_plates_go_on(name, connected, drop):
+    folder = drop("P1")
+    (folder / name).write_bytes(PLATEMAP.replace("dose_um", "dose (µM)").encode("latin-1"))
+    drop("P2")
+    outcomes = {outcome.batch_id: outcome for outcome in watcher(connected, drop).look()}
+    assert (outcomes["P1"].done, outcomes["P2"].done) == (False, True)
+    detail = json.loads((folder / "anchorwell" / "error.json").read_text())["detail"]
+    assert detail == f"{name} is not UTF-8 text: save it as UTF-8 (in Excel: CSV UTF-8)"
+
+
+def test_a_file_that_goes_while_its_folder_is_looked_at_makes_the_plate_wait(connected, drop, monkeypatch):
+    fleeting = drop("P1") / "images" / "A01_1_DNA.tif.partial"
+    fleeting.write_bytes(b"a copy that is not whole")
+    really = Path.is_file
+
+    def seen_once(path):
+        there = really(path)
+        if path == fleeting:
+            path.unlink(missing_ok=True)
+        return there
+
+    monkeypatch.setattr(Path, "is_file", seen_once)
+    watching = watcher(connected, drop)
+    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert [outcome.done for outcome in watching.look()] == [True]
+
+
+def test_an_image_that_goes_while_it_is_sent_makes_the_plate_wait(connected, drop, monkeypatch):
+    folder = drop("P1")
+    send = connected.send_platemap
+
+    def move_the_plate_away(*sent):
+        answer = send(*sent)
+        folder.rename(drop.directory.parent / "elsewhere")
+        return answer
+
+    monkeypatch.setattr(connected, "send_platemap", move_the_plate_away)
+    watching = watcher(connected, drop)
+    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert (list(watching.look()), watching.waiting) == ([], 0)
+
+
+def test_a_folder_that_may_not_be_read_ends_the_watch(connected, drop, monkeypatch):
+    drop("P1")
+
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("service.watch.fingerprint", denied)
+    with pytest.raises(PermissionError):
+        list(watcher(connected, drop).look())
 
 
 def test_a_service_that_is_away_makes_plates_wait(drop):
