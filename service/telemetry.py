@@ -3,10 +3,14 @@
 The only module that knows prometheus_client.
 """
 
+import atexit
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from logging.handlers import QueueHandler, QueueListener
+from queue import SimpleQueue
 from typing import Literal
 
 from prometheus_client import (
@@ -131,8 +135,11 @@ def timed(observer: Observer, stage: str) -> Iterator[None]:
         observer.stage(stage, time.perf_counter() - start)
 
 
-def configure_logs(form: Literal["text", "json"], console: Console) -> None:
-    """Log to standard error: for people, or one JSON object a line with the request's id where there is one."""
+def configure_logs(form: Literal["text", "json"], console: Console) -> Callable[[], None]:
+    """Log to standard error: for people, or one JSON object a line with the request's id where there is one.
+
+    Lines are written by a thread of their own, so that nobody waits for whoever reads them; gives what ends that.
+    """
     if form == "text":
         handler: logging.Handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -140,5 +147,19 @@ def configure_logs(form: Literal["text", "json"], console: Console) -> None:
         handler = logging.StreamHandler(console.file)
         names = {"levelname": "level", "name": "logger", "asctime": "at"}
         handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    logging.basicConfig(level=logging.INFO, handlers=[_Unformatted(lines)], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    writer = QueueListener(lines, handler)
+    writer.start()
+    end = cache(writer.stop)  # may be asked twice
+    atexit.register(end)
+    return end
+
+
+class _Unformatted(QueueHandler):
+    """Leaves a record's formatting, its traceback's too, to the thread that writes it."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        record.message = record.getMessage()
+        return record

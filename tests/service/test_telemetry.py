@@ -20,8 +20,14 @@ def logs():
     """What is logged as JSON, line by line; the log is left as it was."""
     root, kept = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
     text = io.StringIO()
-    configure_logs("json", Console(file=text))
-    yield lambda: [json.loads(line) for line in text.getvalue().splitlines()]
+    stop = configure_logs("json", Console(file=text))
+
+    def lines():
+        stop()
+        return [json.loads(line) for line in text.getvalue().splitlines()]
+
+    yield lines
+    stop()
     root.handlers[:] = kept[0]
     root.setLevel(kept[1])
 
