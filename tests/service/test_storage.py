@@ -1,17 +1,20 @@
 """Records and blobs that belong together; and how a flushed Redis is rebuilt from the object storage."""
 
 import shutil
+import time
+from datetime import timedelta
 
 import pytest
 import redis
 
-from service.blobs import FileBlobs, memory_blobs
+from service.blobs import FileBlobs, _bounds, memory_blobs, open_object_blobs
 from service.errors import BlobMissingError, StartError, StoreLostError, StoreUnavailableError
 from service.journal import Journal
 from service.records import Commit, Derived
 from service.records_redis import RedisRecords
 from service.storage import lab_of, open_storage
 from tests.service.conftest import emptied
+from tests.service.s3 import s3
 
 
 @pytest.fixture(params=["files", "objects"])
@@ -37,10 +40,56 @@ def test_blobs_are_put_got_listed_and_deleted(blobs):
     assert blobs.get("t/one/a") == b"5"
 
 
-def test_a_full_or_missing_disk_is_told_as_such(tmp_path):
+def test_a_full_or_missing_disk_is_told_as_such_without_the_paths_of_this_machine(tmp_path, caplog):
     (tmp_path / "file").write_text("where a directory should be")
-    with pytest.raises(StoreUnavailableError):
-        FileBlobs(tmp_path / "file" / "blobs").put("a", b"1")
+    kept = FileBlobs(tmp_path / "blobs")
+    kept.put("a", b"1")
+    for refused in (
+        lambda: FileBlobs(tmp_path / "file" / "blobs").put("a", b"1"),
+        lambda: kept.put("a/b", b"1"),
+        lambda: kept.get("a/b"),
+    ):
+        with pytest.raises(StoreUnavailableError) as told:
+            refused()
+        assert str(tmp_path) not in told.value.detail
+    with pytest.raises(BlobMissingError) as missing:
+        kept.get("b")
+    assert str(tmp_path) not in missing.value.detail
+    assert str(tmp_path) in caplog.text, "but it is logged"
+
+
+def test_object_storage_that_hangs_is_told_as_such_and_nothing_more_is_begun(monkeypatch):
+    patience = {"timeout": timedelta(milliseconds=200), "allow_http": True}
+    retries = {"max_retries": 1, "retry_timeout": timedelta(milliseconds=200)}
+    with s3(monkeypatch) as server:
+        blobs = open_object_blobs("s3://lab/kept", client_options=patience, retry_config=retries)
+        blobs.put("a", b"1")
+        server.goes_on.clear()
+        start = time.monotonic()
+        for hangs in (
+            lambda: blobs.put("b", b"2"),
+            lambda: blobs.get("a"),
+            lambda: blobs.names("a"),
+            lambda: blobs.delete(["a"]),
+            lambda: blobs.put_all({str(number): b"x" for number in range(1000)}),
+        ):
+            with pytest.raises(StoreUnavailableError):
+                hangs()
+        assert time.monotonic() - start < 10
+        server.goes_on.set()
+        blobs.put("c", b"3")
+        assert blobs.get("c") == b"3"
+
+
+def test_no_call_of_object_storage_takes_more_than_half_a_minute(monkeypatch):
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_PROXY_URL", "http://proxy:8080")
+    bounds = _bounds("s3://lab/kept")
+    assert bounds["client_options"]["timeout"] + bounds["retry_config"]["retry_timeout"] < timedelta(seconds=30)
+    assert bounds["client_options"]["allow_http"] == "true", "what the environment sets goes on to count"
+    assert bounds["client_options"]["proxy_url"] == "http://proxy:8080"
+    monkeypatch.setenv("AWS_TIMEOUT", "5s")
+    assert _bounds("s3://lab/kept")["client_options"]["timeout"] == "5s"
 
 
 def test_no_folder_is_made_for_a_mistyped_path(tmp_path):
