@@ -348,7 +348,7 @@ class BatchStore:
             RevisionConflictError: it is not, or what is beside it conflicts.
         """
         incarnation = batch.incarnation or token_hex(8)
-        folder = f"{self._tenant}/{incarnation}"
+        folder = f"batches/{self._tenant}/{incarnation}"
         self._blobs.put_all({f"{folder}/{site.blob}": image_bytes(image) for site, image in change.controls})
         after = _changed(batch, change, f"{incarnation}.{token_hex(8)}")
         parts = dict(self._parts_of(batch.batch_id, change))
@@ -376,7 +376,7 @@ class BatchStore:
             RevisionConflictError: the batch changed since it was read, or the plane there is not ``instead_of``.
         """
         incarnation = batch.incarnation or token_hex(8)
-        folder = f"{self._tenant}/{incarnation}"
+        folder = f"batches/{self._tenant}/{incarnation}"
         self._blobs.put(f"{folder}/{plane.blob}", data)
         key = self._part(batch.batch_id, "staged", plane.key.well, str(plane.key.site), plane.key.channel)
         changes: dict[str, bytes | None] = {key: plane.to_bytes()}
@@ -406,7 +406,7 @@ class BatchStore:
             commit.changes,
             {**expected, **commit.expected},
             commit.cleared,
-            scope=f"{self._tenant}/{batch.batch_id}",
+            scope=self._head(batch.batch_id),
         )
         try:
             self._records.commit(whole if also is None else whole.and_also(also))
@@ -440,7 +440,7 @@ class BatchStore:
 
     def _folder(self, batch: BatchRecord) -> str:
         assert batch.incarnation is not None
-        return f"{self._tenant}/{batch.incarnation}"
+        return f"batches/{self._tenant}/{batch.incarnation}"
 
 
 def _changed(batch: BatchRecord, change: Change, revision: str) -> BatchRecord:

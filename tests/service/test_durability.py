@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -52,21 +53,22 @@ def test_a_blob_is_written_beside_synced_renamed_and_its_directory_synced_before
     opened = position(calls, r"openat\(.*blobs/partial/[0-9a-f]+.*O_CREAT")
     written = position(calls, r"write\(\d+<.*blobs/partial/", opened)
     synced = position(calls, r"fsync\(\d+<.*blobs/partial/[0-9a-f]+", written)
-    renamed = position(calls, r"rename\w*\(.*blobs/partial/.*blobs/t/[0-9a-f]+/", synced)
-    directory = position(calls, r"fsync\(\d+<.*blobs/t/[0-9a-f]+>", renamed)
+    renamed = position(calls, r"rename\w*\(.*blobs/partial/.*blobs/batches/t/[0-9a-f]+/", synced)
+    directory = position(calls, r"fsync\(\d+<.*blobs/batches/t/[0-9a-f]+>", renamed)
     acknowledged = position(calls, r'write\(1<.*"ACKNOWLEDGED')
     assert directory < acknowledged
 
 
 def test_every_new_directory_is_synced_into_the_one_above_before_anything_is_renamed_into_it(calls):
-    renamed = position(calls, r"rename\w*\(.*blobs/t/")
-    for above, made in ((r"blobs", r"blobs/t"), (r"blobs/t", r"blobs/t/[0-9a-f]+")):
+    renamed = position(calls, r"rename\w*\(.*blobs/batches/t/")
+    levels = r"blobs", r"blobs/batches", r"blobs/batches/t", r"blobs/batches/t/[0-9a-f]+"
+    for above, made in pairwise(levels):
         mkdir = position(calls, rf'mkdir\w*\(.*/{made}"')
         assert position(calls, rf"fsync\(\d+<[^>]*/{above}>", mkdir) < renamed
 
 
 def test_the_record_that_names_a_blob_is_written_after_it_and_synced_before_it_is_acknowledged(calls):
-    directory = position(calls, r"fsync\(\d+<.*blobs/t/[0-9a-f]+>")
+    directory = position(calls, r"fsync\(\d+<.*blobs/batches/t/[0-9a-f]+>")
     written = position(calls, r"pwrite64\(\d+<.*records\.db-wal")
     synced = position(calls, r"f(data)?sync\(\d+<.*records\.db-wal", written)
     assert directory < written < synced < position(calls, r'write\(1<.*"ACKNOWLEDGED')
