@@ -4,6 +4,7 @@ Both carry the lab's name, drawn when they are first used together. Records that
 flushed, or are others: they are never taken for those of an empty lab.
 """
 
+import logging
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from service.blobs import Blobs, FileBlobs, open_object_blobs
-from service.errors import BlobMissingError, StartError
+from service.errors import BlobMissingError, StartError, UnavailableError
 from service.journal import Journal
 from service.records import Records, scan_all
 from service.records_sqlite import SqliteRecords
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 RECORDS_FILE = "records.db"
 BLOBS_DIRECTORY = "blobs"
 _LAB = "lab"
+
+log = logging.getLogger("anchorwell")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,17 @@ def open_storage(data: Path, redis: str | None = None, objects: str | None = Non
     unbound = RedisRecords(redis)
     lab = _agreed_lab(unbound, blobs)
     unbound.close()
-    return Storage(RedisRecords(redis, lab, Journal(blobs)), blobs)
+    records = RedisRecords(redis, lab, Journal(blobs))
+    _secure(records)
+    return Storage(records, blobs)
+
+
+def _secure(records: Records) -> None:
+    """Bring to safety what a process that died left behind; what cannot be yet is looked after while the service runs."""
+    try:
+        records.secure()
+    except UnavailableError as error:
+        log.warning("what was committed last could not be brought to safety yet: %s", error.detail)
 
 
 def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
@@ -85,7 +98,10 @@ def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     if lab is None:
         raise StartError("there is no lab in the object storage: check where images are kept")
     records = RedisRecords(redis)
-    records.rebuild(Journal(blobs).entries(), lab)
+    try:
+        records.rebuild(Journal(blobs).entries(), lab)
+    except BlobMissingError:
+        raise StartError("a running service is merging the journal: restore again in a minute") from None
     count = sum(1 for _ in scan_all(records, ""))
     records.close()
     return count

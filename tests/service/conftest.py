@@ -66,15 +66,18 @@ class AppClient:
         return await self.app.state.served.readiness.decided()
 
 
+def inline_decoder(settings):
+    """Decodes in this process."""
+    return InlineDecoder(SiteDecoder(Bundle.load(settings.bundle).manifest.recipe, settings.image_limits))
+
+
 @contextmanager
 def running(settings, engine=None, storage=None, *, wait=True, workers=False):
     """The real app with its lifespan; waits for the golden replay's verdict.
 
     It decodes in this process unless workers are asked for: starting them for every test would take minutes.
     """
-    decoder = (
-        None if workers else InlineDecoder(SiteDecoder(Bundle.load(settings.bundle).manifest.recipe, settings.image_limits))
-    )
+    decoder = None if workers else inline_decoder(settings)
     app = create_app(settings, engine=engine, storage=storage, decoder=decoder)
     with (
         start_blocking_portal() as portal,

@@ -136,7 +136,7 @@ def test_redis_keys_carry_the_version(redis_url):
     opened.commit(Commit({"batch/mine/P1": b"1"}))
     with redis.Redis.from_url(redis_url) as server:
         keys = {key.decode() for key in server.scan_iter()}
-    assert keys == {"anchorwell:schema", "anchorwell:v2:index", "anchorwell:v2:record:batch/mine/P1"}
+    assert keys == {"anchorwell:schema", "anchorwell:v3:index", "anchorwell:v3:record:batch/mine/P1"}
     opened.close()
 
 
