@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -300,8 +301,28 @@ def connect(url: str, timeout_s: float = 5) -> Any:
         raise ValueError("redis+sentinel:// needs the name of the service: redis+sentinel://host:26379/NAME")
     secret = {name: value for name, value in (("username", _user(parts)), ("password", _password(parts))) if value}
     database = int(parse_qs(parts.query).get("db", ["0"])[0])
-    sentinel: Any = Sentinel(addresses, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(parts.path.strip("/"), db=database, **options, **secret)
+    sentinel: Any = _Sentinels(addresses, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(parts.path.strip("/"), _BehindSentinel, db=database, **options, **secret)
+
+
+class _Sentinels(Sentinel):
+    """Sentinels that any number of threads may ask: the client's own list loses one when two of them reorder it at once."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        asked = copy(self)
+        asked.sentinels = list(self.sentinels)
+        found: tuple[str, int] = super(_Sentinels, asked).discover_master(service_name)  # type: ignore[no-untyped-call]
+        self.sentinels = asked.sentinels
+        return found
+
+
+class _BehindSentinel(redis.Redis):
+    """A client that lets go of its connections to the Sentinels, too."""
+
+    def close(self) -> None:
+        super().close()
+        pool: Any = self.connection_pool
+        pool.sentinel_manager.close()
 
 
 def _user(parts: Any) -> str | None:

@@ -10,6 +10,8 @@ import httpx
 import pytest
 import redis
 from anyio.from_thread import start_blocking_portal
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from model.bundle import Bundle
 from service.app import create_app
@@ -119,15 +121,15 @@ def client(settings, engine, storage):
 
 
 @contextmanager
-def redis_server(folder, port):
+def redis_server(folder, port, *options):
     """A Redis of our own that syncs every write."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("no redis-server on this machine: the Redis store is not tested")
     command = [binary, "--port", str(port), "--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always"]
-    with subprocess.Popen([*command, "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL) as process:
-        with redis.Redis(port=port) as probe:
-            wait_until(lambda: _answers(probe))
+    with subprocess.Popen([*command, "--save", "", "--bind", "127.0.0.1", *options], stdout=subprocess.DEVNULL) as process:
+        with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as probe:
+            wait_until(lambda: answers(probe))
         yield process
         process.terminate()
         process.wait(20)
@@ -140,9 +142,11 @@ def redis_url(tmp_path_factory):
         yield f"redis://127.0.0.1:{port}/0"
 
 
-def _answers(probe):
+def answers(probe):
     try:
         return probe.ping()
+    except redis.AuthenticationError:
+        return True
     except redis.ConnectionError:
         return False
 
