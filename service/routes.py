@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
@@ -315,7 +316,8 @@ async def live() -> schemas.Live:
 
 
 @router.get("/health/ready", response_model=schemas.Ready, responses=PROBLEM)
-def ready(batches: Ready) -> schemas.Ready:
+async def ready(request: Request) -> schemas.Ready:
     """Answer 200 once the bundle's golden images were replayed and agreed, and while the store answers."""
-    batches.storage.records.check()
+    batches = ready_batches(get_served(request))
+    await to_thread.run_sync(batches.storage.records.check, limiter=CapacityLimiter(1))  # though all other threads wait
     return schemas.Ready(**provenance(batches.bundle, batches.engine))

@@ -314,6 +314,23 @@ def test_object_storage_that_hangs_holds_up_neither_other_commits_in_redis_nor_r
     assert {scope for _, entry in Journal(lab.blobs).entries() for scope in entry.changes} >= {"a", "b", "c"}
 
 
+def test_readiness_is_told_while_every_thread_waits_for_object_storage(lab, settings, engine):
+    asked = {"url": "https://example.org/events", "events": ["job.failed"]}
+    lab.blobs.waits = lambda _: True
+    with running(settings, engine, lab) as client:
+        posts = [threading.Thread(target=client.post, args=("/webhooks",), kwargs={"json": asked}) for _ in range(50)]
+        for post in posts:
+            post.start()
+        wait_until(lambda: len(lab.records.scan("webhook/")) >= 40)
+        told = []
+        probe = threading.Thread(target=lambda: told.append(client.get("/health/ready").status_code))
+        probe.start()
+        wait_until(lambda: told == [200], timeout_s=5)
+        lab.blobs.goes_on.set()
+        for thread in (probe, *posts):
+            thread.join()
+
+
 def test_a_job_that_ended_stays_ended_after_its_batch_was_deleted_and_redis_restored(
     lab, server, settings, engine, tmp_path, redis_url
 ):
