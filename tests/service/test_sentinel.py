@@ -15,7 +15,7 @@ from service.errors import StoreUnavailableError, TooManyRequestsError
 from service.gates import Rates
 from service.queue import Queue
 from service.records import Commit
-from service.records_redis import RedisRecords
+from service.records_redis import RedisRecords, connect
 from tests.service.conftest import answers, free_port, redis_server, wait_until
 
 PASSWORD = "p@ss/word"
@@ -68,17 +68,41 @@ def servers(tmp_path):
         yield Servers(tmp_path, stack)
 
 
-def test_no_sentinel_is_lost_when_many_threads_look_for_the_primary_at_once(servers):
-    records = RedisRecords(servers.url)
-    pool = records._redis.connection_pool
-    threads = [threading.Thread(target=lambda: [pool.get_master_address() for _ in range(50)]) for _ in range(8)]
+class Asked:
+    """A Sentinel that says who is the primary when both threads have asked it, or is not there."""
+
+    def __init__(self, port, both=None):
+        self.port = port
+        self.both = both
+
+    def sentinel_masters(self):
+        if self.both is None:
+            raise redis.ConnectionError
+        self.both.wait(20)
+        return {
+            "lab": {
+                "ip": "host",
+                "port": 1,
+                "is_master": True,
+                "is_sdown": False,
+                "num-other-sentinels": 0,
+                "is_odown": False,
+            }
+        }
+
+
+def test_no_sentinel_is_lost_when_threads_look_for_the_primary_at_once():
+    records = connect("redis+sentinel://one:1,two:2/lab")
+    found, sentinels = [], records.connection_pool.sentinel_manager
+    dead, alive = Asked(1), Asked(2, threading.Barrier(2))
+    sentinels.sentinels = [dead, alive]
+    threads = [threading.Thread(target=lambda: found.append(sentinels.discover_master("lab"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    asked = {sentinel.get_connection_kwargs()["port"] for sentinel in pool.sentinel_manager.sentinels}
-    assert len(asked) == 2
-    records.close()
+    assert found == [("host", 1)] * 2
+    assert sentinels.sentinels == [alive, dead], "and the one that answers is asked first"
 
 
 def caller(name):
