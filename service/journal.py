@@ -1,9 +1,13 @@
 """The journal: every commit as objects beside the images, so that records can be rebuilt from the object storage alone.
 
-A commit is one object in each scope that it touches, ``journal/{scope}/{sequence}``. It never changes: whoever writes it
-again writes the same. The commit that ends a scope is named ``…-gone-{time}``: nothing before it counts, and it goes itself
-when nobody can still be writing what was before it. Many entries of a scope are merged into one ``…-snapshot``: no entry up
-to its sequence counts any more. So an entry that a slow process writes late changes nothing.
+A commit is one object in each scope that it touches, ``journal/{scope}/{sequence}``, or ``…-end`` where it ends the scope.
+It never changes: whoever writes it again writes the same. When everything before it is in the journal as well, an end
+becomes ``…-gone-{time}``, before which nothing of its scope counts; it goes itself when nobody can still be writing what was
+before. Many entries of a scope are merged into one ``…-snapshot``: no entry up to its sequence counts any more. So an entry
+that a slow process writes late changes nothing.
+
+Entries arrive in any order. Each tells up to which sequence nothing was missing when it was committed, so that a gap at the
+journal's end is seen: what lies behind it was never acknowledged.
 """
 
 import json
@@ -12,7 +16,7 @@ from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -33,17 +37,25 @@ _MERGED_AT_ONCE = 4096
 _GONE_FOR = timedelta(days=7)
 _ROOT = "journal"
 _VERSION = 2
+_SET_ASIDE = "unacknowledged"
 _AUDIT_ROOT = f"{AUDIT}/"
+
+Kind = Literal["entry", "end", "snapshot", "gone"]
+_KINDS: Mapping[str, Kind] = {"": "entry", "end": "end", "snapshot": "snapshot", "gone": "gone"}
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """What one commit changed, or several in a row, derived changes included; ``at`` is when, in seconds since 1970."""
+    """What one commit changed, or several in a row, derived changes included.
+
+    ``at`` is when, in seconds since 1970; every commit up to the sequence ``settled`` was in the journal then.
+    """
 
     scope: str
     changes: Changes
     cleared: Sequence[str] = ()
     at: int = 0
+    settled: int = 0
 
     @classmethod
     def of(cls, commit: Commit, changes: Changes, at: int) -> "JournalEntry":
@@ -61,7 +73,7 @@ class JournalEntry:
             cleared |= dict.fromkeys(gone)
             changes = {key: value for key, value in changes.items() if not key.startswith(gone)} if gone else changes
             changes |= entry.changes
-        return cls(entries[-1].scope, changes, tuple(cleared), entries[-1].at)
+        return replace(entries[-1], changes=changes, cleared=tuple(cleared))
 
     @property
     def is_empty(self) -> bool:
@@ -77,7 +89,13 @@ class JournalEntry:
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON, values in base64."""
         values = {key: None if value is None else b64encode(value).decode() for key, value in self.changes.items()}
-        fields = {"scope": self.scope, "cleared": list(self.cleared), "changes": values, "at": self.at}
+        fields = {
+            "scope": self.scope,
+            "cleared": list(self.cleared),
+            "changes": values,
+            "at": self.at,
+            "settled": self.settled,
+        }
         return canonical_json({"version": _VERSION, **fields})
 
     @classmethod
@@ -87,7 +105,7 @@ class JournalEntry:
         if value["version"] != _VERSION:
             raise ValueError(f"a journal entry of version {value['version']}; this release reads {_VERSION}")
         changes = {key: None if text is None else b64decode(text) for key, text in value["changes"].items()}
-        return cls(value["scope"], changes, tuple(value["cleared"]), value["at"])
+        return cls(value["scope"], changes, tuple(value["cleared"]), value["at"], value["settled"])
 
     def by_scope(self) -> "list[JournalEntry]":
         """Separate what outlives the scope from the rest; the audit log, which tells of all of it, comes last."""
@@ -95,7 +113,7 @@ class JournalEntry:
         for key, value in sorted(self.changes.items(), key=lambda item: item[0].startswith(_AUDIT_ROOT)):
             parts.setdefault(self._scope_of(key), {})[key] = value
         return [
-            JournalEntry(scope, changes, self.cleared if scope == self.scope else (), self.at)
+            replace(self, scope=scope, changes=changes, cleared=self.cleared if scope == self.scope else ())
             for scope, changes in parts.items()
         ]
 
@@ -111,7 +129,7 @@ class _Name:
 
     scope: str
     sequence: int
-    kind: Literal["entry", "snapshot", "gone"] = "entry"
+    kind: Kind = "entry"
     at: int = 0
 
     @classmethod
@@ -119,13 +137,16 @@ class _Name:
         scope, _, last = name.removeprefix(f"{_ROOT}/").rpartition("/")
         sequence, _, rest = last.partition("-")
         kind, _, at = rest.partition("-")
-        if kind == "gone":
-            return cls(scope, int(sequence), "gone", int(at))
-        return cls(scope, int(sequence), "snapshot" if kind == "snapshot" else "entry")
+        return cls(scope, int(sequence), _KINDS[kind], int(at or 0))
 
     def __str__(self) -> str:
-        suffix = {"entry": "", "snapshot": "-snapshot", "gone": f"-gone-{self.at}"}[self.kind]
+        suffix = {"entry": "", "end": "-end", "snapshot": "-snapshot", "gone": f"-gone-{self.at}"}[self.kind]
         return f"{_ROOT}/{self.scope}/{self.sequence:016d}{suffix}"
+
+    @property
+    def is_mark(self) -> bool:
+        """Whether nothing up to its sequence is missing from the journal, but for what it stands for."""
+        return self.kind in ("snapshot", "gone")
 
 
 @dataclass(frozen=True)
@@ -147,10 +168,32 @@ class Journal:
             StoreUnavailableError: the object storage does not take it.
         """
         for part in entry.by_scope():
-            name = _Name(part.scope, sequence, "gone", part.at) if part.ends_scope else _Name(part.scope, sequence)
-            self.blobs.put(str(name), part.to_bytes())
-            if name.kind == "gone":
-                self._delete(earlier for earlier in self._names(f"{part.scope}/") if earlier.sequence < sequence)
+            self.blobs.put(str(_Name(part.scope, sequence, "end" if part.ends_scope else "entry")), part.to_bytes())
+
+    def conclude(self, sequence: int, entry: JournalEntry) -> None:
+        """Let go of the scopes that an entry ended; to be called when no entry before it is missing."""
+        for part in entry.by_scope():
+            if part.ends_scope:
+                self._end(_Name(part.scope, sequence, "end"), part, self._names(f"{part.scope}/"))
+
+    def set_aside(self) -> int:
+        """Move what lies behind a gap at the journal's end out of it; how much that is. Not while anything is committed."""
+        every = [name for names in self._by_scope().values() for name in names]
+        found = {name.sequence for name in every}
+        whole = self._whole(every)
+        while whole + 1 in found:
+            whole += 1
+        behind = [name for name in every if name.sequence > whole]
+        for name in behind:
+            self.blobs.put(f"{_SET_ASIDE}/{name}", self.blobs.get(str(name)))
+        self._delete(behind)
+        return len(behind)
+
+    def _whole(self, every: Sequence[_Name]) -> int:
+        """A sequence up to which no entry is missing, as far as the marks and the last entry tell."""
+        marks = [name.sequence for name in every if name.is_mark]
+        last = max(every, key=lambda name: name.sequence, default=None)
+        return max([*marks, 0 if last is None else self._read(last).settled])
 
     def entries(self) -> Iterator[tuple[int, JournalEntry]]:
         """Every entry that counts, in the order of the commits.
@@ -170,24 +213,32 @@ class Journal:
         Args:
             complete: a sequence up to which no entry is missing from the journal.
         """
-        for names in self._by_scope().values():
+        scopes = self._by_scope()
+        last_mark = max((name.sequence for names in scopes.values() for name in names if name.is_mark), default=0)
+        for names in scopes.values():
             with suppress(BlobMissingError):  # another process merges the same entries
-                self._compact(names, complete)
+                self._compact(names, complete, last_mark)
 
-    def _compact(self, names: Sequence[_Name], complete: int) -> None:
+    def _compact(self, names: Sequence[_Name], complete: int, last_mark: int) -> None:
         counting = _counting(names)
-        self._delete(set(names) - set(counting))
+        ripe = [name for name in counting if name.sequence <= complete]
+        ends = [name for name in ripe if name.kind == "end"]
+        if ends:
+            self._end(ends[-1], self._read(ends[-1]), names)
+            return
+        self._delete({name for name in names if name.sequence <= complete} - set(counting))
         if [name.kind for name in counting] == ["gone"]:
             old = counting[0].at < self.now() - _GONE_FOR.total_seconds()
-            self._delete(counting if old else ())
+            self._delete(counting if old and counting[0].sequence < last_mark else ())
+        elif sum(not name.is_mark for name in ripe) >= MERGED_FROM:
+            self._merge_all(ripe)
+
+    def _merge_all(self, names: Sequence[_Name]) -> None:
+        """Merge a whole scope; of the audit log, only what has not been merged yet."""
+        if names[0].scope != AUDIT:
+            self._merge(names)
             return
-        ripe = [name for name in counting if name.sequence <= complete]
-        if sum(name.kind == "entry" for name in ripe) < MERGED_FROM:
-            return
-        if ripe[0].scope != AUDIT:
-            self._merge(ripe)
-            return
-        unmerged = [name for name in ripe if name.kind == "entry"]
+        unmerged = [name for name in names if not name.is_mark]
         for start in range(0, len(unmerged), _MERGED_AT_ONCE):
             self._merge(unmerged[start : start + _MERGED_AT_ONCE])
 
@@ -197,6 +248,11 @@ class Journal:
         merged = JournalEntry.merged(in_parallel(self._read, names))
         self.blobs.put(str(_Name(last.scope, last.sequence, "snapshot")), merged.to_bytes())
         self._delete(names)
+
+    def _end(self, end: _Name, entry: JournalEntry, names: Sequence[_Name]) -> None:
+        """Put the mark of a scope's end, then let go of what it ends."""
+        self.blobs.put(str(replace(end, kind="gone", at=entry.at)), entry.to_bytes())
+        self._delete(name for name in names if name.sequence < end.sequence or name == end)
 
     # --- objects -----------------------------------------------------------------------------------------------------
 
@@ -220,5 +276,5 @@ def _counting(names: Iterable[_Name]) -> list[_Name]:
     """The objects of one scope that count, in order: what it ended with, all snapshots since, all entries since those."""
     ordered = sorted(names, key=lambda name: (name.sequence, name.kind == "snapshot"))
     gone = max((name.sequence for name in ordered if name.kind == "gone"), default=0)
-    covered = max((name.sequence for name in ordered if name.kind != "entry"), default=0)
-    return [name for name in ordered if name.sequence >= gone and (name.kind != "entry" or name.sequence > covered)]
+    covered = max((name.sequence for name in ordered if name.is_mark), default=0)
+    return [name for name in ordered if name.sequence >= gone and (name.is_mark or name.sequence > covered)]

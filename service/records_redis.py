@@ -3,9 +3,10 @@
 A commit is one script: Redis compares what was expected, then changes every record, or none. Redis must sync every write to
 disk before it answers, or an acknowledged upload could be lost; a server that says otherwise is warned of at start.
 
-Redis is a place of work, not the truth: every commit leaves a journal entry there (``pending``) until it lies in the object
-storage, from which ``anchorwell restore`` rebuilds the records of a Redis that was flushed. A commit returns when its entry
-and every one before it lie there: nothing that was acknowledged stands on something that could be lost.
+Redis is a place of work, not the truth: every commit leaves a journal entry there (``pending``, its sequence in ``waiting``)
+until it lies in the object storage, from which ``anchorwell restore`` rebuilds the records of a Redis that was flushed. A
+commit returns when its entry and every one before it lie there: nothing that was acknowledged stands on something that could
+be lost.
 
 No command is sent twice: a commit whose reply is lost may have taken effect, and is told as unavailable. Whoever repeats the
 request finds what it did, or nothing, and is answered when that is safe.
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -49,14 +51,14 @@ _LOST, _CONFLICT, _MOVED = -1, -2, -3
 _COMMIT = """
 local prefix, lab, at = KEYS[1], ARGV[1], 2
 local found = redis.call('GET', prefix .. 'lab')
-if lab ~= '' and found ~= lab then return -1 end
+if lab ~= '' and found ~= lab then return {-1, 0} end
 local function number() at = at + 1; return tonumber(ARGV[at - 1]) end
 local function text() at = at + 1; return ARGV[at - 1] end
 for _, verdict in ipairs({-2, -3}) do
   for _ = 1, number() do
     local key, present, value = text(), text(), text()
     local now = redis.call('GET', prefix .. 'record:' .. key)
-    if (present == '1' and now ~= value) or (present == '0' and now) then return verdict end
+    if (present == '1' and now ~= value) or (present == '0' and now) then return {verdict, 0} end
   end
 end
 local index = prefix .. 'index'
@@ -78,10 +80,12 @@ for _ = 1, number() do
   end
 end
 local entry = text()
-if entry == '' then return 0 end
+if entry == '' then return {0, 0} end
 local sequence = redis.call('INCR', prefix .. 'sequence')
-redis.call('HSET', prefix .. 'pending', sequence, entry)
-return sequence
+local settled = tonumber(redis.call('ZRANGE', prefix .. 'waiting', 0, 0)[1] or sequence) - 1
+redis.call('ZADD', prefix .. 'waiting', sequence, sequence)
+redis.call('HSET', prefix .. 'pending', sequence, settled .. ' ' .. entry)
+return {sequence, settled}
 """
 
 log = logging.getLogger("anchorwell")
@@ -135,6 +139,7 @@ class RedisRecords:
         if entry is not None:
             self._bring(sequence, entry)
             self._secure(before=sequence)
+            self._conclude(sequence, entry)
 
     def _take_effect(self, commit: Commit) -> tuple[JournalEntry | None, int]:
         """Change records; returns what is to be brought to the journal, and its place there."""
@@ -160,12 +165,12 @@ class RedisRecords:
             arguments += _listed(values)
         arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
         with self._told():
-            outcome = int(self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
+            outcome, settled = map(int, self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
         if outcome == _LOST:
             self._require_lab(None)
         if outcome == _CONFLICT:
             raise ConflictError
-        return entry, outcome
+        return (None if entry is None else replace(entry, settled=settled)), outcome
 
     # --- the journal's side ------------------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class RedisRecords:
         if self._journal is None:
             return
         with self._told():
-            lab, restored, waiting = self._transaction(("GET", "lab"), ("GET", "restored"), ("HKEYS", "pending"))
+            lab, restored, waiting = self._transaction(("GET", "lab"), ("GET", "restored"), ("ZRANGE", "waiting", 0, -1))
         self._require_lab(lab)
         if before <= int(restored or 0):
             raise StoreUnavailableError("Redis was flushed and restored meanwhile; nothing is known to have changed")
@@ -223,10 +228,28 @@ class RedisRecords:
                 data = self._redis.hget(_PREFIX + "pending", sequence)
             if data is None:
                 return  # another process brought it there
-            entry = JournalEntry.from_bytes(data)
+            settled, _, content = data.partition(b" ")
+            entry = replace(JournalEntry.from_bytes(content), settled=int(settled))
         self._journal.keep(sequence, entry)
         with self._told():
-            self._redis.hdel(_PREFIX + "pending", sequence)
+            self._transaction(("HDEL", "pending", sequence), ("ZREM", "waiting", sequence))
+
+    def _conclude(self, sequence: int, entry: JournalEntry) -> None:
+        """Let go of what a commit deleted; what cannot be now goes when the journal is merged."""
+        assert self._journal is not None
+        try:
+            self._journal.conclude(sequence, entry)
+        except StoreUnavailableError as error:
+            log.warning("the journal of what was deleted is kept for now: %s", error.detail)
+
+    def require_empty(self) -> None:
+        """Return when this Redis holds no lab's records.
+
+        Raises:
+            StartError: it does.
+        """
+        if self.lab() is not None:
+            raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
 
     def rebuild(self, entries: Iterable[tuple[int, JournalEntry]], lab: str) -> None:
         """Fill an empty Redis from journal entries in order; the lab is named last, so that half of it is never served.
@@ -234,11 +257,10 @@ class RedisRecords:
         Raises:
             StartError: it is not empty.
         """
-        if self.lab() is not None:
-            raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
+        self.require_empty()
         last = 0
         with self._told():
-            self._redis.delete(_PREFIX + "index", _PREFIX + "pending")
+            self._redis.delete(*(_PREFIX + name for name in ("index", "pending", "waiting")))
             for sequence, entry in entries:
                 nothing: list[bytes | str | int] = [0, 0]
                 cleared = [len(entry.cleared), *entry.cleared]

@@ -88,6 +88,8 @@ def _secure(records: Records) -> None:
 def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     """Rebuild the records of a flushed Redis from the journal; how many there are.
 
+    What was committed after something that never got to the journal was not acknowledged either, and is set aside.
+
     Raises:
         StartError: Redis holds records, or there is no journal to rebuild them from.
     """
@@ -97,11 +99,15 @@ def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     lab = lab_of(blobs)
     if lab is None:
         raise StartError("there is no lab in the object storage: check where images are kept")
-    records = RedisRecords(redis)
+    records, journal = RedisRecords(redis), Journal(blobs)
+    records.require_empty()
     try:
-        records.rebuild(Journal(blobs).entries(), lab)
+        aside = journal.set_aside()
+        records.rebuild(journal.entries(), lab)
     except BlobMissingError:
         raise StartError("a running service is merging the journal: restore again in a minute") from None
+    if aside:
+        log.warning("%d entries that were never acknowledged are set aside: something before them is missing", aside)
     count = sum(1 for _ in scan_all(records, ""))
     records.close()
     return count

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -67,10 +68,16 @@ def journal(blobs, clock):
     return Journal(blobs, clock)
 
 
+def committed(journal, changes, cleared=(), scope=BATCH, settled=0):
+    """What the records would have the journal keep."""
+    return replace(journal.entry(Commit(changes, cleared=cleared, scope=scope), changes), settled=settled)
+
+
 def keep(journal, sequence, changes, cleared=(), scope=BATCH):
-    """Keep a commit, as the records do; gives what would be kept late once more."""
-    entry = journal.entry(Commit(changes, cleared=cleared, scope=scope), changes)
+    """Keep a commit that nothing is missing before, as the records do; gives what would be kept late once more."""
+    entry = committed(journal, changes, cleared, scope, sequence - 1)
     journal.keep(sequence, entry)
+    journal.conclude(sequence, entry)
     return sequence, entry
 
 
@@ -121,6 +128,48 @@ def test_a_row_that_is_gone_leaves_its_end_alone(journal):
     assert len(names(journal, "job/t/1")) == 1
 
 
+def test_an_end_whose_process_died_before_it_let_go_of_its_scope_is_concluded_when_entries_are_merged(journal):
+    keep(journal, 1, {"part/t/P1/a": b"x"})
+    journal.keep(2, committed(journal, {BATCH: None}, ("part/t/P1/",), settled=1))
+    keep(journal, 3, {"part/t/P1/b": b"y"})
+    assert rebuilt(journal) == {"part/t/P1/b": b"y"}
+    journal.compact(complete=1)
+    assert len(names(journal, BATCH)) == 3
+    journal.compact(complete=3)
+    assert [name[16:22] for name in names(journal, BATCH)] == ["-gone-", ""]
+    assert rebuilt(journal) == {"part/t/P1/b": b"y"}
+
+
+def test_what_lies_behind_a_gap_at_the_end_was_not_acknowledged_and_is_set_aside(journal):
+    keep(journal, 1, {"part/t/P1/a": b"x", "audit/entry/1": b"x"})
+    for sequence in (2, 4):
+        journal.keep(sequence, committed(journal, {f"part/t/P1/{sequence}": b"x", "audit/end": b"x"}, settled=1))
+    assert journal.set_aside() == 2
+    assert rebuilt(journal) == {"part/t/P1/a": b"x", "part/t/P1/2": b"x", "audit/entry/1": b"x", "audit/end": b"x"}
+    assert journal.blobs.names("unacknowledged") == [
+        f"unacknowledged/journal/audit/{4:016d}",
+        f"unacknowledged/journal/{BATCH}/{4:016d}",
+    ]
+    assert journal.set_aside() == 0
+
+
+def test_what_was_merged_or_has_ended_is_no_gap(journal, clock):
+    for number in range(1, 6):
+        keep(journal, number, {BATCH: str(number).encode()})
+    journal.compact(complete=5)
+    keep(journal, 6, {"job/t/1": b"queued"})
+    end = committed(journal, {"job/t/1": None}, settled=5)
+    journal.keep(8, committed(journal, {"job/t/2": b"queued"}, settled=5))
+    journal.keep(7, end)
+    journal.conclude(7, end)
+    clock.seconds += WEEK_S + 1
+    journal.compact(complete=8)
+    before = rebuilt(journal)
+    assert journal.set_aside() == 0
+    assert rebuilt(journal) == before == {BATCH: b"5", "job/t/2": b"queued"}
+    assert Journal(memory_blobs()).set_aside() == 0
+
+
 def test_what_ended_is_forgotten_when_nobody_can_be_writing_what_was_before(journal, clock):
     late = keep(journal, 1, {"part/t/P1/a": b"x"})
     keep(journal, 2, {BATCH: None}, cleared=("part/t/P1/",))
@@ -131,7 +180,10 @@ def test_what_ended_is_forgotten_when_nobody_can_be_writing_what_was_before(jour
     journal.keep(*late)
     clock.seconds += WEEK_S + 1
     journal.compact(complete=2)
-    assert journal.blobs.names("journal") == []
+    assert len(names(journal, BATCH)) == 1, "it tells how far the journal is whole"
+    keep(journal, 3, {"job/t/1": None})
+    journal.compact(complete=3)
+    assert names(journal, BATCH) == []
 
 
 def test_a_batch_that_is_begun_anew_counts_from_its_beginning(journal, clock):
@@ -221,12 +273,31 @@ def test_two_processes_may_merge_the_same_at_once(journal):
     assert rebuilt(journal) == before
 
 
+def lose_the_end(rng, journal, sequence, records):
+    """Redis is flushed while some commits are on their way to the journal, which then ends with what went before."""
+    begun = [committed(journal, {f"job/t/{rng.randrange(5)}": b"lost"}, settled=sequence - 1) for _ in range(5)]
+    arrived = [number for number in range(5) if rng.random() < 0.5]
+    for number in rng.sample(arrived, len(arrived)):
+        journal.keep(sequence + number, begun[number])
+    whole = next((number for number in range(5) if number not in arrived), 5)
+    assert journal.set_aside() == len(arrived) - whole
+    assert rebuilt(journal) == {
+        **{key: value for key, value in records.items() if value is not None},
+        **{key: value for entry in begun[:whole] for key, value in entry.changes.items()},
+    }
+    for number, entry in enumerate(begun[:whole]):
+        for part in entry.by_scope():
+            journal.blobs.delete([f"journal/{part.scope}/{sequence + number:016d}"])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_in_whatever_order_the_same_records_are_rebuilt(seed, clock):
     rng = random.Random(seed)
     journal = Journal(FailingBlobs(memory_blobs()), clock)
     kept, records = [], {}
-    for sequence in range(1, 120):
+    for sequence in range(1, 130):
+        if rng.random() < 0.05:
+            lose_the_end(rng, journal, sequence, records)
         batch = rng.choice(["P1", "P2"])
         deleted = rng.random() < 0.05
         head, part = f"batch/t/{batch}", f"part/t/{batch}/"

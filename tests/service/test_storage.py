@@ -249,6 +249,22 @@ def test_nothing_is_acknowledged_before_what_it_stands_on_is_in_the_journal(lab,
     assert (verdict.entries, verdict.fault) == (3, None)
 
 
+def test_a_flush_before_everything_was_in_the_journal_leaves_a_whole_beginning(lab, server, tmp_path, redis_url):
+    stage(lab, 1)
+    lab.blobs.refuses = lambda name: name.endswith("0002")
+    for site in (2, 3, 4):
+        with pytest.raises(StoreUnavailableError):
+            stage(lab, site)
+    lab.blobs.refuses = lambda _: False
+    flush_and_restore(lab, server, tmp_path, redis_url)
+    assert [plane.key.site for plane in lab.of("mine").staged("P1")] == [1]
+    assert (audit.verify(lab.records).entries, audit.verify(lab.records).fault) == (1, None)
+    stage(lab, 5)
+    flush_and_restore(lab, server, tmp_path, redis_url)
+    assert [plane.key.site for plane in lab.of("mine").staged("P1")] == [1, 5]
+    assert audit.verify(lab.records).fault is None
+
+
 def test_what_a_process_left_behind_is_brought_to_the_journal_by_the_next_that_starts(lab, tmp_path, redis_url):
     lab.blobs.refuses = lambda _: True
     with pytest.raises(StoreUnavailableError):
