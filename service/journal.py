@@ -48,7 +48,8 @@ _KINDS: Mapping[str, Kind] = {"": "entry", "end": "end", "snapshot": "snapshot",
 class JournalEntry:
     """What one commit changed, or several in a row, derived changes included.
 
-    ``at`` is when, in seconds since 1970; every commit up to the sequence ``settled`` was in the journal then.
+    ``at`` is when, in seconds since 1970; every commit up to the sequence ``settled`` was in the journal then. ``parts`` is
+    how many objects the commit is in the journal.
     """
 
     scope: str
@@ -56,6 +57,7 @@ class JournalEntry:
     cleared: Sequence[str] = ()
     at: int = 0
     settled: int = 0
+    parts: int = 1
 
     @classmethod
     def of(cls, commit: Commit, changes: Changes, at: int) -> "JournalEntry":
@@ -89,14 +91,9 @@ class JournalEntry:
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON, values in base64."""
         values = {key: None if value is None else b64encode(value).decode() for key, value in self.changes.items()}
-        fields = {
-            "scope": self.scope,
-            "cleared": list(self.cleared),
-            "changes": values,
-            "at": self.at,
-            "settled": self.settled,
-        }
-        return canonical_json({"version": _VERSION, **fields})
+        whole = {"at": self.at, "settled": self.settled, "parts": self.parts}
+        fields = {"scope": self.scope, "cleared": list(self.cleared), "changes": values}
+        return canonical_json({"version": _VERSION, **fields, **whole})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "JournalEntry":
@@ -105,16 +102,18 @@ class JournalEntry:
         if value["version"] != _VERSION:
             raise ValueError(f"a journal entry of version {value['version']}; this release reads {_VERSION}")
         changes = {key: None if text is None else b64decode(text) for key, text in value["changes"].items()}
-        return cls(value["scope"], changes, tuple(value["cleared"]), value["at"], value["settled"])
+        whole = {name: value[name] for name in ("at", "settled", "parts")}
+        return cls(value["scope"], changes, tuple(value["cleared"]), **whole)
 
     def by_scope(self) -> "list[JournalEntry]":
         """Separate what outlives the scope from the rest; the audit log, which tells of all of it, comes last."""
-        parts: dict[str, dict[str, bytes | None]] = {self.scope: {}} if self.cleared else {}
+        found: dict[str, dict[str, bytes | None]] = {self.scope: {}} if self.cleared else {}
         for key, value in sorted(self.changes.items(), key=lambda item: item[0].startswith(_AUDIT_ROOT)):
-            parts.setdefault(self._scope_of(key), {})[key] = value
+            found.setdefault(self._scope_of(key), {})[key] = value
+        part = replace(self, cleared=(), parts=len(found))
         return [
-            replace(self, scope=scope, changes=changes, cleared=self.cleared if scope == self.scope else ())
-            for scope, changes in parts.items()
+            replace(part, scope=scope, changes=changes, cleared=self.cleared if scope == self.scope else ())
+            for scope, changes in found.items()
         ]
 
     def _scope_of(self, key: str) -> str:
@@ -179,9 +178,11 @@ class Journal:
     def set_aside(self) -> int:
         """Move what lies behind a gap at the journal's end out of it; how much that is. Not while anything is committed."""
         every = [name for names in self._by_scope().values() for name in names]
-        found = {name.sequence for name in every}
+        found = defaultdict(list)
+        for name in every:
+            found[name.sequence].append(name)
         whole = self._whole(every)
-        while whole + 1 in found:
+        while (whole + 1) in found and self._read(found[whole + 1][0]).parts == len(found[whole + 1]):
             whole += 1
         behind = [name for name in every if name.sequence > whole]
         for name in behind:

@@ -153,6 +153,14 @@ def test_what_lies_behind_a_gap_at_the_end_was_not_acknowledged_and_is_set_aside
     assert journal.set_aside() == 0
 
 
+def test_a_commit_of_which_a_part_did_not_arrive_is_set_aside(journal):
+    keep(journal, 1, {"part/t/P1/a": b"x", "audit/entry/1": b"x"})
+    journal.keep(2, committed(journal, {"part/t/P1/b": b"y", "audit/entry/2": b"y", "job/t/1": b"done"}, settled=1))
+    journal.blobs.delete([f"journal/audit/{2:016d}"])
+    before = {"part/t/P1/a": b"x", "audit/entry/1": b"x"}
+    assert (journal.set_aside(), rebuilt(journal)) == (2, before)
+
+
 def test_what_was_merged_or_has_ended_is_no_gap(journal, clock):
     for number in range(1, 6):
         keep(journal, number, {BATCH: str(number).encode()})
