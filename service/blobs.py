@@ -271,4 +271,4 @@ def _told(what: str) -> Iterator[None]:
     except (OSError, BaseError) as error:
         log.warning("%s cannot be kept or read: %s", what, str(error).partition("\n")[0])
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise StoreUnavailableError(f"{what} cannot be kept or read ({reason}); nothing was changed") from error
+        raise StoreUnavailableError(f"{what} cannot be kept or read ({reason}); nothing is known to have changed") from error

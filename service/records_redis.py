@@ -395,7 +395,7 @@ class _Breaker:
             StoreUnavailableError: it fails, or did not answer a moment ago.
         """
         if time.monotonic() < self._away_until:
-            raise StoreUnavailableError("Redis did not answer a moment ago; nothing was changed")
+            raise StoreUnavailableError("Redis did not answer a moment ago; nothing is known to have changed")
         try:
             yield
         except (redis.ConnectionError, redis.TimeoutError) as error:
