@@ -80,10 +80,12 @@ class Composition:
             self.served.webhooks.deliver(name)
 
     def look_after(self) -> None:
-        """Enqueue what should run and does not."""
+        """Enqueue what should run and does not; bring what was committed to safety, and keep it in little room."""
         self.served.later.jobs.look_after()
         self.served.webhooks.look_after()
         self.retention.look_after()
+        self.served.batches.storage.records.secure()
+        self.served.batches.storage.records.compact()
 
     def end(self) -> None:
         """Let background work end, and let go of everything that was made for this composition."""

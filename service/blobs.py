@@ -4,15 +4,18 @@ In files of a data directory, or in object storage (S3 and what speaks like it).
 returned from is on disk: a file is written beside its place, synced, renamed, and its directory synced.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 from tempfile import NamedTemporaryFile
-from typing import Any, Protocol
+from threading import Event
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import MemoryStore, ObjectStore, from_url
@@ -23,6 +26,24 @@ PARTIAL = "partial"
 """Where files lie while they are written; what is old there was never acknowledged."""
 _PARALLEL = 16
 _ATTEMPTS = 100
+_PATIENCE = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=16)}
+_RETRIES = {"max_retries": 4, "retry_timeout": timedelta(seconds=10)}
+"""A call begins for the last time after 10 s, and ends within 16 s of it: object storage that hangs is told as such."""
+_CLIENT_SETTINGS = (
+    *_PATIENCE,
+    "allow_http",
+    "allow_invalid_certificates",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "user_agent",
+)
+_OF_ENVIRONMENT = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "azure": "AZURE_", "abfs": "AZURE_"}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = logging.getLogger("anchorwell")
 
 
 class Blobs(Protocol):
@@ -71,7 +92,7 @@ class FileBlobs:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._synced: set[Path] = set()
-        with _told(f"the data directory {root}"):
+        with _told("the data directory"):
             self._make_directory(root)
 
     def put(self, name: str, data: bytes) -> None:
@@ -94,13 +115,13 @@ class FileBlobs:
             with _told(name):
                 return (self._root / name).read_bytes()
         except FileNotFoundError:
-            raise BlobMissingError(f"{name} is missing from the data directory {self._root}") from None
+            raise BlobMissingError(f"{name} is missing from the data directory") from None
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         path = self._root / name
         if not path.is_file():
-            raise BlobMissingError(f"{name} is missing from the data directory {self._root}")
+            raise BlobMissingError(f"{name} is missing from the data directory")
         yield path
 
     def names(self, prefix: str = "") -> list[str]:
@@ -176,8 +197,7 @@ class ObjectBlobs:
             self._store.put(name, data)
 
     def put_all(self, blobs: Mapping[str, bytes]) -> None:
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(self.put, blobs, blobs.values()))
+        in_parallel(lambda item: self.put(*item), blobs.items())
 
     def get(self, name: str) -> bytes:
         try:
@@ -222,9 +242,39 @@ def open_object_blobs(url: str, **options: Any) -> ObjectBlobs:
         StartError: the URL is not one.
     """
     try:
-        return ObjectBlobs(from_url(url, **options))
+        return ObjectBlobs(from_url(url, **{**_bounds(url), **options}))
     except (BaseError, ValueError) as error:
         raise StartError(f"the object storage {url} cannot be used: {error}") from None
+
+
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Do work on several items at once, results in their order; once one failed, none is begun any more."""
+    todo = list(items)
+    if len(todo) <= 1:
+        return [work(item) for item in todo]
+    failed = Event()
+
+    def begin(item: Item) -> Result:
+        if failed.is_set():
+            raise CancelledError  # never told: what failed stands before it
+        try:
+            return work(item)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return list(pool.map(begin, todo))
+
+
+def _bounds(url: str) -> dict[str, Any]:
+    """How long a call over a network may take; options of the client that the environment sets go before."""
+    start = _OF_ENVIRONMENT.get(urlsplit(url).scheme)
+    if start is None:
+        return {}
+    names = {name: f"{start}{name.upper()}" for name in _CLIENT_SETTINGS}
+    told = {name: os.environ[variable] for name, variable in names.items() if variable in os.environ}
+    return {"client_options": {**_PATIENCE, **told}, "retry_config": _RETRIES}
 
 
 def _sync_directory(directory: Path) -> None:
@@ -240,10 +290,12 @@ def _sync_directory(directory: Path) -> None:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Tell errors of the disk and of the object storage as the store's own."""
+    """Tell errors of the disk and of the object storage as the store's own; paths and addresses are logged alone."""
     try:
         yield
     except FileNotFoundError:
         raise
     except (OSError, BaseError) as error:
-        raise StoreUnavailableError(f"{what} cannot be kept or read: {str(error)[:300]}; nothing was changed") from error
+        log.warning("%s cannot be kept or read: %s", what, str(error).partition("\n")[0])
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise StoreUnavailableError(f"{what} cannot be kept or read ({reason}); nothing is known to have changed") from error

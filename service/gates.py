@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 from limits import RateLimitItemPerDay, RateLimitItemPerMinute
 from limits.errors import StorageError
-from limits.storage import storage_from_string
+from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import FixedWindowRateLimiter
 
 from service.access import Caller
@@ -139,9 +139,11 @@ def _is_address(name: str) -> bool:
 
 def _counts(redis: str | None) -> Any:
     """Where counts are kept; a Redis that does not answer is not waited for."""
-    if redis is None or redis.startswith("redis+sentinel://"):
-        return storage_from_string("memory://", wrap_exceptions=True)
-    return storage_from_string(redis, wrap_exceptions=True, socket_timeout=1, socket_connect_timeout=1)
+    if redis is None:
+        return MemoryStorage(wrap_exceptions=True)
+    from service.records_redis import connect  # noqa: PLC0415 (an embedded service needs no Redis)
+
+    return RedisStorage("redis://", connection_pool=connect(redis, timeout_s=1).connection_pool, wrap_exceptions=True)
 
 
 class Rates:

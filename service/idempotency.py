@@ -108,7 +108,12 @@ class Idempotency:
         return held
 
     def _refuse(self, found: dict[str, Any], lease: bytes | None, content: str) -> None:
-        """Return when the key is free: its request died, or was answered too long ago."""
+        """Return when the key is free: its request died, or was answered too long ago.
+
+        Raises:
+            AnsweredBefore, IdempotencyConflictError, StillRunningError: it is not.
+            StoreUnavailableError: the first answer is not safe yet.
+        """
         until = found["until"] if lease is None else lease.decode()
         if datetime.fromisoformat(until) < self.now():
             return
@@ -118,6 +123,7 @@ class Idempotency:
             )
         if found["state"] == "running":
             raise _still_running()
+        self.records.secure()  # the first answer may never have been sent, because its change was not safe yet
         raise AnsweredBefore(found["status"], found["body"].encode())
 
     def _until(self) -> bytes:

@@ -41,15 +41,22 @@ def _local_time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds)  # noqa: DTZ006 (huey compares with naive local time)
 
 
+def _connected(redis: str) -> Any:
+    from service.records_redis import connect  # noqa: PLC0415 (an embedded service needs no Redis)
+
+    return connect(redis)
+
+
 class Queue:
     """Runs ``run(kind, name)`` in the background, on this machine's workers or others'."""
 
     def __init__(self, data: Path, redis: str | None) -> None:
+        self._redis = None if redis is None else _connected(redis)
         options = {"name": "anchorwell", "serializer": NamesOnly(), "utc": False, "results": False}
         self._huey: Huey = (
-            PriorityRedisHuey(url=redis, **options)
-            if redis is not None and not redis.startswith("redis+sentinel://")
-            else SqliteHuey(filename=str(data / "queue.db"), fsync=True, **options)
+            SqliteHuey(filename=str(data / "queue.db"), fsync=True, **options)
+            if self._redis is None
+            else PriorityRedisHuey(connection_pool=self._redis.connection_pool, **options)
         )
         self._consumer: Consumer | None = None
         self._run: Callable[[str, str], None] | None = None
@@ -84,6 +91,8 @@ class Queue:
         if self._consumer is not None:
             self._consumer.stop(graceful=True)
         self._huey.storage.close()
+        if self._redis is not None:
+            self._redis.close()
 
 
 class _Embedded(Consumer):  # type: ignore[misc]  # huey has no types

@@ -31,7 +31,7 @@ class Commit:
     """What is changed together, on condition that the ``expected`` records are what they were when they were read.
 
     ``cleared`` are prefixes of which every record goes before ``changes`` are written. ``scope`` names what the commit is
-    about (a batch); the journal of a scope can be dropped when its records are.
+    about (a batch); a commit that clears and writes nothing ends its scope, whose journal can be dropped.
     """
 
     changes: Changes
@@ -70,10 +70,11 @@ class Records(Protocol):
         ...
 
     def commit(self, commit: Commit) -> None:
-        """Change records, all or none, for good.
+        """Change records, all or none, for good: with everything that was committed before.
 
         Raises:
-            ConflictError: an expected record is another.
+            ConflictError: an expected record is another. StoreUnavailableError: it is not known to be safe, though it may
+            have taken effect; ``secure`` tells.
         """
         ...
 
@@ -82,6 +83,14 @@ class Records(Protocol):
 
         Raises:
             StoreUnavailableError: it is not.
+        """
+        ...
+
+    def compact(self) -> None:
+        """Keep what was committed in less room, when there is reason to; once an hour, however often it is called.
+
+        Raises:
+            StoreUnavailableError, StoreLostError: it cannot be done now.
         """
         ...
 
@@ -137,6 +146,9 @@ class MemoryRecords:
                     self._values[key] = value
 
     def secure(self) -> None:
+        pass
+
+    def compact(self) -> None:
         pass
 
     def check(self) -> None:

@@ -3,27 +3,39 @@
 A commit is one script: Redis compares what was expected, then changes every record, or none. Redis must sync every write to
 disk before it answers, or an acknowledged upload could be lost; a server that says otherwise is warned of at start.
 
-Redis is a place of work, not the truth: every commit leaves a journal entry there (``pending``) until it lies in the object
-storage, from which ``anchorwell restore`` rebuilds the records of a Redis that was flushed.
+Redis is a place of work, not the truth: every commit leaves a journal entry there (``pending``, its sequence in ``waiting``)
+until it lies in the object storage, from which ``anchorwell restore`` rebuilds the records of a Redis that was flushed. A
+commit returns when its entry and every one before it lie there: nothing that was acknowledged stands on something that could
+be lost.
+
+No command is sent twice: a commit whose reply is lost may have taken effect, and is told as unavailable. Whoever repeats the
+request finds what it did, or nothing, and is answered when that is safe.
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from service.blobs import in_parallel
 from service.errors import StartError, StoreLostError, StoreUnavailableError
 from service.journal import Journal, JournalEntry
-from service.records import Commit, ConflictError
+from service.records import Changes, Commit, ConflictError, Records
 
-SCHEMA_VERSION = 2
-_PREFIX = "anchorwell:v2:"
+SCHEMA_VERSION = 3
+_PREFIX = "anchorwell:v3:"
 _DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 _COULD_BE_LOST = {
     "appendonly": "everything since Redis's last snapshot, when it stops",
@@ -32,18 +44,21 @@ _COULD_BE_LOST = {
 }
 _ATTEMPTS = 200
 _AWAY_S = 1.0
+_COMPACTED_EVERY_S = 3600
+_IN_HAND = 1_000_000
+"""More entries than running processes could still be bringing to the journal when Redis is flushed."""
 _LOST, _CONFLICT, _MOVED = -1, -2, -3
 _COMMIT = """
 local prefix, lab, at = KEYS[1], ARGV[1], 2
 local found = redis.call('GET', prefix .. 'lab')
-if lab ~= '' and found ~= lab then return -1 end
+if lab ~= '' and found ~= lab then return {-1, 0} end
 local function number() at = at + 1; return tonumber(ARGV[at - 1]) end
 local function text() at = at + 1; return ARGV[at - 1] end
 for _, verdict in ipairs({-2, -3}) do
   for _ = 1, number() do
     local key, present, value = text(), text(), text()
     local now = redis.call('GET', prefix .. 'record:' .. key)
-    if (present == '1' and now ~= value) or (present == '0' and now) then return verdict end
+    if (present == '1' and now ~= value) or (present == '0' and now) then return {verdict, 0} end
   end
 end
 local index = prefix .. 'index'
@@ -65,10 +80,12 @@ for _ = 1, number() do
   end
 end
 local entry = text()
-if entry == '' then return 0 end
+if entry == '' then return {0, 0} end
 local sequence = redis.call('INCR', prefix .. 'sequence')
-redis.call('HSET', prefix .. 'pending', sequence, entry)
-return sequence
+local settled = tonumber(redis.call('ZRANGE', prefix .. 'waiting', 0, 0)[1] or sequence) - 1
+redis.call('ZADD', prefix .. 'waiting', sequence, sequence)
+redis.call('HSET', prefix .. 'pending', sequence, settled .. ' ' .. entry)
+return {sequence, settled}
 """
 
 log = logging.getLogger("anchorwell")
@@ -82,6 +99,8 @@ class RedisRecords:
         self._journal = journal
         self._breaker = _Breaker()
         self._chain = threading.Lock()  # of this process's threads one at a time extends a chain
+        self._under_way: dict[int, Future[None]] = {}
+        self._under_way_lock = threading.Lock()
         try:
             self._redis = connect(url)
             _check_schema(self._redis)
@@ -90,24 +109,24 @@ class RedisRecords:
 
     def lab(self) -> str | None:
         """The lab that these records are of; None on an empty Redis."""
-        with self._breaker.told():
+        with self._told():
             value = self._redis.get(_PREFIX + "lab")
         return None if value is None else str(value.decode())
 
     def found(self, lab: str) -> None:
         """Say whose records an empty Redis holds."""
-        with self._breaker.told():
+        with self._told():
             self._redis.set(_PREFIX + "lab", lab, nx=True)
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
-        with self._breaker.told():
+        with self._told():
             lab, *values = self._redis.mget([_PREFIX + "lab", *(_record(key) for key in keys)])
         self._require_lab(lab)
         return list(values)
 
     def scan(self, prefix: str, after: str = "", limit: int = 1000) -> list[tuple[str, bytes]]:
         start = b"(" + after.encode() if after else b"[" + prefix.encode()
-        with self._breaker.told():
+        with self._told():
             keys = self._redis.zrange(
                 _PREFIX + "index", start, b"(" + prefix.encode() + b"\xff", bylex=True, offset=0, num=limit
             )
@@ -116,72 +135,173 @@ class RedisRecords:
         return found if found or len(names) < limit else self.scan(prefix, names[-1], limit)
 
     def commit(self, commit: Commit) -> None:
+        entry, sequence = self._take_effect(commit)
+        if entry is not None:
+            self._bring(sequence, entry)
+            self._secure(before=sequence)
+            self._conclude(sequence, entry)
+
+    def _take_effect(self, commit: Commit) -> tuple[JournalEntry | None, int]:
+        """Change records; returns what is to be brought to the journal, and its place there."""
         if not commit.derived:
-            self._commit(commit, {}, commit.with_derived(_nothing))
-            return
+            return self._attempt(commit, {}, commit.with_derived(_nothing))
         with self._chain:
             for _ in range(_ATTEMPTS):
                 now = dict(zip((item.key for item in commit.derived), self._derived_from(commit), strict=True))
-                if self._commit(commit, now, commit.with_derived(now.__getitem__)) != _MOVED:
-                    return
+                entry, outcome = self._attempt(commit, now, commit.with_derived(now.__getitem__))
+                if outcome != _MOVED:
+                    return entry, outcome
         raise StoreUnavailableError("the end of a chain kept moving; nothing was changed")
 
     def _derived_from(self, commit: Commit) -> list[bytes | None]:
         return self.read([item.key for item in commit.derived])
 
-    def _commit(self, commit: Commit, derived_from: dict[str, bytes | None], changes: dict[str, bytes | None]) -> int:
-        entry = JournalEntry.of(commit, changes) if self._journal is not None else None
+    def _attempt(
+        self, commit: Commit, derived_from: dict[str, bytes | None], changes: dict[str, bytes | None]
+    ) -> tuple[JournalEntry | None, int]:
+        entry = self._journal.entry(commit, changes) if self._journal is not None else None
         arguments: list[bytes | str | int] = [self._lab or ""]
         for values in (commit.expected, derived_from):
             arguments += _listed(values)
         arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
-        with self._breaker.told():
-            outcome = int(self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
+        with self._told():
+            outcome, settled = map(int, self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
         if outcome == _LOST:
             self._require_lab(None)
         if outcome == _CONFLICT:
             raise ConflictError
-        if outcome > 0 and entry is not None:
-            self._settle(outcome, entry)
-        return outcome
+        return (None if entry is None else replace(entry, settled=settled)), outcome
 
     # --- the journal's side ------------------------------------------------------------------------------------------
 
     def secure(self) -> None:
         """Bring every commit to the journal that did not get there, because the object storage failed or a process died."""
-        with self._breaker.told():
-            found = self._redis.hgetall(_PREFIX + "pending")
-        for sequence, entry in _decoded(found):
-            self._settle(sequence, entry)
+        self._secure()
 
-    def _settle(self, sequence: int, entry: JournalEntry) -> None:
-        if self._journal is not None:
-            self._journal.keep(sequence, entry)
-            with self._breaker.told():
-                self._redis.hdel(_PREFIX + "pending", sequence)
+    def compact(self, every_s: int = _COMPACTED_EVERY_S) -> None:
+        """Merge what the journal has many entries of; of all processes that are asked, one does in so many seconds."""
+        if self._journal is None:
+            return
+        with self._told():
+            lab, due, sequence = self._transaction(
+                ("GET", "lab"), ("SET", "compacted", 1, "NX", "EX", every_s), ("GET", "sequence")
+            )
+        self._require_lab(lab)
+        if due:
+            self._secure()
+            self._journal.compact(int(sequence or 0))
 
-    def rebuild(self, entries: Sequence[tuple[int, JournalEntry]], lab: str) -> None:
+    def _secure(self, before: float = math.inf) -> None:
+        """Return when the journal has every commit before one; those that other threads bring there are waited for."""
+        if self._journal is None:
+            return
+        with self._told():
+            lab, restored, waiting = self._transaction(("GET", "lab"), ("GET", "restored"), ("ZRANGE", "waiting", 0, -1))
+        self._require_lab(lab)
+        if before <= int(restored or 0):
+            raise StoreUnavailableError("Redis was flushed and restored meanwhile; nothing is known to have changed")
+        in_parallel(self._bring, sorted(sequence for sequence in map(int, waiting) if sequence < before))
+
+    def _bring(self, sequence: int, entry: JournalEntry | None = None) -> None:
+        """Bring one commit to the journal, unless another thread is about to: then it is waited for."""
+        with self._under_way_lock:
+            known = self._under_way.get(sequence)
+            mine = self._under_way.setdefault(sequence, Future())
+        if known is not None:
+            known.result()
+            return
+        try:
+            self._put(sequence, entry)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(None)
+        finally:
+            with self._under_way_lock:
+                del self._under_way[sequence]
+
+    def _put(self, sequence: int, entry: JournalEntry | None) -> None:
+        assert self._journal is not None
+        if entry is None:
+            with self._told():
+                data = self._redis.hget(_PREFIX + "pending", sequence)
+            if data is None:
+                return  # another process brought it there
+            settled, _, content = data.partition(b" ")
+            entry = replace(JournalEntry.from_bytes(content), settled=int(settled))
+        self._journal.keep(sequence, entry)
+        with self._told():
+            self._transaction(("HDEL", "pending", sequence), ("ZREM", "waiting", sequence))
+
+    def _conclude(self, sequence: int, entry: JournalEntry) -> None:
+        """Let go of what a commit deleted; what cannot be now goes when the journal is merged."""
+        assert self._journal is not None
+        try:
+            self._journal.conclude(sequence, entry)
+        except StoreUnavailableError as error:
+            log.warning("the journal of what was deleted is kept for now: %s", error.detail)
+
+    def require_empty(self) -> None:
+        """Return when this Redis holds no lab's records.
+
+        Raises:
+            StartError: it does.
+        """
+        if self.lab() is not None:
+            raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
+
+    def rebuild(
+        self, entries: Iterable[tuple[int, JournalEntry]], lab: str, count: Callable[[Records], Changes] = lambda _: {}
+    ) -> None:
         """Fill an empty Redis from journal entries in order; the lab is named last, so that half of it is never served.
+
+        ``count`` gives the records that are not in the journal but follow from the others.
 
         Raises:
             StartError: it is not empty.
         """
-        if self.lab() is not None:
-            raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
-        with self._breaker.told():
-            self._redis.delete(_PREFIX + "index", _PREFIX + "pending")
+        self.require_empty()
+        last = 0
+        with self._told():
+            self._redis.delete(*(_PREFIX + name for name in ("index", "pending", "waiting")))
             for sequence, entry in entries:
-                nothing: list[bytes | str | int] = [0, 0]
-                cleared = [len(entry.cleared), *entry.cleared]
-                self._redis.eval(_COMMIT, 1, _PREFIX, "", *nothing, *cleared, *_listed(entry.changes), b"")
-                self._redis.set(_PREFIX + "sequence", sequence)
-            self._redis.set(_PREFIX + "lab", lab)
+                self._write(entry.changes, entry.cleared)
+                last = sequence
+            self._write(count(self))
+            values = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND, "lab": lab}
+            self._redis.mset({_PREFIX + name: value for name, value in values.items()})
+
+    def _write(self, changes: Changes, cleared: Sequence[str] = ()) -> None:
+        nothing: list[bytes | str | int] = [0, 0]
+        self._redis.eval(_COMMIT, 1, _PREFIX, "", *nothing, len(cleared), *cleared, *_listed(changes), b"")
 
     def check(self) -> None:
         self.read([])
 
     def close(self) -> None:
         self._redis.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Talk to Redis inside; connections to what became a replica are closed, so that the new primary is looked for.
+
+        Raises:
+            StoreUnavailableError: it fails, or did not answer a moment ago.
+        """
+        with self._breaker.told():
+            try:
+                yield
+            except redis.ReadOnlyError:
+                self._redis.connection_pool.disconnect(inuse_connections=False)
+                raise
+
+    def _transaction(self, *commands: tuple[str | int, ...]) -> list[Any]:
+        """Several commands at one moment, each on a key of ours."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            for name, key, *rest in commands:
+                pipeline.execute_command(name, f"{_PREFIX}{key}", *rest)
+            return list(pipeline.execute())
 
     def _require_lab(self, found: bytes | None) -> None:
         if self._lab is not None and found != self._lab.encode():
@@ -191,28 +311,55 @@ class RedisRecords:
             )
 
 
-def connect(url: str) -> Any:
-    """Connect to ``redis://``, ``rediss://`` or ``redis+sentinel://host:port[,host:port…]/service[?db=0]``."""
-    options = {"socket_connect_timeout": 2, "socket_timeout": 5}
+def connect(url: str, timeout_s: float = 5) -> Any:
+    """Connect to ``redis://``, ``rediss://`` or ``redis+sentinel://host:port[,host:port…]/service[?db=0]``.
+
+    No command is repeated by the client; a primary that moved is looked for when the next one connects.
+    """
+    options = {
+        "socket_connect_timeout": min(timeout_s, 2),
+        "socket_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+    }
     if not url.startswith("redis+sentinel://"):
         return redis.Redis.from_url(url, **options)
     parts = urlsplit(url)
     hosts = parts.netloc.rpartition("@")[2].split(",")
-    addresses = [(host.rpartition(":")[0], int(host.rpartition(":")[2])) for host in hosts]
+    addresses = [(host.rpartition(":")[0].strip("[]"), int(host.rpartition(":")[2])) for host in hosts]
     if not parts.path.strip("/"):
         raise ValueError("redis+sentinel:// needs the name of the service: redis+sentinel://host:26379/NAME")
     secret = {name: value for name, value in (("username", _user(parts)), ("password", _password(parts))) if value}
     database = int(parse_qs(parts.query).get("db", ["0"])[0])
-    sentinel: Any = Sentinel(addresses, **options)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(parts.path.strip("/"), db=database, **options, **secret)
+    sentinel: Any = _Sentinels(addresses, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(parts.path.strip("/"), _BehindSentinel, db=database, **options, **secret)
+
+
+class _Sentinels(Sentinel):
+    """Sentinels that any number of threads may ask: the client's own list loses one when two of them reorder it at once."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        asked = copy(self)
+        asked.sentinels = list(self.sentinels)
+        found: tuple[str, int] = super(_Sentinels, asked).discover_master(service_name)  # type: ignore[no-untyped-call]
+        self.sentinels = asked.sentinels
+        return found
+
+
+class _BehindSentinel(redis.Redis):
+    """A client that lets go of its connections to the Sentinels, too."""
+
+    def close(self) -> None:
+        super().close()
+        pool: Any = self.connection_pool
+        pool.sentinel_manager.close()
 
 
 def _user(parts: Any) -> str | None:
-    return str(parts.netloc.rpartition("@")[0]).partition(":")[0] or None
+    return unquote(parts.netloc.rpartition("@")[0].partition(":")[0]) or None
 
 
 def _password(parts: Any) -> str | None:
-    return str(parts.netloc.rpartition("@")[0]).partition(":")[2] or None
+    return unquote(parts.netloc.rpartition("@")[0].partition(":")[2]) or None
 
 
 def durability_warnings(url: str) -> list[str]:
@@ -255,23 +402,19 @@ class _Breaker:
             StoreUnavailableError: it fails, or did not answer a moment ago.
         """
         if time.monotonic() < self._away_until:
-            raise StoreUnavailableError("Redis did not answer a moment ago; nothing was changed")
+            raise StoreUnavailableError("Redis did not answer a moment ago; nothing is known to have changed")
         try:
             yield
         except (redis.ConnectionError, redis.TimeoutError) as error:
             self._away_until = time.monotonic() + _AWAY_S
-            raise StoreUnavailableError(f"Redis does not answer: {error}; nothing is known to have changed") from error
+            log.warning("Redis does not answer: %s", error)
+            raise StoreUnavailableError("Redis does not answer; nothing is known to have changed") from error
         except redis.RedisError as error:
             raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
 
 
 def _record(key: str) -> str:
     return f"{_PREFIX}record:{key}"
-
-
-def _decoded(found: Mapping[bytes, bytes]) -> Iterator[tuple[int, JournalEntry]]:
-    ordered = sorted((int(sequence), entry) for sequence, entry in found.items())
-    return ((sequence, JournalEntry.from_bytes(entry)) for sequence, entry in ordered)
 
 
 def _listed(values: Any) -> list[bytes | str | int]:

@@ -4,7 +4,10 @@ Both carry the lab's name, drawn when they are first used together. Records that
 flushed, or are others: they are never taken for those of an empty lab.
 """
 
+import json
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +15,12 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from service.blobs import Blobs, FileBlobs, open_object_blobs
-from service.errors import BlobMissingError, StartError
+from service.errors import BlobMissingError, StartError, UnavailableError
 from service.journal import Journal
-from service.records import Records, scan_all
+from service.records import Changes, Records, scan_all
 from service.records_sqlite import SqliteRecords
-from service.store import BatchStore
+from service.store import STAGED_BYTES, BatchRecord, BatchStore
+from service.usage import USAGE, amount
 
 if TYPE_CHECKING:
     from service.records_redis import RedisRecords
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 RECORDS_FILE = "records.db"
 BLOBS_DIRECTORY = "blobs"
 _LAB = "lab"
+
+log = logging.getLogger("anchorwell")
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,23 @@ def open_storage(data: Path, redis: str | None = None, objects: str | None = Non
     unbound = RedisRecords(redis)
     lab = _agreed_lab(unbound, blobs)
     unbound.close()
-    return Storage(RedisRecords(redis, lab, Journal(blobs)), blobs)
+    records = RedisRecords(redis, lab, Journal(blobs))
+    _secure(records)
+    return Storage(records, blobs)
+
+
+def _secure(records: Records) -> None:
+    """Bring to safety what a process that died left behind; what cannot be yet is looked after while the service runs."""
+    try:
+        records.secure()
+    except UnavailableError as error:
+        log.warning("what was committed last could not be brought to safety yet: %s", error.detail)
 
 
 def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     """Rebuild the records of a flushed Redis from the journal; how many there are.
+
+    What was committed after something that never got to the journal was not acknowledged either, and is set aside.
 
     Raises:
         StartError: Redis holds records, or there is no journal to rebuild them from.
@@ -86,11 +104,33 @@ def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     lab = lab_of(blobs)
     if lab is None:
         raise StartError("there is no lab in the object storage: check where images are kept")
-    records = RedisRecords(redis)
-    records.rebuild(Journal(blobs).entries(), lab)
+    records, journal = RedisRecords(redis), Journal(blobs)
+    records.require_empty()
+    try:
+        aside = journal.set_aside()
+        records.rebuild(journal.entries(), lab, _usage_of)
+    except BlobMissingError:
+        raise StartError("a running service is merging the journal: restore again in a minute") from None
+    if aside:
+        log.warning("%d entries that were never acknowledged are set aside: something before them is missing", aside)
     count = sum(1 for _ in scan_all(records, ""))
     records.close()
     return count
+
+
+def _usage_of(records: Records) -> Changes:
+    """Count anew what every tenant's images take: controls, planes sent ahead, and what is kept for open jobs."""
+    found: Counter[str] = Counter()
+    for prefix in ("batch/", "part/", "job/"):
+        for key, data in scan_all(records, prefix):
+            tenant, _, name = key.removeprefix(prefix).partition("/")
+            if prefix == "batch/":
+                found[tenant] += BatchRecord.from_bytes(name, data).control_bytes
+            elif prefix == "job/":
+                found[tenant] += int(json.loads(data)["size"])
+            elif name.endswith(f"/{STAGED_BYTES}"):
+                found[tenant] += amount(data)
+    return {USAGE + tenant: str(total).encode() for tenant, total in found.items() if total}
 
 
 def lab_of(blobs: Blobs) -> str | None:

@@ -31,6 +31,7 @@ from service.usage import Usage, added, amount
 
 BLOBS = "batches/"
 """Where batches' blobs lie, a folder a tenant."""
+STAGED_BYTES = "staged-bytes"
 KNOWN_BATCHES = 256
 KNOWN_ADAPTATIONS = 256
 
@@ -483,7 +484,7 @@ class BatchStore:
             changes[self._head(batch.batch_id)] = _changed(batch, Change(changed_at)).to_bytes()
         was = None if instead_of is None else instead_of.to_bytes()
         more = plane.size - (0 if instead_of is None else instead_of.size)
-        derived = (*self._usage.changed(more), added(self._part(batch.batch_id, "staged-bytes"), more))
+        derived = (*self._usage.changed(more), added(self._part(batch.batch_id, STAGED_BYTES), more))
         with self._put({self._path(plane.blob): data}):
             self._commit(batch, Commit(changes, expected={key: was}, derived=derived), also)
         if instead_of is not None:
@@ -500,14 +501,14 @@ class BatchStore:
         commit = Commit(
             dict.fromkeys(keys),
             expected={key: plane.to_bytes() for key, plane in keys.items()},
-            derived=(*self._usage.changed(less), added(self._part(batch.batch_id, "staged-bytes"), less)),
+            derived=(*self._usage.changed(less), added(self._part(batch.batch_id, STAGED_BYTES), less)),
         )
         self._commit(batch, commit, also)
         self._blobs.delete(self._path(plane.blob) for plane in planes)
 
     def delete(self, batch: BatchRecord, also: Commit) -> None:
         """Forget a batch and its files."""
-        staged_bytes = self._part(batch.batch_id, "staged-bytes")
+        staged_bytes = self._part(batch.batch_id, STAGED_BYTES)
         (counted,) = self._records.read([staged_bytes])
         blobs = {*_blobs_of(batch), *(plane.blob for plane in self.staged(batch.batch_id))}
         less = -(batch.control_bytes + amount(counted))
@@ -554,7 +555,7 @@ class BatchStore:
             {**expected, **commit.expected},
             commit.cleared,
             commit.derived,
-            scope=f"{self._tenant}/{batch.batch_id}",
+            scope=self._head(batch.batch_id),
         )
         try:
             self._records.commit(whole if also is None else whole.and_also(also))

@@ -118,6 +118,9 @@ class TimedRecords:
         with timed(self._observer, "store"):
             self._records.secure()
 
+    def compact(self) -> None:
+        self._records.compact()
+
     def check(self) -> None:
         self._records.check()
 

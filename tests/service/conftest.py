@@ -10,6 +10,8 @@ import httpx
 import pytest
 import redis
 from anyio.from_thread import start_blocking_portal
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from model.bundle import Bundle
 from service.app import create_app
@@ -66,15 +68,18 @@ class AppClient:
         return await self.app.state.served.readiness.decided()
 
 
+def inline_decoder(settings):
+    """Decodes in this process."""
+    return InlineDecoder(SiteDecoder(Bundle.load(settings.bundle).manifest.recipe, settings.image_limits))
+
+
 @contextmanager
 def running(settings, engine=None, storage=None, *, wait=True, workers=False):
     """The real app with its lifespan; waits for the golden replay's verdict.
 
     It decodes in this process unless workers are asked for: starting them for every test would take minutes.
     """
-    decoder = (
-        None if workers else InlineDecoder(SiteDecoder(Bundle.load(settings.bundle).manifest.recipe, settings.image_limits))
-    )
+    decoder = None if workers else inline_decoder(settings)
     app = create_app(settings, engine=engine, storage=storage, decoder=decoder)
     with (
         start_blocking_portal() as portal,
@@ -116,18 +121,19 @@ def client(settings, engine, storage):
 
 
 @contextmanager
-def redis_server(folder, port):
+def redis_server(folder, port, *options):
     """A Redis of our own that syncs every write."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("no redis-server on this machine: the Redis store is not tested")
     command = [binary, "--port", str(port), "--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always"]
-    with subprocess.Popen([*command, "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL) as process:
-        with redis.Redis(port=port) as probe:
-            wait_until(lambda: _answers(probe))
-        yield process
-        process.terminate()
-        process.wait(20)
+    with subprocess.Popen([*command, "--save", "", "--bind", "127.0.0.1", *options], stdout=subprocess.DEVNULL) as process:
+        try:
+            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as probe:
+                wait_until(lambda: answers(probe))
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -137,9 +143,11 @@ def redis_url(tmp_path_factory):
         yield f"redis://127.0.0.1:{port}/0"
 
 
-def _answers(probe):
+def answers(probe):
     try:
         return probe.ping()
+    except redis.AuthenticationError:
+        return True
     except redis.ConnectionError:
         return False
 

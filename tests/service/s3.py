@@ -14,6 +14,12 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
+    def parse_request(self):
+        """Read a request; one that comes while the server hangs is answered when it does not any more."""
+        taken = super().parse_request()
+        self.server.goes_on.wait()
+        return taken
+
     def do_GET(self):
         parts = urlsplit(self.path)
         if "list-type=2" in parts.query:
@@ -80,6 +86,9 @@ def s3(monkeypatch):
     """A running S3 that every client finds by the environment."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.objects, server.redirects, server.failing = {}, {}, False
+    server.handle_error = lambda *_: None  # who waited for an answer went away
+    server.goes_on = threading.Event()
+    server.goes_on.set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in {
         "ENDPOINT": f"http://127.0.0.1:{server.server_port}",
@@ -90,5 +99,6 @@ def s3(monkeypatch):
     }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     yield server
+    server.goes_on.set()
     server.shutdown()
     server.server_close()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_a_blob_is_written_beside_synced_renamed_and_its_directory_synced_before
 
 def test_every_new_directory_is_synced_into_the_one_above_before_anything_is_renamed_into_it(calls):
     renamed = position(calls, r"rename\w*\(.*blobs/batches/t/")
-    for above, made in ((r"blobs", r"blobs/batches"), (r"blobs/batches/t", r"blobs/batches/t/[0-9a-f]+")):
+    levels = r"blobs", r"blobs/batches", r"blobs/batches/t", r"blobs/batches/t/[0-9a-f]+"
+    for above, made in pairwise(levels):
         mkdir = position(calls, rf'mkdir\w*\(.*/{made}"')
         assert position(calls, rf"fsync\(\d+<[^>]*/{above}>", mkdir) < renamed
 

@@ -1,12 +1,21 @@
 """Every kind of records keeps the same promises."""
 
+import socket
 import sqlite3
 import threading
+from contextlib import suppress
 
+import anyio
 import pytest
 import redis
+from anyio.to_thread import run_sync
 
-from service.errors import StartError, StoreLostError, StoreUnavailableError
+from service import audit
+from service.blobs import memory_blobs
+from service.deeds import Deed
+from service.errors import AnsweredBefore, StartError, StoreLostError, StoreUnavailableError
+from service.idempotency import Idempotency
+from service.journal import Journal
 from service.records import Commit, ConflictError, Derived, scan_all
 from service.records_redis import RedisRecords, durability_warnings
 from service.records_sqlite import SqliteRecords
@@ -136,7 +145,7 @@ def test_redis_keys_carry_the_version(redis_url):
     opened.commit(Commit({"batch/mine/P1": b"1"}))
     with redis.Redis.from_url(redis_url) as server:
         keys = {key.decode() for key in server.scan_iter()}
-    assert keys == {"anchorwell:schema", "anchorwell:v2:index", "anchorwell:v2:record:batch/mine/P1"}
+    assert keys == {"anchorwell:schema", "anchorwell:v3:index", "anchorwell:v3:record:batch/mine/P1"}
     opened.close()
 
 
@@ -216,3 +225,108 @@ def test_a_flushed_redis_is_lost_not_empty(redis_url):
         with pytest.raises(StoreLostError, match="anchorwell restore"):
             look()
     opened.close()
+
+
+def test_a_primary_that_was_made_a_replica_is_told_as_unavailable_until_it_is_one_again(tmp_path):
+    port = free_port()
+    with redis_server(tmp_path, port), redis.Redis(port=port) as server:
+        opened = RedisRecords(f"redis://127.0.0.1:{port}/0")
+        opened.commit(Commit({"a": b"1"}))
+        server.replicaof("127.0.0.1", free_port())
+        with pytest.raises(StoreUnavailableError, match="read only replica"):
+            opened.commit(Commit({"a": b"2"}))
+        server.replicaof("NO", "ONE")
+        opened.commit(Commit({"a": b"2"}))
+        assert opened.read(["a"]) == [b"2"]
+        opened.close()
+
+
+class CutWire:
+    """Stands before a Redis, and loses the reply to the next command that has some text in it."""
+
+    def __init__(self, port):
+        self.loses = None
+        self.seen = 0
+        self._to = port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        self._server.close()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
+
+    def _forward(self, client, server):
+        """Take turns: a command, its reply."""
+        with client, server, suppress(OSError):
+            while command := client.recv(1 << 20):
+                server.sendall(command)
+                reply = server.recv(1 << 20)
+                if self.loses is not None and self.loses in command:
+                    self.seen += 1
+                    if self.seen == 1:
+                        return
+                client.sendall(reply)
+
+
+def test_a_commit_whose_reply_is_lost_takes_effect_once_and_is_safe_before_its_repetition_is_answered(redis_url):
+    blobs = memory_blobs()
+    direct = RedisRecords(emptied(redis_url))
+    direct.found("lab")
+    wire = CutWire(redis.connection.parse_url(redis_url)["port"])
+    opened = RedisRecords(f"redis://127.0.0.1:{wire.port}/0", "lab", Journal(blobs))
+    wire.loses = b"EVAL"
+    change = Commit({"a": b"1"}, expected={"a": None})
+    with pytest.raises(StoreUnavailableError, match="nothing is known to have changed"):
+        opened.commit(change)
+    assert (wire.seen, direct.read(["a"])) == (1, [b"1"]), "it took effect, and was not sent again"
+    assert list(Journal(blobs).entries()) == []
+    wait_until(lambda: conflicts(opened, change))
+    opened.secure()
+    ((sequence, entry),) = Journal(blobs).entries()
+    assert (sequence, entry.changes) == (1, {"a": b"1"})
+    opened.close()
+    direct.close()
+    wire.close()
+
+
+def conflicts(records, commit):
+    try:
+        records.commit(commit)
+    except ConflictError:
+        return True
+    except StoreUnavailableError:
+        return False
+
+
+def test_a_request_whose_commit_lost_its_reply_gets_its_first_answer_when_it_is_repeated(redis_url):
+    blobs = memory_blobs()
+    direct = RedisRecords(emptied(redis_url))
+    direct.found("lab")
+    wire = CutWire(redis.connection.parse_url(redis_url)["port"])
+    opened = RedisRecords(f"redis://127.0.0.1:{wire.port}/0", "lab", Journal(blobs))
+    keys = Idempotency(opened)
+
+    async def ask():
+        async with keys.held("t", "k", {"asks": "this"}, 201) as held:
+            wire.loses = b"EVAL"
+            done = Deed("t", beside=(held,)).done("test", "P1", {}, b"the answer")
+            await run_sync(lambda: opened.commit(Commit({"a": b"1"}).and_also(done)))
+
+    with pytest.raises(StoreUnavailableError):
+        anyio.run(ask)
+    wait_until(lambda: is_read(opened))
+    with pytest.raises(AnsweredBefore) as told:
+        anyio.run(ask)
+    assert (told.value.status, told.value.body) == (201, b"the answer")
+    assert [entry.changes["a"] for _, entry in Journal(blobs).entries() if "a" in entry.changes] == [b"1"]
+    assert audit.verify(opened).entries == 1
+    opened.close()
+    direct.close()
+    wire.close()

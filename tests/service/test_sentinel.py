@@ -1,0 +1,155 @@
+"""Redis behind a Sentinel: records, the queue and rates find the primary, and the next one when it dies."""
+
+import shutil
+import subprocess
+import threading
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from service.access import Caller, Scope
+from service.errors import StoreUnavailableError, TooManyRequestsError
+from service.gates import Rates
+from service.queue import Queue
+from service.records import Commit
+from service.records_redis import RedisRecords, connect
+from tests.service.conftest import answers, free_port, redis_server, wait_until
+
+PASSWORD = "p@ss/word"
+QUOTED = "p%40ss%2Fword"
+
+
+@contextmanager
+def sentinel(folder, port, primary_port):
+    """A Sentinel of our own that looks after one primary."""
+    config = folder / "sentinel.conf"
+    config.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+        f"sentinel monitor lab 127.0.0.1 {primary_port} 1\n"
+        f"sentinel auth-pass lab {PASSWORD}\n"
+        "sentinel down-after-milliseconds lab 500\n"
+        "sentinel failover-timeout lab 3000\n"
+    )
+    with subprocess.Popen([shutil.which("redis-server"), config, "--sentinel"], stdout=subprocess.DEVNULL) as process:
+        try:
+            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as probe:
+                wait_until(lambda: answers(probe))
+            yield
+        finally:
+            process.kill()
+
+
+class Servers:
+    """A primary, its replica, and the URL of the Sentinel that looks after them."""
+
+    def __init__(self, folder, stack):
+        self.primary_port, self.replica_port, self.sentinel_port = free_port(), free_port(), free_port()
+        for name in ("primary", "replica", "sentinel"):
+            (folder / name).mkdir()
+        common = ("--requirepass", PASSWORD, "--masterauth", PASSWORD, "--repl-diskless-sync-delay", "0")
+        of_primary = ("--replicaof", f"127.0.0.1 {self.primary_port}")
+        self.primary = stack.enter_context(redis_server(folder / "primary", self.primary_port, *common))
+        stack.enter_context(redis_server(folder / "replica", self.replica_port, *common, *of_primary))
+        self.replica = stack.enter_context(redis.Redis(port=self.replica_port, password=PASSWORD, db=1))
+        wait_until(lambda: self.replica.info("replication")["master_link_status"] == "up")
+        stack.enter_context(sentinel(folder / "sentinel", self.sentinel_port, self.primary_port))
+        self.url = f"redis+sentinel://:{QUOTED}@127.0.0.1:{free_port()},127.0.0.1:{self.sentinel_port}/lab?db=1"
+        with redis.Redis(port=self.sentinel_port) as looks_after:
+            wait_until(lambda: looks_after.sentinel_slaves("lab"), timeout_s=60)
+
+
+@pytest.fixture
+def servers(tmp_path):
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server on this machine: Sentinel is not tested")
+    with ExitStack() as stack:
+        yield Servers(tmp_path, stack)
+
+
+class Asked:
+    """A Sentinel that says who is the primary when both threads have asked it, or is not there."""
+
+    def __init__(self, port, both=None):
+        self.port = port
+        self.both = both
+
+    def sentinel_masters(self):
+        if self.both is None:
+            raise redis.ConnectionError
+        self.both.wait(20)
+        return {
+            "lab": {
+                "ip": "host",
+                "port": 1,
+                "is_master": True,
+                "is_sdown": False,
+                "num-other-sentinels": 0,
+                "is_odown": False,
+            }
+        }
+
+
+def test_no_sentinel_is_lost_when_threads_look_for_the_primary_at_once():
+    records = connect("redis+sentinel://one:1,two:2/lab")
+    found, sentinels = [], records.connection_pool.sentinel_manager
+    dead, alive = Asked(1), Asked(2, threading.Barrier(2))
+    sentinels.sentinels = [dead, alive]
+    threads = [threading.Thread(target=lambda: found.append(sentinels.discover_master("lab"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [("host", 1)] * 2
+    assert sentinels.sentinels == [alive, dead], "and the one that answers is asked first"
+
+
+def caller(name):
+    return Caller("t", name, frozenset(Scope), requests_per_minute=1)
+
+
+def is_committed(records, key):
+    try:
+        records.commit(Commit({key: b"1"}))
+    except StoreUnavailableError:
+        return False
+    return True
+
+
+def test_records_queue_and_rates_follow_the_primary_without_a_restart(servers, tmp_path):
+    records, rates, queue = RedisRecords(servers.url), Rates(servers.url), Queue(tmp_path, servers.url)
+    records.commit(Commit({"a": b"1"}))
+    rates.count_request(caller("one"))
+    of_another_process = Rates(servers.url)
+    with pytest.raises(TooManyRequestsError):
+        of_another_process.count_request(caller("one"))
+    ran = []
+    queue.start(1, lambda kind, name: ran.append((kind, name)), lambda: None)
+    queue.put("job", "before")
+    wait_until(lambda: ran == [("job", "before")])
+    assert not (tmp_path / "queue.db").exists()
+    wait_until(lambda: servers.replica.get("anchorwell:v3:record:a") == b"1")
+
+    servers.primary.kill()
+    servers.primary.wait(20)
+    assert not is_committed(records, "b")
+    wait_until(lambda: is_committed(records, "b"))
+    assert records.read(["a", "b"]) == [b"1", b"1"]
+    wait_until(lambda: (queue.put("job", "after"), ("job", "after") in ran)[1])
+    wait_until(lambda: is_refused(rates, "two"))
+    queue.stop()
+    records.close()
+    for counts in (rates, of_another_process):
+        pool = counts._limiter.storage.storage.connection_pool
+        pool.disconnect()
+        pool.sentinel_manager.close()
+
+
+def is_refused(rates, name):
+    try:
+        rates.count_request(caller(name))
+    except TooManyRequestsError:
+        return True
+    return False
