@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, cpu_count, decoding_memory_bytes
 from service.engine import Engine, OnnxEngine, replay
 from service.errors import install_handlers
-from service.gates import Neighbours, Rates, Readiness, Slots
+from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.kept import BundleView, Kept
@@ -28,10 +29,11 @@ from service.later import Later
 from service.multipart import FormLimits, sweep_spool
 from service.observe import Observer
 from service.posts import Receiver
+from service.priority import give_way
 from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
-from service.requests import Requests
+from service.requests import Admission, Requests
 from service.retention import Retention
 from service.routes import Served
 from service.settings import Settings
@@ -128,6 +130,7 @@ def create_app(
     )
     app.state.served = composition.served
     app.state.metrics = composition.metrics
+    app.add_middleware(Admission, require_room=composition.served.upload_slots.require_room)
     app.add_middleware(Requests, count=composition.metrics.request)
     for router in (routes_images.router, routes_jobs.router, routes.router):
         app.include_router(router)
@@ -154,7 +157,7 @@ def compose(
     for warning in settings.storage_warnings():
         log.warning(warning)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or OnnxEngine(bundle, settings.device, settings.threads, observer)
+    used_engine = engine or _engine(settings, bundle, observer)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
     own_decoder = _decoder(settings, bundle, observer) if decoder is None else None
     used_decoder = decoder or own_decoder
@@ -173,6 +176,7 @@ def compose(
         access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
         rates=Rates(settings.redis),
         neighbours=Neighbours(settings.allowed_hosts),
+        turns=Turns(cpu_count(settings.threads)),
         readiness=Readiness(),
         receiver=receiver,
         later=Later(batches, receiver, jobs),
@@ -184,6 +188,12 @@ def compose(
     retention = Retention(used_storage, jobs, settings.rules)
     own_storage = used_storage if storage is None else None
     return Composition(settings, served, queue, retention, metrics, own_storage, own_decoder)
+
+
+def _engine(settings: Settings, bundle: Bundle, observer: Observer) -> Engine:
+    """Make the engine on a thread that gives way, as the engine's own threads will."""
+    with ThreadPoolExecutor(1, initializer=give_way) as pool:
+        return pool.submit(OnnxEngine, bundle, settings.device, settings.threads, observer).result()
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:

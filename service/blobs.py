@@ -21,6 +21,7 @@ from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import MemoryStore, ObjectStore, from_url
 
 from service.errors import BlobMissingError, StartError, StoreUnavailableError
+from service.priority import give_way
 
 PARTIAL = "partial"
 """Where files lie while they are written; what is old there was never acknowledged."""
@@ -105,7 +106,7 @@ class FileBlobs:
             for name, data in blobs.items():
                 self.put(name, data)
             return
-        with _told("a blob"), ThreadPoolExecutor(_PARALLEL) as pool:
+        with _told("a blob"), ThreadPoolExecutor(_PARALLEL, initializer=give_way) as pool:
             written = list(pool.map(self._written, blobs, blobs.values()))
             for directory in sorted({path.parent for path in written}):
                 _sync_directory(directory)
@@ -263,7 +264,7 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[R
             failed.set()
             raise
 
-    with ThreadPoolExecutor(_PARALLEL) as pool:
+    with ThreadPoolExecutor(_PARALLEL, initializer=give_way) as pool:
         return list(pool.map(begin, todo))
 
 

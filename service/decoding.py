@@ -30,8 +30,7 @@ from model.layout import SiteKey
 from model.ome import channel_pages
 from service.errors import DecoderKilledError
 from service.observe import UNOBSERVED, Observer
-
-_NICE = 5
+from service.priority import give_way
 
 R = TypeVar("R")
 
@@ -228,7 +227,7 @@ def _pages(file: FileSlice) -> Mapping[str, int]:
 def _confine(memory_bytes: int) -> None:
     """Bound a worker's memory, beyond what it has now, and let others go first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(_NICE)
+    give_way()
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + memory_bytes, has + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -18,6 +18,7 @@ from limits.strategies import FixedWindowRateLimiter
 from service.access import Caller
 from service.errors import BusyError, ForeignSiteError, NotReadyError, StoreUnavailableError, TooManyRequestsError
 
+T = TypeVar("T")
 _CHECKS = 4
 _CHECK_TIMEOUT_S = 5.0
 
@@ -80,6 +81,19 @@ class Slots:
         self._what = what
         self._held: Counter[str] = Counter()
 
+    def require_room(self) -> None:
+        """Return while not all are taken.
+
+        Raises:
+            BusyError: they are.
+        """
+        taken = self._held.total()
+        if taken >= self._size:
+            raise self._busy(taken)
+
+    def _busy(self, taken: int) -> BusyError:
+        return BusyError(f"{taken:,} {self._what} are being worked on; {self._size:,} are taken at once")
+
     @contextmanager
     def taken(self, tenant: str, count: int = 1) -> Iterator[None]:
         """Hold a slot, or several; more than there are is held alone. Who holds some leaves as many for another tenant.
@@ -90,12 +104,26 @@ class Slots:
         taken = self._held.total()
         wanted = 2 * count if self._held[tenant] else count
         if taken and taken + wanted > self._size:
-            raise BusyError(f"{taken:,} {self._what} are being worked on; {self._size:,} are taken at once")
+            raise self._busy(taken)
         self._held[tenant] += count
         try:
             yield
         finally:
             self._held[tenant] -= count
+
+
+class Turns:
+    """Lets as many requests work at once as there are cores, and one that waits for a disk; the others wait for their turn.
+
+    More would take longer together, and hold up the loop that answers whether the service lives.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._limiter = anyio.CapacityLimiter(cores + 1)
+
+    async def taken(self, work: Callable[[], T]) -> T:
+        """Run work on a thread when it is its turn."""
+        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ from secrets import token_hex
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.errors import BusyError, problem_response
+
 HEADER = "X-Request-ID"
 _USABLE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 QUIET = ("/health/live", "/health/ready", "/metrics")
+
+_IMAGES = re.compile(r"/batches/[^/]+/(controls|predict)")
 
 log = logging.getLogger("anchorwell.requests")
 
@@ -57,3 +61,21 @@ class Requests:
                 "seconds": round(seconds, 4),
             }
             log.info("%s %s %s in %.3f s", method, route, status, seconds, extra=told)
+
+
+class Admission:
+    """Middleware that turns posts of images away at once while all slots are taken, before anything of them is looked at."""
+
+    def __init__(self, app: ASGIApp, require_room: Callable[[], None]) -> None:
+        self._app = app
+        self._require_room = require_room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, unless there is no slot for it."""
+        if scope["type"] == "http" and scope["method"] == "POST" and _IMAGES.fullmatch(scope["path"]):
+            try:
+                self._require_room()
+            except BusyError as error:
+                await problem_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -17,10 +17,11 @@ from service.access import Access, Caller, Scope
 from service.batches import Batches
 from service.deeds import ANONYMOUS, Deed
 from service.errors import InvalidBatchIdError, accepted_headers
-from service.gates import Neighbours, Rates, Readiness, Slots
+from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.kept import PAGE, Kept
 from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
+from service.priority import give_way
 from service.reports import model_card, provenance
 from service.telemetry import METRICS_TYPE
 from service.webhooks import Webhooks
@@ -43,6 +44,7 @@ class Served:
     later: Later
     webhooks: Webhooks
     neighbours: Neighbours
+    turns: Turns
     upload_slots: Slots
     staging_bytes: Slots
     max_plane_bytes: int
@@ -67,6 +69,7 @@ def caller_of(request: Request, served: Serving) -> Caller:
         UnauthorizedError: nobody whom the service knows. ForeignSiteError: another site's page, by a browser.
         TooManyRequestsError: one who sent too much.
     """
+    give_way()  # every thread of the pool comes by here
     caller = served.access.caller(request.headers.get("authorization"))
     if caller.by == ANONYMOUS:
         served.neighbours.require(request.headers.get("host", ""), request.headers.get("origin"))
@@ -249,7 +252,7 @@ async def send_controls(
     """Send negative-control images: they are kept, and the batch's statistics are measured on all that are kept."""
     if later:
         return accepted(await run_in_threadpool(served.later.put, post, "controls", batch_id, {"replace": replace}))
-    return await run_in_threadpool(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace)
+    return await served.turns.taken(partial(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace))
 
 
 @router.post(
@@ -272,7 +275,7 @@ async def predict(
     source = context == "source"
     if later:
         return accepted(await run_in_threadpool(served.later.put, post, "predict", batch_id, {"source": source}))
-    return await run_in_threadpool(batches.classify, post.deed, batch_id, post.upload, post.watch, source=source)
+    return await served.turns.taken(partial(batches.classify, post.deed, batch_id, post.upload, post.watch, source=source))
 
 
 def accepted(job: schemas.JobReport) -> Response:

@@ -44,6 +44,7 @@ from model.tables import Table
 from service.decoding import Decoder, FileSlice
 from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
 from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
+from service.priority import give_way
 from service.store import KeptFile
 from service.tables import table_of_any_kind
 
@@ -311,7 +312,7 @@ class Preparer:
             ImageError: any other fault of a file; it names file, well, site and channel.
             DuplicateImageError: one file is sent as two planes.
         """
-        with ThreadPoolExecutor(self.ahead, thread_name_prefix="prepare") as pool:
+        with ThreadPoolExecutor(self.ahead, thread_name_prefix="prepare", initializer=give_way) as pool:
             waiting: deque[Future[PreparedSite | RefusedSite]] = deque()
 
             def ahead() -> Iterator[PreparedSite | RefusedSite]:

@@ -224,3 +224,53 @@ def test_what_dead_processes_left_in_the_spool_goes_and_what_is_in_use_stays(tmp
         sweep_spool(tmp_path)
         assert [str(path) for path in tmp_path.iterdir()] == [used.name]
     assert list(tmp_path.iterdir()) == []
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, storage):
+    engine, working, most, lock = FakeEngine(), [], [], threading.Lock()
+    classify = engine.classify
+
+    def counted(images, statistics):
+        with lock:
+            working.append(1)
+            most.append(len(working))
+        try:
+            time.sleep(0.05)  # so that they would meet
+            return classify(images, statistics)
+        finally:
+            with lock:
+                working.pop()
+
+    with running(settings, engine, storage) as client:
+        assert client.post(CONTROLS, files=FILES).status_code == 201
+        engine.classify = counted
+        files = well_files(["E05"])
+        statuses = []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(client.post("/batches/P1/predict", files=files).status_code))
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert statuses == [200] * 6
+    assert max(most) <= settings.threads + 1
+
+
+def test_a_post_is_turned_away_before_anything_of_it_is_read_while_all_slots_are_taken(settings, storage):
+    with running(settings.model_copy(update={"max_concurrent_requests": 1}), FakeEngine(), storage) as client:
+
+        async def never():
+            raise AssertionError("nobody asks for the body")
+            yield b""
+
+        with client.app.state.served.upload_slots.taken("somebody"):
+            for path in (CONTROLS, "/batches/P1/predict"):
+                answer = client.post(path, content=never(), headers={"Authorization": "Bearer of nobody"})
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert client.get("/batches").status_code == 200
+        assert client.post(CONTROLS, files=FILES).status_code == 201
