@@ -197,7 +197,7 @@ class Access:
         if authorization is None:
             if self._allow_anonymous or not self._any_key():
                 return EVERYONE
-            raise UnauthorizedError("an API key is needed: Authorization: Bearer aw_…")
+            raise UnauthorizedError("send Authorization: Bearer aw_… (on the command line, set ANCHORWELL_API_KEY)")
         kind, _, token = authorization.partition(" ")
         prefix, _, rest = token.strip().partition("_")
         key_id, _, secret = rest.partition("_")

@@ -126,6 +126,7 @@ def create_app(
         description="Classifies microscopy plates against their own negative controls.",
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         telemetry=tracing.requests(),
     )
     app.state.served = composition.served

@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+import logging
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ from service.client import (
 )
 from service.settings import Settings, is_loopback
 from service.telemetry import configure_logs
-from service.watch import Form, Watcher
+from service.watch import UNSETTLED, Form, Watcher
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
@@ -84,7 +85,9 @@ def main() -> None:
         err.print(f"[bold red]error[/]  {_escaped(_in_flags(str(error)))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except ValidationError as error:
-        reasons = "; ".join(_setting_fault(str(item["loc"][0]), item["type"], item["msg"]) for item in error.errors())
+        places = (".".join(map(str, item["loc"])) for item in error.errors())
+        faults = zip(places, error.errors(), strict=True)
+        reasons = "; ".join(_setting_fault(place, item["type"], item["msg"]) for place, item in faults)
         err.print(f"[bold red]error[/]  {_escaped(reasons)}", soft_wrap=True, highlight=False)
         sys.exit(1)
 
@@ -113,6 +116,8 @@ def serve(
     if settings.log_format == "text":
         for line in settings.lines():
             err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
+    else:
+        logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
     from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
     from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
 
@@ -281,16 +286,26 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="end when nothing is left to do")] = False,
     url: _Url = _DEFAULT_URL,
 ) -> None:
-    """Adapt and classify every plate that is dropped with its plate map, each once; answers are written beside it."""
+    """Adapt and classify every plate that is dropped with its plate map, each once; answers are written beside it.
+
+    With --once it exits with 1 when plates are refused.
+    """
     with _connected(url) as client:
         watcher = Watcher(client, directory, settle_s, form, _names(channels), pixel_size_um, partial)
+        told: dict[str, str] = {}
         while True:
             for outcome in watcher.look():
                 style = "green" if outcome.done else "red"
                 out.print(f"[{style}]{outcome.batch_id}[/]  {_escaped(outcome.told)}", highlight=False, soft_wrap=True)
-            if once and not watcher.waiting:
-                return
+            for batch_id, reason in watcher.waiting.items():
+                if reason not in (UNSETTLED, told.get(batch_id)):
+                    _note(f"{batch_id} waits: {reason}")
+            told = dict(watcher.waiting)
+            if once and not watcher.has_work:
+                break
             time.sleep(every_s)
+    if watcher.refused:
+        raise AnchorwellError(f"refused, as error.json in each tells: {', '.join(watcher.refused)}")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from service.access import Keys, Scope
 from service.deeds import DEFAULT_TENANT
 from service.errors import StartError
 from service.settings import StorageSettings
-from service.storage import Storage, rebuild_records
+from service.storage import RECORDS_FILE, Storage, rebuild_records
 
 BROKEN_CHAIN = 4
 """Exit code of ``audit verify`` when the chain does not hold."""
@@ -39,7 +39,7 @@ def create_key(
     data: _Data = None,
 ) -> None:
     """Make a key and print its token, which is told this once; without --scope it may read and write."""
-    storage = _open(data)
+    storage = _open(data, new=True)
     key, token = Keys(storage.records).create(
         tenant,
         scope or [Scope.READ, Scope.WRITE],
@@ -59,11 +59,15 @@ def list_keys(data: _Data = None) -> None:
     """List keys; their secrets are not kept."""
     storage = _open(data)
     table = Table()
-    for name in ("key", "tenant", "scopes", "created", "expires", "revoked", "note"):
-        table.add_column(name)
+    for name in ("key", "tenant", "scopes", "created", "expires", "revoked"):
+        table.add_column(name, no_wrap=name == "key", overflow="fold")
+    for name in ("a minute", "bytes a day", "note"):
+        table.add_column(name, overflow="fold")
     for key in Keys(storage.records).all():
         times = (key.created_at, key.expires_at, key.revoked_at)
-        table.add_row(key.key_id, key.tenant, " ".join(sorted(key.scopes)), *map(_day, times), key.note.replace("[", "\\["))
+        limits = ("" if limit is None else f"{limit:,}" for limit in (key.requests_per_minute, key.bytes_per_day))
+        note = key.note.replace("[", "\\[")
+        table.add_row(key.key_id, key.tenant, " ".join(sorted(key.scopes)), *map(_day, times), *limits, note)
     storage.close()
     out.print(table, highlight=False)
 
@@ -114,8 +118,16 @@ def _settings(data: Path | None) -> StorageSettings:
     return StorageSettings() if data is None else StorageSettings(data=data)
 
 
-def _open(data: Path | None) -> Storage:
-    return _settings(data).open_storage()
+def _open(data: Path | None, *, new: bool = False) -> Storage:
+    """Open the lab; a mistyped directory is not taken for an empty one.
+
+    Raises:
+        StartError: there is none.
+    """
+    settings = _settings(data)
+    if not (new or settings.redis or (settings.data / RECORDS_FILE).is_file()):
+        raise StartError(f"there is no lab in {settings.data}: say --data, or set ANCHORWELL_DATA")
+    return settings.open_storage()
 
 
 def _day(time: datetime | None) -> str:

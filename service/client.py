@@ -26,6 +26,8 @@ from service.errors import MEDIA_TYPE, PROBLEM_TYPE
 REQUEST_BYTES = 256 << 20
 _ATTEMPTS = 5
 _RETRY_S = 1
+_PATIENCE_S = 60
+"""Longest time to come back after; who is told to come back tomorrow is told so."""
 _PARALLEL = 8
 _Progress = Callable[[int, int], None]
 
@@ -281,7 +283,7 @@ class AnchorwellClient:
             if answer.is_success:
                 return answer
             wait_s = answer.headers.get("retry-after", "")
-            if attempt == attempts or not wait_s.isdecimal():
+            if attempt == attempts or not wait_s.isdecimal() or int(wait_s) > _PATIENCE_S:
                 raise problem_of_answer(answer)
             time.sleep(int(wait_s))
         raise AssertionError("the last attempt returns or raises")

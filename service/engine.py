@@ -67,7 +67,7 @@ class OnnxEngine:
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are wanted by decoders and the loop
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
         self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES])
         self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
         self._observer = observer

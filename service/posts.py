@@ -6,7 +6,7 @@ The body is received in a slot of its own; then, under its Idempotency-Key when 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -89,26 +89,33 @@ class Receiver:
             RequestError, PlateError, RepeatError: one of their subclasses says what is wrong with it.
         """
         watch = Stopwatch()
-        async with self._uploaded(request, deed, batch_id, role) as (upload, sent):
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON:
+            sent = parsed(Sent, await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
+            async with self.keyed(request, deed, sent.model_dump(mode="json"), status) as keyed:
+                upload = await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role)
+                watch.lap("receive")
+                yield Post(keyed, upload, watch, sent)
+            return
+        async with received_form(request, self.limits) as form:
+            upload = await run_in_threadpool(read_upload, form, self.channels, self.decoder)
             watch.lap("receive")
-            key = request.headers.get("idempotency-key")
-            if key is None:
-                yield Post(deed, upload, watch, sent)
-                return
-            content = [request.method, request.url.path, sorted(request.query_params.multi_items()), upload.identity]
-            async with self.idempotency.held(deed.tenant, key, content, status) as held:
-                yield Post(replace(deed, beside=(*deed.beside, held)), upload, watch, sent)
+            async with self.keyed(request, deed, upload.identity, status) as keyed:
+                yield Post(keyed, upload, watch)
 
     @asynccontextmanager
-    async def _uploaded(
-        self, request: Request, deed: Deed, batch_id: str, role: Role
-    ) -> AsyncIterator[tuple[Upload, Sent | None]]:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
-            async with received_form(request, self.limits) as form:
-                yield await run_in_threadpool(read_upload, form, self.channels, self.decoder), None
+    async def keyed(self, request: Request, deed: Deed, content: Any, status: int) -> AsyncIterator[Deed]:
+        """Hold a request's Idempotency-Key, if it has one; ``content`` is what makes it the same request again.
+
+        Raises:
+            AnsweredBefore: it has been answered. RepeatError: the key is another's, or the request is still running.
+        """
+        key = request.headers.get("idempotency-key")
+        if key is None:
+            yield deed
             return
-        sent = parsed(Sent, await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
-        yield await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role), sent
+        whole = [request.method, request.url.path, sorted(request.query_params.multi_items()), content]
+        async with self.idempotency.held(deed.tenant, key, whole, status) as held:
+            yield replace(deed, beside=(*deed.beside, held))
 
     def named(self, sent: Sent, tenant: str, batch_id: str, role: Role) -> Upload:
         """Gather the images that a JSON body names.
@@ -126,7 +133,8 @@ class Receiver:
             return self._referred(sent.images, named, tenant)
         table = table_of_any_kind(self.references.read(tenant, sent.load_data or "", MAX_TABLE_BYTES))
         places = load_data_places(table, self.channels)
-        files = self._files(tenant, places.addresses)
+        place = sent.load_data or ""
+        files = self._files(tenant, {key: _seen_from(place, address) for key, address in places.addresses.items()})
         return Upload(
             complete_sites(chosen(store, named, files, "in the LoadData table"), self.channels),
             pixel_size_um=places.pixel_size_um if size is None else size,
@@ -152,6 +160,13 @@ class Receiver:
         for uri in addresses.values():
             self.references.place(tenant, uri)
         return {key: ReferencedFile(self.references, tenant, uri) for key, uri in addresses.items()}
+
+
+def _seen_from(table: str, address: str) -> str:
+    """An address in a table: a relative one begins where the table lies."""
+    if "://" in address or address.startswith("/"):
+        return address
+    return f"{table.rpartition('/')[0]}/{address}"
 
 
 def parsed(kind: type[M], body: bytes) -> M:

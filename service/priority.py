@@ -4,8 +4,7 @@ import os
 import threading
 
 GIVES_WAY = 19
-"""How nice threads and processes are that decode, measure, classify and write: of what runs beside them in their container or
-session, only the loop matters."""
+"""How nice threads and processes are that decode, measure, classify and write."""
 
 
 def give_way() -> None:

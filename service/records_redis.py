@@ -393,6 +393,7 @@ class _Breaker:
 
     def __init__(self) -> None:
         self._away_until = 0.0
+        self._is_away = False
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -405,12 +406,23 @@ class _Breaker:
             raise StoreUnavailableError("Redis did not answer a moment ago; nothing is known to have changed")
         try:
             yield
+            self._note(None)
         except (redis.ConnectionError, redis.TimeoutError) as error:
             self._away_until = time.monotonic() + _AWAY_S
-            log.warning("Redis does not answer: %s", error)
+            self._note(error)
             raise StoreUnavailableError("Redis does not answer; nothing is known to have changed") from error
         except redis.RedisError as error:
             raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
+
+    def _note(self, error: Exception | None) -> None:
+        """Log when Redis goes away, and when it is there again."""
+        if self._is_away == (error is not None):
+            return
+        self._is_away = error is not None
+        if error is not None:
+            log.warning("Redis does not answer: %s", error)
+        else:
+            log.warning("Redis answers again")
 
 
 def _record(key: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -62,7 +63,12 @@ async def get_served(request: Request) -> Served:
 Serving = Annotated[Served, Depends(get_served)]
 
 
-def caller_of(request: Request, served: Serving) -> Caller:
+_BEARER = HTTPBearer(auto_error=False, description="an API key: aw_…; without any keys, none is needed on this machine")
+
+
+def caller_of(
+    request: Request, served: Serving, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Caller:
     """Who asks; counted against what their key may send. A body of undeclared length is counted as it arrives.
 
     Raises:
@@ -180,6 +186,12 @@ def inlined(model: type[BaseModel]) -> dict[str, Any]:
     return whole
 
 
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": "the same key and content gets the first answer, and takes effect once",
+}
 _FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -211,14 +223,7 @@ _FORM: dict[str, Any] = {
             JSON: {"schema": inlined(Sent), "example": {"staged": True, "wells": ["A01", "B01"]}},
         },
     },
-    "parameters": [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-            "description": "the same key and content gets the first answer, and takes effect once",
-        }
-    ],
+    "parameters": [IDEMPOTENCY_KEY],
 }
 _LATER: dict[int | str, dict[str, Any]] = {
     202: {"model": schemas.JobReport, "description": "with Prefer: respond-async: a job that answers later"},

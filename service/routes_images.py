@@ -26,7 +26,10 @@ _CSV: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "CSV or TSV with a well column; one that tells the role, and any others",
-        "content": {exports.CSV: {"schema": {"type": "string"}, "example": "well,role,compound\nA01,control,DMSO\n"}},
+        "content": {
+            exports.CSV: {"schema": {"type": "string"}, "example": "well,role,compound\nA01,control,DMSO\n"},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
     }
 }
 _FORMS: dict[int | str, dict[str, Any]] = {

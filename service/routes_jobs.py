@@ -8,11 +8,12 @@ from starlette.concurrency import run_in_threadpool
 from service import schemas
 from service.multipart import received_body
 from service.posts import JSON, parsed
-from service.routes import PROBLEM, Administering, Reading, Serving, Writing, inlined
+from service.routes import IDEMPOTENCY_KEY, PROBLEM, Administering, Reading, Serving, Writing, inlined
 
 MAX_WEBHOOK_BYTES = 128 << 10
 _WEBHOOK: dict[str, Any] = {
     "requestBody": {"required": True, "content": {JSON: {"schema": inlined(schemas.WebhookRequest)}}},
+    "parameters": [IDEMPOTENCY_KEY],
 }
 
 router = APIRouter()
@@ -42,7 +43,8 @@ async def create_webhook(request: Request, deed: Administering, served: Serving)
     """Tell events to an address; the answer has the secret that signs them (Standard Webhooks), this once."""
     body = await received_body(request, MAX_WEBHOOK_BYTES, served.receiver.limits.idle_timeout_s)
     wanted = parsed(schemas.WebhookRequest, body)
-    return await run_in_threadpool(served.webhooks.create, deed, wanted.url, wanted.events)
+    async with served.receiver.keyed(request, deed, wanted.model_dump(mode="json"), 201) as keyed:
+        return await run_in_threadpool(served.webhooks.create, keyed, wanted.url, wanted.events)
 
 
 @router.get("/webhooks", response_model=schemas.WebhookList, responses=PROBLEM)

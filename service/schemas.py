@@ -241,6 +241,8 @@ class WebhookReport(_Value):
     url: str
     events: tuple[str, ...]
     created_at: datetime
+    waiting: int = Field(default=0, description="events that it has not taken yet")
+    last_error: str | None = Field(default=None, description="why the latest of them was not taken")
 
 
 class NewWebhook(WebhookReport):

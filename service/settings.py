@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ class StorageSettings(BaseSettings):
         if secrets:
             sources.append(SecretsSettingsSource(settings_cls, secrets_dir=_existing(Path(secrets), SECRETS)))
         if config:
-            sources.append(TomlConfigSettingsSource(settings_cls, toml_file=_existing(Path(config), CONFIG)))
+            sources.append(_toml_settings(settings_cls, _existing(Path(config), CONFIG)))
         return tuple(sources)
 
     def storage_warnings(self) -> list[str]:
@@ -171,6 +172,13 @@ class Settings(StorageSettings):
         """Every setting as ``name = value``, passwords left out."""
         values = {**self.model_dump(), "redis": self.redis and without_password(self.redis)}
         return [f"{name} = {value}" for name, value in values.items() if value is not None]
+
+
+def _toml_settings(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
+    try:
+        return TomlConfigSettingsSource(settings_cls, toml_file=path)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StartError(f"{CONFIG} names {path}, which is not TOML: {error}") from None
 
 
 def _existing(path: Path, variable: str) -> Path:

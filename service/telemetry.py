@@ -22,6 +22,7 @@ from prometheus_client import (
     generate_latest,
     start_http_server,
 )
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 from rich.console import Console
 from rich.logging import RichHandler
@@ -143,13 +144,16 @@ def configure_logs(form: Literal["text", "json"], console: Console) -> Callable[
 
     Lines are written by a thread of their own, so that nobody waits for whoever reads them; gives what ends that.
     """
-    if form == "text":
+    if form == "text" and console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
+    elif form == "text":
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     else:
         handler = logging.StreamHandler(console.file)
-        names = {"levelname": "level", "name": "logger", "asctime": "at"}
-        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names))
+        handler.setFormatter(_json_formatter())
+    handler.addFilter(_is_news)
     lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
     logging.basicConfig(level=logging.INFO, handlers=[_Unformatted(lines)], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -158,6 +162,18 @@ def configure_logs(form: Literal["text", "json"], console: Console) -> Callable[
     end = cache(writer.stop)  # may be asked twice
     atexit.register(end)
     return end
+
+
+def _json_formatter() -> JsonFormatter:
+    names = {"levelname": "level", "name": "logger", "asctime": "at"}
+    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    return JsonFormatter(fields, "%Y-%m-%dT%H:%M:%S%z", rename_fields=names, reserved_attrs=[*RESERVED_ATTRS, "color_message"])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out what the queue says, again and again, while Redis is away: the store tells that once."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (record.name.startswith("huey") and type(error).__module__.startswith("redis."))
 
 
 class _Unformatted(QueueHandler):

@@ -23,6 +23,10 @@ RESULTS = "anchorwell"
 ERROR = "error.json"
 REPORT = "report.json"
 LAYOUT = "load_data.csv"
+UNSETTLED = "its files are still changing"
+NO_PLATEMAP = "no table in it has 'platemap' in its name"
+_LATER = (429, 500, 502, 503, 504)
+"""The service's trouble, or a limit of the key: the plate waits."""
 _NOT_THE_PLATES = (401, 403)
 """Refusals of the watcher itself: no plate is to blame."""
 _CHANGING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -65,8 +69,10 @@ class Watcher:
     """Whether wells of the plate map that have no images are left out; else the plate waits for them."""
     clock: Callable[[], float] = time.monotonic
     _seen: dict[Path, tuple[str, float]] = field(default_factory=dict)
-    waiting: int = 0
-    """Plates that are not done and were not refused, as of the last look."""
+    waiting: dict[str, str] = field(default_factory=dict)
+    """Plates that are neither done nor refused, as of the last look, and what each waits for."""
+    refused: list[str] = field(default_factory=list)
+    """Plates that are refused as they are, as of the last look."""
 
     def look(self) -> Iterator[Outcome]:
         """Do what can be done now: gives the plates that are done, and those that are refused.
@@ -74,39 +80,47 @@ class Watcher:
         Raises:
             ProblemError: the service does not let the watcher in.
         """
-        waiting = 0
+        waiting: dict[str, str] = {}
+        refused: list[str] = []
         for folder in sorted(path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink()):
             if self._is_done(folder):
                 continue
             try:
                 now = fingerprint(folder)
                 if self._was_refused(folder, now):
+                    refused.append(folder.name)
                     continue
-                outcome = self._worked_on(folder, now) if self._is_settled(folder, now) else None
+                outcome = self._worked_on(folder, now) if self._is_settled(folder, now) else UNSETTLED
             except OSError as error:
                 if error.errno not in _CHANGING:
                     raise
-                outcome = None
-            if outcome is None:
-                waiting += 1
+                outcome = UNSETTLED
+            if isinstance(outcome, str):
+                waiting[folder.name] = outcome
             else:
+                refused += [] if outcome.done else [folder.name]
                 yield outcome
-        self.waiting = waiting
+        self.waiting, self.refused = waiting, refused
 
-    def _worked_on(self, folder: Path, now: str) -> Outcome | None:
-        """Adapt and classify a plate; None when it must wait."""
+    @property
+    def has_work(self) -> bool:
+        """Whether anything that is there may still become an answer by itself: a plate map comes from outside."""
+        return any(reason != NO_PLATEMAP for reason in self.waiting.values())
+
+    def _worked_on(self, folder: Path, now: str) -> Outcome | str:
+        """Adapt and classify a plate; or say what it waits for."""
         platemap = find_platemap(folder)
         if platemap is None:
-            return None
+            return NO_PLATEMAP
         try:
             told = self._answered(folder, platemap)
-        except ServiceUnreachableError:
-            return None
+        except ServiceUnreachableError as error:
+            return str(error)
         except (AnchorwellError, ProblemError, StatisticsChangedError) as error:
             if isinstance(error, ProblemError) and error.status in _NOT_THE_PLATES:
                 raise
-            if isinstance(error, ProblemError) and error.status >= 500:  # noqa: PLR2004 (the service's trouble: later)
-                return None
+            if isinstance(error, ProblemError) and error.status in _LATER:
+                return str(error)
             write_whole(folder / RESULTS / ERROR, json.dumps({"folder": now, **_problem(error)}, indent=2).encode())
             return Outcome(folder.name, done=False, told=str(error))
         (folder / RESULTS / ERROR).unlink(missing_ok=True)

@@ -8,9 +8,12 @@ Of an answer only the status is read, and an attempt as a whole has its time, ho
 
 import ipaddress
 import json
+import logging
 import socket
 from base64 import b64encode
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from secrets import token_bytes, token_hex
@@ -37,6 +40,8 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _PORTS = range(1, 1 << 16)
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+log = logging.getLogger("anchorwell")
 
 
 @dataclass(frozen=True)
@@ -92,21 +97,32 @@ class Webhooks:
         Raises:
             InvalidRequestError: an address that nothing may be sent to, or an event that there is not.
         """
-        _checked_url(url)
+        address = _checked_url(url)
+        with suppress(OSError):  # a name that leads nowhere yet
+            self._allowed_address(address.raw_host.decode(), address.port or 443)
         unknown = sorted(set(events) - set(EVENTS))
         if unknown or not events:
             raise InvalidRequestError(f"events are some of {', '.join(EVENTS)}; not {', '.join(unknown) or 'none'}")
         secret = "whsec_" + b64encode(token_bytes(32)).decode()
         told = tuple(dict.fromkeys(events))
         endpoint = Endpoint(token_hex(8), deed.tenant, url, told, secret, self.now().isoformat())
-        beside = deed.done("webhook.created", endpoint.webhook_id, {"url": url})
+        made = schemas.NewWebhook.model_validate(vars(endpoint))
+        beside = deed.done("webhook.created", endpoint.webhook_id, {"url": url}, made.model_dump_json().encode())
         self.records.commit(Commit({endpoint.name: canonical_json(vars(endpoint))}, scope=endpoint.name).and_also(beside))
-        return schemas.NewWebhook.model_validate(vars(endpoint))
+        return made
 
     def all(self, tenant: str) -> schemas.WebhookList:
-        """A tenant's addresses."""
-        found = self._endpoints(tenant)
-        return schemas.WebhookList(webhooks=tuple(schemas.WebhookReport.model_validate(vars(item)) for item in found))
+        """A tenant's addresses, and what is still to be told to each."""
+        waiting: defaultdict[str, list[Delivery]] = defaultdict(list)
+        for _, data in scan_all(self.records, f"{DELIVERIES}{tenant}/"):
+            delivery = _delivery(data)
+            waiting[delivery.endpoint].append(delivery)
+        return schemas.WebhookList(
+            webhooks=tuple(
+                schemas.WebhookReport.model_validate({**vars(item), **_waiting(waiting[item.name])})
+                for item in self._endpoints(tenant)
+            )
+        )
 
     def delete(self, deed: Deed, webhook_id: str) -> None:
         """Tell an address nothing more.
@@ -222,6 +238,7 @@ class Webhooks:
         if error is None or delivery.attempt > len(RETRIES_S):
             self._write(delivery.name, None, was)
             return
+        log.warning("webhook %s: attempt %d: %s", delivery.endpoint.rpartition("/")[2], delivery.attempt, error)
         wait_s = RETRIES_S[delivery.attempt - 1]
         due = (self.now() + timedelta(seconds=wait_s)).isoformat()
         self._write(delivery.name, canonical_json(vars(replace(delivery, due=due, last_error=error))), was)
@@ -274,6 +291,12 @@ def _checked_url(text: str) -> httpx.URL:
     if url.scheme not in ("https", "http") or not url.host or url.userinfo or not port_is_valid:
         raise InvalidRequestError(f"{text[:200]!r} is no address that events can be posted to: https://host/path")
     return url
+
+
+def _waiting(deliveries: Sequence[Delivery]) -> dict[str, Any]:
+    failed = [delivery for delivery in deliveries if delivery.last_error]
+    last = max(failed, key=lambda delivery: delivery.due, default=None)
+    return {"waiting": len(deliveries), "last_error": None if last is None else last.last_error}
 
 
 def _endpoint(data: bytes) -> Endpoint:

@@ -164,6 +164,20 @@ def test_a_job_is_of_the_batch_that_was_there_when_it_was_asked_for(form, settin
     assert (job["state"], job["problem"]["type"].rpartition("/")[2]) == ("failed", "batch-not-found")
 
 
+@pytest.mark.parametrize("headers", [{}, LATER])
+def test_a_request_for_what_is_staged_may_be_repeated_when_more_is(headers, later):
+    adapted(later)
+    staged(later, ["E05"])
+    keyed = {"json": {"staged": True}, "headers": {**headers, "Idempotency-Key": "k"}}
+    first = later.post("/batches/P1/predict", **keyed)
+    staged(later, ["F05"])
+    again = later.post("/batches/P1/predict", **keyed)
+    assert (again.status_code, again.json()) == (first.status_code, first.json())
+    assert again.headers["idempotency-replayed"] == "true"
+    later.delete("/batches/P1")
+    assert later.post("/batches/P1/predict", **keyed).json() == first.json()
+
+
 def test_a_repeated_request_for_a_job_tells_where_it_is(later):
     headers = {**LATER, "Idempotency-Key": "k"}
     first, again = (later.post("/batches/P1/controls", files=well_files(CONTROL_WELLS), headers=headers) for _ in range(2))
@@ -503,11 +517,15 @@ TRANSLATED = ["[64:ff9b::10.0.0.1]", "[2002:a00:1::1]", "[2002:7f00:1::]", "[64:
 
 @pytest.mark.parametrize("host", [*PRIVATE, *TRANSLATED, "[fec0::1]", "224.0.0.1"])
 def test_nothing_is_sent_to_private_addresses_unless_they_are_allowed(host, webhooks):
-    closed = replace(webhooks, allowed=())
-    name, _ = told(closed, f"http://{host}:9/events")
+    closed, url = replace(webhooks, allowed=()), f"http://{host}:9/events"
+    with pytest.raises(InvalidRequestError, match="private address"):
+        closed.create(Deed("t"), url, ["batch.adapted"])
+    name, _ = told(replace(webhooks, allowed=("0.0.0.0/0", "::/0")), url)  # allowed once, and no more
     closed.deliver(name)
     ((_, data),) = closed.records.scan("delivery/")
     assert "private address" in json.loads(data)["last_error"]
+    (listed,) = closed.all("t").webhooks
+    assert (listed.waiting, "private address" in listed.last_error) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -536,9 +554,19 @@ def test_what_a_name_leads_to_is_looked_at_once_and_used(webhooks, receiver, mon
     really = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     name, _ = told(webhooks, f"http://lims.example:{receiver.server_port}/events")
+    asked.clear()
     webhooks.deliver(name)
     assert asked.count("lims.example") == 1
     assert receiver.taken[0][0]["host"] == f"lims.example:{receiver.server_port}"
+
+
+def test_a_webhook_asked_for_again_under_its_key_is_one_webhook(client):
+    sent = {"json": {"url": "https://93.184.216.34/events"}, "headers": {"Idempotency-Key": "k"}}
+    first, again = (client.post("/webhooks", **sent) for _ in range(2))
+    assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+    assert len(client.get("/webhooks").json()["webhooks"]) == 1
+    other = client.post("/webhooks", **{**sent, "json": {"url": "https://93.184.216.34/others"}})
+    assert other.json()["type"].endswith("idempotency-conflict")
 
 
 def test_an_address_that_was_deleted_is_told_nothing_more(webhooks, receiver):

@@ -68,7 +68,7 @@ def test_a_plate_that_is_dropped_is_answered_once_restarts_included(connected, d
     assert json.loads((folder / "anchorwell" / "report.json").read_text())["adapted"] is True
     again = watcher(connected, drop)
     assert list(again.look()) == []
-    assert again.waiting == 0
+    assert again.waiting == {}
     assert len(client.get("/batches").json()["batches"]) == 1
 
 
@@ -78,7 +78,7 @@ def test_a_plate_waits_until_its_plate_map_is_there_and_nothing_changes(connecte
     folder = drop(platemap=None)
     assert list(watching.look()) == []
     now[0] = 40.0
-    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 1)
     (folder / "plate_map.csv").write_text(PLATEMAP)
     assert list(watching.look()) == []
     now[0] = 60.0
@@ -120,7 +120,7 @@ def test_a_plate_whose_wells_have_no_images_yet_waits_for_them(connected, drop):
     now = [0.0]
     watching = watcher(connected, drop, settle_s=30.0, clock=lambda: now[0])
     folder = drop(wells=(*CONTROL_WELLS, TREATED[0]))
-    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 1)
     now[0] = 40.0
     (outcome,) = watching.look()
     assert (outcome.done, "1 of the 6 wells of the plate map have no images: F05" in outcome.told) == (False, True)
@@ -129,7 +129,7 @@ def test_a_plate_whose_wells_have_no_images_yet_waits_for_them(connected, drop):
     assert list(watching.look()) == list(watcher(connected, drop).look()) == []
     for _, (file, data, _) in well_files(TREATED[1:]):
         (folder / "images" / file).write_bytes(data)
-    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 1)
     now[0] = 80.0
     assert [outcome.told for outcome in watching.look()] == ["2 wells answered on 4 control wells"]
     assert json.loads((folder / "anchorwell" / "report.json").read_text())["wells_without_images"] == []
@@ -177,7 +177,7 @@ def test_a_file_that_goes_while_its_folder_is_looked_at_makes_the_plate_wait(con
 
     monkeypatch.setattr(Path, "is_file", seen_once)
     watching = watcher(connected, drop)
-    assert (list(watching.look()), watching.waiting) == ([], 1)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 1)
     assert [outcome.done for outcome in watching.look()] == [True]
 
 
@@ -192,8 +192,8 @@ def test_an_image_that_goes_while_it_is_sent_makes_the_plate_wait(connected, dro
 
     monkeypatch.setattr(connected, "send_platemap", move_the_plate_away)
     watching = watcher(connected, drop)
-    assert (list(watching.look()), watching.waiting) == ([], 1)
-    assert (list(watching.look()), watching.waiting) == ([], 0)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 1)
+    assert (list(watching.look()), len(watching.waiting)) == ([], 0)
 
 
 def test_a_folder_that_may_not_be_read_ends_the_watch(connected, drop, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_service_that_is_away_makes_plates_wait(drop):
     drop()
     with AnchorwellClient("http://127.0.0.1:1") as away:
         watching = watcher(away, drop)
-        assert (list(watching.look()), watching.waiting) == ([], 1)
+        assert (list(watching.look()), len(watching.waiting)) == ([], 1)
 
 
 def test_answers_are_written_in_the_form_asked_for(connected, drop):
