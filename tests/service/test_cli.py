@@ -328,6 +328,23 @@ def test_a_flushed_redis_is_restored_while_the_service_runs(tiny_bundle_path, pl
         assert (again.returncode, "already" in again.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("command", [("keys", "list"), ("keys", "revoke", "0" * 12), ("audit", "verify"), ("audit", "show")])
+def test_a_mistyped_data_directory_is_not_taken_for_an_empty_lab(command, tmp_path):
+    done = run(*command, "--data", tmp_path / "nosuch")
+    assert (done.returncode, f"there is no lab in {tmp_path / 'nosuch'}" in done.stderr) == (1, True)
+    assert not (tmp_path / "nosuch").exists()
+
+
+def test_a_settings_file_that_is_not_toml_is_one_line(tmp_path):
+    (tmp_path / "settings.toml").write_text("redis = nothing\n")
+    done = run("keys", "list", ANCHORWELL_CONFIG=tmp_path / "settings.toml")
+    assert (done.returncode, "settings.toml, which is not TOML" in done.stderr, "Traceback" in done.stderr) == (
+        1,
+        True,
+        False,
+    )
+
+
 def test_watch_answers_a_dropped_plate_with_an_api_key(tiny_bundle_path, plate, tmp_path):
     drop = tmp_path / "drop"
     shutil.copytree(plate, drop / "W7")
@@ -340,6 +357,7 @@ def test_watch_answers_a_dropped_plate_with_an_api_key(tiny_bundle_path, plate, 
         assert not (drop / "W7" / "anchorwell").exists(), "the plate is not to blame"
         incomplete = run(*watch, ANCHORWELL_API_KEY=token)
         assert "have no images: H12" in incomplete.stdout, incomplete.stderr
+        assert (incomplete.returncode, "error.json in each tells: W7" in incomplete.stderr) == (1, True)
         done = run(*watch, "--partial", ANCHORWELL_API_KEY=token)
         assert "3 wells answered on 4 control wells; left out without images: H12" in done.stdout, done.stderr
     rows = list(csv.DictReader((drop / "W7" / "anchorwell" / "predictions.csv").read_text().splitlines()))

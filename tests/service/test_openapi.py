@@ -151,3 +151,19 @@ def test_the_page_about_the_interface_needs_no_other_host(client):
     for source in sources:
         assert source.startswith("/"), source
         assert client.get(source).status_code == 200
+
+
+def test_a_client_can_be_generated_that_has_keys_plain_names_and_plate_maps(client):
+    told = client.get("/openapi.json").json()
+    operations = {operation["operationId"]: operation for path in told["paths"].values() for operation in path.values()}
+    assert {
+        "send_controls",
+        "predict",
+        "send_image",
+        "send_platemap",
+        "list_batches",
+        "get_predictions",
+    } <= operations.keys()
+    assert told["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert operations["predict"]["security"] == [{"HTTPBearer": []}]
+    assert "application/octet-stream" in operations["send_platemap"]["requestBody"]["content"]

@@ -155,6 +155,18 @@ def test_a_load_data_table_by_reference_tells_where_a_whole_plate_lies(kind, rem
     assert [well["well"] for well in remote.post("/batches/P1/predict", json=body).json()["wells"]] == ["E05", "F05"]
 
 
+def test_what_is_relative_in_a_load_data_table_begins_where_it_lies(remote, screens):
+    table = pd.DataFrame(rows("P1")).rename(columns=lambda name: name.replace("URL_", "FileName_"))
+    assert any(name.startswith("FileName_") for name in table)
+    for name in [name for name in table if name.startswith("FileName_")]:
+        table[name.replace("FileName_", "PathName_")] = "P1"
+        table[name] = table[name].str.removeprefix("P1/")
+    table.to_csv(screens / "load_data.csv", index=False)
+    for uri in (f"file://{screens}/load_data.csv", f"{screens}/load_data.csv"):
+        body = {"load_data": uri, "wells": list(CONTROL_WELLS)}
+        assert remote.post("/batches/P1/controls", json=body).json()["context_wells"] == list(CONTROL_WELLS)
+
+
 def test_a_parquet_table_is_a_layout_too(client):
     table = pd.DataFrame(
         [{"file": f"{w}{s}{c}", "well": w, "site": s, "channel": c} for w in CONTROL_WELLS for s in (1, 2) for c in CHANNELS]

@@ -116,6 +116,25 @@ def test_a_plate_that_cannot_be_answered_says_why_beside_it(name, platemap, word
     assert words in (folder / "anchorwell" / "error.json").read_text()
 
 
+def test_what_a_plate_waits_for_is_told_and_only_a_plate_map_comes_from_outside(connected, drop):
+    watching = watcher(connected, drop)
+    drop("P1", platemap=None)
+    assert list(watching.look()) == []
+    assert (watching.has_work, "'platemap' in its name" in watching.waiting["P1"]) == (False, True)
+    drop("P2")
+    with AnchorwellClient("http://127.0.0.1:1") as away:
+        waits = watcher(away, drop)
+        assert list(waits.look()) == []
+    assert (waits.has_work, "no answer from" in waits.waiting["P2"]) == (True, True)
+
+
+def test_plates_that_stay_refused_are_listed_at_every_look(connected, drop):
+    drop("P1", wells=CONTROL_WELLS)
+    watching = watcher(connected, drop)
+    for outcomes in (1, 0):
+        assert (len(list(watching.look())), watching.refused) == (outcomes, ["P1"])
+
+
 def test_a_plate_whose_wells_have_no_images_yet_waits_for_them(connected, drop):
     now = [0.0]
     watching = watcher(connected, drop, settle_s=30.0, clock=lambda: now[0])
