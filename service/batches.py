@@ -140,7 +140,6 @@ class Batches:
         """
         store = self.storage.of(deed.tenant)
         self.preparer.require_room(len(upload.sites))
-        self._prepare_again(store, deed, batch_id, watch)
         begun = store.batch(batch_id) or BatchRecord(batch_id)
         pixel_size_um = agreed_pixel_size(begun, upload.pixel_size_um)
         measured: dict[str, Adaptation] = {}
@@ -160,7 +159,7 @@ class Batches:
                 usable = self.view.usable(after)
                 adaptation = None
                 if not self.view.wells_needed(usable):
-                    adaptation = self._adaptation(store, batch, after, usable, sent, measured, watch)
+                    adaptation = self._adaptation(store, deed, batch, after, usable, sent, measured, watch)
                 stored = adaptation is None or _names(adaptation) in batch.adaptations
                 report = self._controls_report(after, usable, adaptation, upload, sent.values(), watch)
                 change = None
@@ -242,7 +241,7 @@ class Batches:
         new, shard = [], new_shard()
         for key, site in sent.items():
             kept = batch.controls.get(key)
-            same = kept is not None and dict(kept.planes) == dict(site.planes)
+            same = kept is not None and site.planes.items() <= kept.planes.items()
             if kept is not None and not same and not replace:
                 raise control_conflict(batch.batch_id, kept, site)
             if not same or kept is None or kept.recipe_digest != self._recipe or (site.files and not kept.files):
@@ -258,23 +257,26 @@ class Batches:
         size = len(image) + sum({file.blob: file.size for file in files.values()}.values())
         return ControlSite(site.key, site.planes, self._recipe, new_blob(image, shard), size, files), image
 
-    def _prepare_again(self, store: BatchStore, deed: Deed, batch_id: str, watch: Stopwatch) -> None:
+    def _require_prepared(
+        self, store: BatchStore, deed: Deed, batch: BatchRecord, sites: Iterable[SiteKey], watch: Stopwatch
+    ) -> None:
         """Prepare kept controls from their files, when it was another bundle's recipe that they were prepared by.
 
         Raises:
-            ImageError: one of them is nothing to this bundle.
+            RevisionConflictError: they were: the batch keeps them anew. ImageError: one of them is nothing to this bundle.
         """
-        batch = store.batch(batch_id) or BatchRecord(batch_id)
-        old = [site for site in batch.controls.values() if site.recipe_digest != self._recipe and site.files]
-        for start in range(0, len(old), self.preparer.max_sites):
-            some = {site.key: site for site in old[start : start + self.preparer.max_sites]}
-            files = {
-                key: {channel: ControlFile(store, batch, site, channel) for channel in self.bundle.manifest.channels}
-                for key, site in some.items()
-            }
-            with watch.stage("prepare"):
-                prepared = list(self._prepared_controls(Upload(files), batch.pixel_size_um, None))
-            self._keep_prepared(store, deed, batch, some, prepared)
+        kept = [batch.controls[key] for key in sites if key in batch.controls]
+        old = {site.key: site for site in kept if site.recipe_digest != self._recipe}
+        if not old:
+            return
+        channels = self.bundle.manifest.channels
+        files = {
+            key: {channel: ControlFile(store, batch, site, channel) for channel in channels} for key, site in old.items()
+        }
+        with watch.stage("prepare"):
+            prepared = list(self._prepared_controls(Upload(files), batch.pixel_size_um, None))
+        self._keep_prepared(store, deed, batch, old, prepared)
+        raise RevisionConflictError
 
     def _keep_prepared(
         self,
@@ -288,7 +290,7 @@ class Batches:
             require_incarnation(now, batch.incarnation)
             shard = new_shard()
             new = [
-                self._control_site(site, old[site.key].files, shard)
+                self._control_site(replace_fields(site, planes=old[site.key].planes), old[site.key].files, shard)
                 for site in prepared
                 if now.controls.get(site.key) == old[site.key]
             ]
@@ -301,6 +303,7 @@ class Batches:
     def _adaptation(
         self,
         store: BatchStore,
+        deed: Deed,
         before: BatchRecord,
         batch: BatchRecord,
         usable: Mapping[SiteKey, ControlSite],
@@ -316,6 +319,7 @@ class Batches:
         if name not in measured:
             kept = store.adaptation(batch.batch_id, self.bundle.digest, name)
             if kept is None:
+                self._require_prepared(store, deed, before, set(context.used) - set(sent), watch)
                 images = [self._image(store, before, site, sent) for site in context.used]
                 with watch.stage("measure"):
                     kept = self._measure(context, np.stack(images), name)
@@ -368,12 +372,10 @@ class Batches:
                 return batch, Frame(self.bundle.training_statistics.source, None)
             usable = self.view.usable(batch)
             self._require_controls(batch, usable)
-            adaptation = self._adaptation(store, batch, batch, usable, {}, {}, watch)
+            adaptation = self._adaptation(store, deed, batch, batch, usable, {}, {}, watch)
             return batch, Frame(adaptation.statistics, adaptation)
 
         try:
-            if not source:
-                self._prepare_again(store, deed, batch_id, watch)
             return retold(store, batch_id, story)
         except StoreLostError:
             raise

@@ -63,9 +63,13 @@ class BundleView:
     precision: str
 
     def usable(self, batch: BatchRecord) -> dict[SiteKey, ControlSite]:
-        """Return the control sites prepared as the served bundle wants them."""
-        recipe = recipe_digest(self.bundle.manifest.recipe)
-        return {key: site for key, site in batch.controls.items() if site.recipe_digest == recipe}
+        """Return the control sites that are prepared as the served bundle wants them, or can be, from their files."""
+        recipe, channels = recipe_digest(self.bundle.manifest.recipe), set(self.bundle.manifest.channels)
+        return {
+            key: site
+            for key, site in batch.controls.items()
+            if site.recipe_digest == recipe or channels <= site.files.keys()
+        }
 
     def wells_needed(self, usable: Iterable[SiteKey]) -> int:
         """Return how many control wells are missing."""
@@ -75,9 +79,9 @@ class BundleView:
         """Choose the context and name its statistics."""
         context = choose_context(usable, self.bundle.manifest.max_context_sites)
         planes = [
-            (PlaneKey(site.well, site.site, channel), digest)
+            (PlaneKey(site.well, site.site, channel), usable[site].planes[channel])
             for site in context.used
-            for channel, digest in usable[site].planes.items()
+            for channel in self.bundle.manifest.channels
         ]
         return context, statistics_id(
             bundle_digest=self.bundle.digest,

@@ -167,7 +167,9 @@ def configure_logs(form: Literal["text", "json"], console: Console) -> Callable[
 def _json_formatter() -> JsonFormatter:
     names = {"levelname": "level", "name": "logger", "asctime": "at"}
     fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    return JsonFormatter(fields, "%Y-%m-%dT%H:%M:%S%z", rename_fields=names, reserved_attrs=[*RESERVED_ATTRS, "color_message"])
+    return JsonFormatter(
+        fields, "%Y-%m-%dT%H:%M:%S%z", rename_fields=names, reserved_attrs=[*RESERVED_ATTRS, "color_message"]
+    )
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -102,15 +102,28 @@ def test_a_bundle_with_another_recipe_uses_the_kept_controls(client, settings, s
     other = settings.model_copy(update={"bundle": fake_bundle(tmp_path / "other", recipe=OTHER_RECIPE).path})
     with running(other, FakeEngine(), storage) as later:
         prediction = predicted(later, ["E05"])
-        assert client.get("/batches/P1").json()["unusable_sites"] == 10, "to the first bundle they are of another recipe now"
+        prepared = storage.blobs.names("batches/")
         alone = adapted(later, "P2", wells=[*CONTROL_WELLS, "E01"])
         assert prediction["statistics_id"] == alone["statistics_id"]
         assert by_well(predicted(later, ["E05"], batch="P2"))["E05"] == by_well(prediction)["E05"]
     back = predicted(client, ["E05"])
-    assert back["context_sites"] == 6
+    assert (back["context_sites"], client.get("/batches/P1").json()["unusable_sites"]) == (6, 0)
+    assert set(prepared) <= set(storage.blobs.names("batches/")), "statistics that are kept need no images"
+    assert adapted(client, wells=["E01"])["context_sites"] == 6
     assert storage.of("default").usage.kept_bytes() == sum(
         len(storage.blobs.get(name)) for name in storage.blobs.names("batches/")
     )
+
+
+def test_a_bundle_with_another_channel_asks_for_it_and_the_first_goes_on(client, settings, storage, tmp_path):
+    first = adapted(client)
+    channels = ("DNA", "ER", "Mito")
+    recipe = ImageRecipe(channels=channels, size=8, shrink=2)
+    other = settings.model_copy(update={"bundle": fake_bundle(tmp_path / "other", recipe=recipe).path})
+    with running(other, FakeEngine(), storage) as later:
+        answer = later.post("/batches/P1/predict", files=well_files(["E05"], channels=channels))
+        assert (answer.status_code, slug(answer)) == (409, "controls-of-another-recipe")
+    assert predicted(client, ["E05"])["statistics_id"] == first["statistics_id"]
 
 
 def test_channels_of_one_file_are_kept_once_and_prepared_anew(client, settings, storage, tmp_path):
