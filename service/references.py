@@ -20,7 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from service.decoding import FileSlice
-from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError
+from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, StartError, UploadTooLargeError
 from service.multipart import spooled
 
 _CHUNK_BYTES = 1 << 20
@@ -44,6 +44,19 @@ class References:
     roots: Mapping[str, Sequence[str]]
     spool: Path
     max_file_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check the roots.
+
+        Raises:
+            StartError: one is no place.
+        """
+        for tenant, roots in self.roots.items():
+            for root in roots:
+                try:
+                    _parts(root)
+                except ReferenceNotAllowedError as error:
+                    raise StartError(f"roots of tenant {tenant}: {error.detail}") from None
 
     def place(self, tenant: str, uri: str) -> Place:
         """Return where a URI points.
@@ -80,7 +93,7 @@ class References:
             yield FileSlice(Path(file.name), 0, size, uri.rpartition("/")[2])
 
     def _copy(self, place: Place, uri: str, target: Any, limit: int) -> int:
-        copy = _copy_file if place.root.startswith("file:") else self._copy_object
+        copy = _copy_file if _parts(place.root)[0] == "file" else self._copy_object
         try:
             return copy(place, target, limit)
         except (OSError, BaseError, httpx.HTTPError) as error:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from service.access import Keys, Scope
-from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError
+from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, StartError, UploadTooLargeError
 from service.references import References
 from tests.service.conftest import running
 from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, well_files
@@ -153,6 +153,14 @@ def test_a_load_data_table_by_reference_tells_where_a_whole_plate_lies(kind, rem
     assert report["context_wells"] == list(CONTROL_WELLS)
     assert remote.get("/batches/P1").json()["plate"] == "P1"
     assert [well["well"] for well in remote.post("/batches/P1/predict", json=body).json()["wells"]] == ["E05", "F05"]
+
+
+def test_a_root_that_is_no_place_is_told_at_start_and_a_plain_folder_is_one(tmp_path):
+    for root in ("screens/", "http://lab/", "file://host/x"):
+        with pytest.raises(StartError, match="roots of tenant lab"):
+            References({"lab": (root,)}, tmp_path, 100)
+    (tmp_path / "a.tif").write_bytes(b"abc")
+    assert References({"lab": (f"{tmp_path}/",)}, tmp_path, 100).read("lab", f"file://{tmp_path}/a.tif", 100) == b"abc"
 
 
 def test_what_is_relative_in_a_load_data_table_begins_where_it_lies(remote, screens):
