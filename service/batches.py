@@ -209,7 +209,8 @@ class Batches:
                 self._answered(store, deed, now, told)
                 return told
             require_incarnation(now, batch.incarnation)
-            current = self._current_answers(store, now, frame.adaptation)
+            unchanged = now.revision == batch.revision
+            current = None if unchanged else self._current_answers(store, now, frame.adaptation)
             prediction = told if current is None else _superseded(told)
             treated = upload.wells - now.control_wells - now.treated
             new = None if _names(frame.adaptation) in now.adaptations else frame.adaptation

@@ -102,12 +102,8 @@ class FileBlobs:
 
     def put_all(self, blobs: Mapping[str, bytes]) -> None:
         """Keep several; each directory is synced once, when all its files are there."""
-        if len(blobs) == 1:
-            for name, data in blobs.items():
-                self.put(name, data)
-            return
-        with _told("a blob"), ThreadPoolExecutor(_PARALLEL, initializer=give_way) as pool:
-            written = list(pool.map(self._written, blobs, blobs.values()))
+        with _told("a blob"):
+            written = in_parallel(lambda item: self._written(*item), blobs.items())
             for directory in sorted({path.parent for path in written}):
                 _sync_directory(directory)
 

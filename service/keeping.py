@@ -1,6 +1,6 @@
-"""Keeps the files of control images as they were sent, so that a later bundle's recipe can be applied to them."""
+"""Keeps files as they were sent: of controls, so that a later bundle's recipe can be applied to them, and for jobs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,27 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class FileKeeper:
-    """Keeps what one request sends; ``named`` are the blobs that its commit named."""
+    """Keeps what one request sends: ``put`` are bytes by blob, ``named`` the blobs that its commit named."""
 
     store: BatchStore
     shard: str = field(default_factory=new_shard)
-    put: set[str] = field(default_factory=set)
-    named: frozenset[str] = frozenset()
+    put: dict[str, int] = field(default_factory=dict)
+    named: Collection[str] = ()
 
-    def __call__(self, slices: Mapping[str, FileSlice], planes: Mapping[str, str]) -> Mapping[str, KeptFile]:
-        """Keep a site's files, one of several channels once."""
+    def __call__(self, slices: Mapping[str, FileSlice]) -> Mapping[str, KeptFile]:
+        """Keep a site's files by channel, one of several channels once."""
         blobs: dict[tuple[Path, int], str] = {}
         data: dict[str, bytes] = {}
-        for channel in planes:
-            file = slices[channel]
+        for file in slices.values():
             if (file.path, file.offset) not in blobs:
                 content = file.read()
                 blob = blobs[file.path, file.offset] = new_blob(content, self.shard)
                 data[blob] = content
-        self.put |= data.keys()
+        self.put |= {blob: len(content) for blob, content in data.items()}
         self.store.put_files(data)
-        found = {channel: slices[channel] for channel in planes}
-        return {channel: KeptFile(blobs[file.path, file.offset], file.size, file.page) for channel, file in found.items()}
+        return {channel: KeptFile(blobs[file.path, file.offset], file.size, file.page) for channel, file in slices.items()}
 
 
 @contextmanager
@@ -49,7 +47,7 @@ def kept_files(store: BatchStore) -> Iterator[FileKeeper]:
     except BaseException:
         store.drop_files(keeper.put)
         raise
-    store.drop_files(keeper.put - keeper.named)
+    store.drop_files(keeper.put.keys() - keeper.named)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ sent ahead those that were there then are taken, or none.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.layout import Role, SiteKey
@@ -15,11 +15,12 @@ from service import schemas
 from service.batches import Batches, Stopwatch
 from service.decoding import FileSlice
 from service.deeds import Deed
-from service.errors import BatchBusyError, QuotaExceededError, StagedConflictError
+from service.errors import BatchBusyError, StagedConflictError
 from service.jobs import Asked, Job, Jobs
+from service.keeping import FileKeeper, kept_files
 from service.posts import Post, Receiver, Sent
 from service.staging import StagedFile
-from service.store import BatchRecord, BatchStore, new_blob, new_shard
+from service.store import BatchRecord, BatchStore, KeptFile
 from service.uploads import SentFile, Skipped, Upload
 
 ROLES = {"controls": Role.CONTROL, "predict": Role.TREATED}
@@ -92,13 +93,11 @@ class Later:
         what["pixel_size_um"] = post.upload.pixel_size_um
         what["notices"] = list(post.upload.notices)
         what["skipped"] = [[item.file, item.reason] for item in post.upload.skipped]
-        keeping = _Keeping(store, batch)
-        what["planes"] = [file.told() for file in keeping.files(post.upload)]
-        try:
-            return self.jobs.put(post.deed, kind, batch_id, Asked(what, tuple(keeping.put), sum(keeping.put.values())))
-        except QuotaExceededError:
-            store.drop_files(keeping.put)
-            raise
+        with kept_files(store) as keeper:
+            what["planes"] = [file.told() for file in _files(store, batch, post.upload, keeper)]
+            report = self.jobs.put(post.deed, kind, batch_id, Asked(what, tuple(keeper.put), sum(keeper.put.values())))
+            keeper.named = keeper.put
+        return report
 
     def run(self, job: Job, deed: Deed) -> None:
         """Do what a job asks."""
@@ -125,30 +124,13 @@ class Later:
         )
 
 
-@dataclass
-class _Keeping:
-    """Keeps what came with a post for its job; what was sent ahead lies there already. ``put``: bytes by blob."""
-
-    store: BatchStore
-    batch: BatchRecord
-    shard: str = field(default_factory=new_shard)
-    put: dict[str, int] = field(default_factory=dict)
-
-    def files(self, upload: Upload) -> Iterator[JobFile]:
-        """Give every plane as the job will find it."""
-        for key, files in upload.sites.items():
-            blobs: dict[str, str] = {}
-            for channel, file in files.items():
-                with file.on_disk() as copy:
-                    sha256 = file.content.partition("#")[0]
-                    blob = file.plane.blob if isinstance(file, StagedFile) else blobs.get(sha256) or self._kept(copy)
-                    blobs[sha256] = blob
-                    place = key.well, key.site, channel
-                    yield JobFile(self.store, self.batch, *place, copy.name[:200], file.content, blob, copy.size, copy.page)
-
-    def _kept(self, file: FileSlice) -> str:
-        data = file.read()
-        blob = new_blob(data, self.shard)
-        self.store.put_files({blob: data})
-        self.put[blob] = file.size
-        return blob
+def _files(store: BatchStore, batch: BatchRecord, upload: Upload, keeper: FileKeeper) -> Iterator[JobFile]:
+    """Give every plane as its job will find it: what was sent ahead lies there already, what came with the post is kept."""
+    for key, files in upload.sites.items():
+        ahead = {channel: file.plane for channel, file in files.items() if isinstance(file, StagedFile)}
+        with ExitStack() as stack:
+            kept = keeper({name: stack.enter_context(file.on_disk()) for name, file in files.items() if name not in ahead})
+        where = {**kept, **{channel: KeptFile(plane.blob, plane.size) for channel, plane in ahead.items()}}
+        for channel, file in files.items():
+            place, told = (key.well, key.site, channel), (file.name[:200], file.content)
+            yield JobFile(store, batch, *place, *told, where[channel].blob, where[channel].size, where[channel].page)

@@ -131,9 +131,9 @@ class Receiver:
             return staged_upload(store, named, self.channels)
         if sent.images is not None:
             return self._referred(sent.images, named, tenant)
-        table = table_of_any_kind(self.references.read(tenant, sent.load_data or "", MAX_TABLE_BYTES))
-        places = load_data_places(table, self.channels)
         place = sent.load_data or ""
+        table = table_of_any_kind(self.references.read(tenant, place, MAX_TABLE_BYTES))
+        places = load_data_places(table, self.channels)
         files = self._files(tenant, {key: _seen_from(place, address) for key, address in places.addresses.items()})
         return Upload(
             complete_sites(chosen(store, named, files, "in the LoadData table"), self.channels),

@@ -6,7 +6,7 @@ a client asks for it, and stands in the audit log.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -139,19 +139,11 @@ class Retention:
         """Every blob that a record names; those of newer files are not asked about."""
         named: set[str] = set()
         for tenant in self._tenants():
-            named |= {f"{BLOBS}{tenant}/{blob}" for blob in _blobs_of(self.storage.of(tenant))}
+            store = self.storage.of(tenant)
+            batches = (store.batch(batch_id) for batch_id in store.batch_ids())
+            for batch in batches:
+                named |= {f"{BLOBS}{tenant}/{blob}" for blob in (store.blobs_of(batch) if batch is not None else ())}
         for key, data in scan_all(self.storage.records, ASKED):
             tenant = key.removeprefix(ASKED).partition("/")[0]
             named |= {f"{BLOBS}{tenant}/{blob}" for blob in Asked.from_bytes(data).files}
         return named
-
-
-def _blobs_of(store: BatchStore) -> Iterator[str]:
-    for batch_id in store.batch_ids():
-        batch = store.batch(batch_id)
-        yield from _all_of(() if batch is None else (site.blobs for site in batch.controls.values()))
-        yield from (plane.blob for plane in store.staged(batch_id))
-
-
-def _all_of(groups: Iterable[Iterable[str]]) -> Iterator[str]:
-    return (name for group in groups for name in group)

@@ -398,6 +398,10 @@ class BatchStore:
         (data,) = self._records.read([self._staged_key(batch_id, key)])
         return None if data is None else StagedPlane(key, **json.loads(data))
 
+    def blobs_of(self, batch: BatchRecord) -> set[str]:
+        """Every blob that a batch's controls and staged planes name."""
+        return {*_blobs_of(batch), *(plane.blob for plane in self.staged(batch.batch_id))}
+
     @contextmanager
     def file(self, batch: BatchRecord, blob: str) -> Iterator[Path]:
         """The file of a staged plane or a control, on this machine while the context lasts.
@@ -421,7 +425,7 @@ class BatchStore:
                 f"batch {batch.batch_id} was deleted while its images were read; nothing was changed",
                 batch_id=batch.batch_id,
             )
-        if blob not in {*_blobs_of(now), *(plane.blob for plane in self.staged(batch.batch_id))}:
+        if blob not in self.blobs_of(now):
             raise BatchBusyError(
                 f"images of batch {batch.batch_id} were replaced while they were read; nothing was changed: send it again"
             )
@@ -439,15 +443,16 @@ class BatchStore:
             RevisionConflictError: it is not, or what is beside it conflicts. QuotaExceededError: there is no room for it.
         """
         after = _changed(batch, change)
+        data = after.to_bytes()
         new = {self._path(site.blob): image for site, image in change.controls}
         parts = dict(self._parts_of(batch.batch_id, change))
         commit = Commit(
-            {self._head(batch.batch_id): after.to_bytes(), **parts},
+            {self._head(batch.batch_id): data, **parts},
             derived=self._usage.changed(after.control_bytes - batch.control_bytes),
         )
         with self._put(new):
             self._commit(batch, commit, also)
-        self._know(after, change.adaptation)
+        self._know(after, data, change.adaptation)
         self._blobs.delete(self._path(blob) for blob in _blobs_of(batch) - _blobs_of(after))
         return after
 
@@ -510,7 +515,7 @@ class BatchStore:
         """Forget a batch and its files."""
         staged_bytes = self._part(batch.batch_id, STAGED_BYTES)
         (counted,) = self._records.read([staged_bytes])
-        blobs = {*_blobs_of(batch), *(plane.blob for plane in self.staged(batch.batch_id))}
+        blobs = self.blobs_of(batch)
         less = -(batch.control_bytes + amount(counted))
         gone = Commit(
             {self._head(batch.batch_id): None},
@@ -536,9 +541,9 @@ class BatchStore:
             self._blobs.delete(blobs)
             raise
 
-    def _know(self, batch: BatchRecord, adaptation: Adaptation | None) -> None:
+    def _know(self, batch: BatchRecord, data: bytes, adaptation: Adaptation | None) -> None:
         with self._lock:
-            self._known[batch.batch_id] = (batch.to_bytes(), batch)
+            self._known[batch.batch_id] = (data, batch)
             if adaptation is not None:
                 self._adaptations[self._adaptation_key(batch.batch_id, adaptation)] = adaptation
 

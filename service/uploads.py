@@ -287,8 +287,8 @@ def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str])
 # --- bytes to network input ------------------------------------------------------------------------------------------
 
 
-Keeper = Callable[[Mapping[str, FileSlice], Mapping[str, str]], Mapping[str, KeptFile]]
-"""Is given a site's files by channel, and the sha256 that each was decoded from; says where they are kept."""
+Keeper = Callable[[Mapping[str, FileSlice]], Mapping[str, KeptFile]]
+"""Is given a site's files by channel; says where they are kept."""
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ class Preparer:
                 if isinstance(error, QUALITY_ERRORS):
                     return RefusedSite(key, error)
                 raise
-            kept = {} if keep is None else keep(slices, decoded.planes)
+            kept = {} if keep is None else keep(slices)
         return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image, kept)
 
 
