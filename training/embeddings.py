@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from model.errors import LayoutError, NoControlsError
+from model.layout import parse_well, well_position
 from training.metrics import accuracy, calibrated, macro_f1
 from training.results import ALL, NULL, PROBABILITY, SETTINGS, grouped
 
@@ -187,7 +188,8 @@ def _check(path: Path, wells: Wells) -> None:
         shared = set(about.loc[train, list(level)].itertuples(index=False, name=None))
         leaked = sorted(shared & set(tests[list(level)].itertuples(index=False, name=None)))
         if leaked:
-            raise LayoutError(f"{path}: {level[-1]} {leaked[0][-1]} of lab {leaked[0][0]} is in training and in the test")
+            place = f"{level[-1]} {leaked[0][-1]}" + (f" of lab {leaked[0][0]}" if len(level) > 1 else "")
+            raise LayoutError(f"{path}: {place} is in training and in the test")
     known = {row.tobytes(): number for number, row in enumerate(wells.features) if train[number]}
     for number in np.flatnonzero(~train):
         same = known.get(wells.features[number].tobytes())
@@ -260,7 +262,7 @@ NORMALISATIONS: MappingProxyType[str, Callable[[Wells], Float]] = MappingProxyTy
 
 
 def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train on the training wells, call the others: cells and predictions (see ``training.results``), the null beside them.
+    """Train on the training wells, call the others: cells and predictions (see ``training.results``), nulls beside.
 
     Logistic regression has its default penalty everywhere: nothing is chosen on test plates. There is one row a well, so
     accuracy per image is not known, and no temperature is fitted.
@@ -281,6 +283,7 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
     answers = {name: _probabilities(normalise(wells), numbers, train, tests) for name, normalise in NORMALISATIONS.items()}
     shares = np.bincount(numbers[train]) / len(train)
     answers[f"{NULL}majority"] = np.tile(shares, (len(tests), 1))
+    answers[f"{NULL}position"] = _probabilities(_positions(wells), numbers, train, tests)
     tables = [_tables(wells, method, tests, found, classes, numbers) for method, found in answers.items()]
     return pd.concat([cells for cells, _ in tables]), pd.concat([predictions for _, predictions in tables])
 
@@ -288,6 +291,13 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _probabilities(features: Float, numbers: NDArray[np.int64], train: NDArray[np.int64], tests: NDArray[np.int64]) -> Float:
     model = LogisticRegression(max_iter=5000).fit(features[train], numbers[train])
     return np.asarray(model.predict_proba(features[tests]), np.float64)
+
+
+def _positions(wells: Wells) -> Float:
+    """Row and column of each well and their squares, in standard deviations."""
+    places = np.array([well_position(parse_well(well)) for well in wells.about["well"]], np.float64)
+    scaled: Float = StandardScaler().fit_transform(np.concatenate([places, places**2], axis=1))
+    return scaled
 
 
 def _tables(

@@ -108,7 +108,7 @@ def embeddings(seed: int = 0, batch_effect: float = 3.0, dim: int = 12, each: in
     for (setting, lab, batch, plate), (method, context) in itertools.product(
         places, (("erm", "source"), ("cs-arm-bn", "controls"))
     ):
-        labels = np.repeat(np.arange(len(CLASSES)), each)
+        labels = rng.permutation(np.repeat(np.arange(len(CLASSES)), each))
         shift = shifts[batch] if method == "erm" else 0.0
         scale = 1.0 + 0.5 * (batch in ("B7", "B9")) * (method == "erm")
         treated = scale * (centres[labels] + rng.normal(0, 1, (len(labels), dim))) + shift
