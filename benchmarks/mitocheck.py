@@ -233,17 +233,18 @@ def report(answers: pd.DataFrame, bars: list[Bar], confounded: str) -> str:
     one = answers[answers["way"] == "erm source"].drop_duplicates("plate")
     dates, seeds, one_sided = one["batch"].nunique(), answers["seed"].nunique(), int(one["one_sided"].sum())
     told = (
-        f"Real crops, {len(one)} plates of {dates} dates, {seeds} seeds of training; split by date. There are no "
-        "negative controls: the contexts `controls`, `union` and `panel` cannot be used, and nothing here tells of "
-        "CS-ARM-BN. What it can show: whether statistics of the crops sent (`treated`) help or harm on real plates whose mixture "
-        f"of classes differs from plate to plate. {one_sided} plates are one-sided: {ONE_SIDED:.0%} or more of their crops are of one "
-        "class. Intervals: dates and plates drawn again, and seeds."
+        f"Real crops, {len(one)} plates of {dates} dates, {seeds} seeds of training; split by date. There are no negative "
+        "controls: contexts `controls`, `union` and `panel` cannot be used, and nothing here tells of CS-ARM-BN. It can "
+        "show whether statistics of the crops sent (`treated`) help or harm on real plates whose mixture of classes "
+        f"differs from plate to plate. {one_sided} plates are one-sided: {ONE_SIDED:.0%} or more of their crops are of one "
+        "class. "
+        "Intervals: dates and plates drawn again, and seeds."
     )
     cannot = (
-        "What it cannot show: class and plate are confounded (table below), so that ordinary BN, trained across plates, "
-        "may read the plate where it should read the nucleus, and statistics of a plate's crops carry its class; the oracle "
-        "line says how far the plate's commonest class alone would go. Crops of one well and movie are near-copies of each "
-        "other: there are fewer independent nuclei than crops. One channel, one lab, one kind of microscope, small "
+        "What it cannot show: class and plate are confounded (table below), so that ordinary BN, trained across plates, may "
+        "read the plate where it should read the nucleus, and statistics of a plate's crops carry its class; the oracle "
+        "says how far the plate's commonest class alone would go. Crops of one well and movie are near-copies of "
+        "each other: there are fewer independent nuclei than crops. One channel, one lab, one kind of microscope, small "
         "networks, few steps. `Interphase` is a phenotype here, not a control. The figures compare methods trained alike; "
         "they are not the best that can be reached."
     )

@@ -315,7 +315,8 @@ def _tables(
         same = {"nll": calibration.nll, "ece": calibration.ece, "brier": calibration.brier}
         rows.append({
             **who, **dict(zip(("setting", "lab", "batch", "plate"), key, strict=True)),
-            "controls": ALL, "query": ALL, "alpha": np.inf, "blended": False, "images": 0, "wells": len(part),
+            "controls": ALL, "query": ALL, "query_wells": ALL, "alpha": np.inf, "blended": False,
+            "images": 0, "wells": len(part),
             "image_accuracy": np.nan, "well_accuracy": accuracy(found, labels), "macro_f1": macro_f1(found, labels),
             **same, "temperature": 1.0, **{f"{name}_before": value for name, value in same.items()},
         })  # fmt: skip

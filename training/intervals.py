@@ -67,9 +67,9 @@ def expanded_tails(members: int) -> tuple[float, float]:
 class Resamples:
     """Draws of plates and of seeds: the same plates are drawn alike whoever asks, so that figures of them are paired.
 
-    In every draw labs, batches of each lab drawn and plates of each batch drawn are drawn with replacement, and seeds beside
-    them; a plate counts as often as it and its seed were drawn, multiplied, since seeds score the same plates. What there is
-    one of (lab, batch, seed) is kept, and an interval then says nothing of others.
+    In every draw labs, batches of each lab drawn and plates of each batch drawn are drawn with replacement; a plate that
+    several seeds scored counts with seeds drawn from its own, the same for all plates of these seeds. What there is one of
+    (lab, batch, seed) is kept, and an interval then says nothing of others.
     """
 
     def __init__(self, draws: int = DRAWS, seed: int = 0) -> None:
@@ -86,15 +86,20 @@ class Resamples:
         """Sum of ``top`` over sum of ``bottom``, one entry a row of one setting; a plate may have several rows."""
         if not bottom.sum() > 0:
             return Estimate(np.nan, np.full(self.draws, np.nan), 0)
-        rows_places = list(zip(*(rows[level] for level in PLACE), strict=True))
-        places, seeds = sorted(set(rows_places)), sorted(set(rows["seed"]))
+        of_row = list(zip(*(rows[level] for level in PLACE), strict=True))
+        places, seeds = sorted(set(of_row)), sorted(set(rows["seed"]))
         at_place, at_seed = {name: n for n, name in enumerate(places)}, {name: n for n, name in enumerate(seeds)}
-        where = [at_place[place] for place in rows_places], [at_seed[seed] for seed in rows["seed"]]
-        sums = np.zeros((2, len(places), len(seeds)))
+        where = [at_place[place] for place in of_row], [at_seed[seed] for seed in rows["seed"]]
+        sums, scored = np.zeros((2, len(places), len(seeds))), np.zeros((len(places), len(seeds)), np.bool_)
         np.add.at(sums[0], where, top)
         np.add.at(sums[1], where, bottom)
-        above, below = ((self._places(tuple(places)) @ part * self._seeds(seeds)).sum(axis=1) for part in sums)
-        draws = np.where(below > 0, above / np.where(below > 0, below, 1.0), np.nan)
+        scored[where] = True
+        totals = np.zeros((2, self.draws))
+        for own in np.unique(scored, axis=0):
+            alike = (scored == own).all(axis=1)
+            drawn = self._seeds([seed for seed, has in zip(seeds, own, strict=True) if has])
+            totals += ((self._places(tuple(places))[:, alike] @ sums[:, alike][:, :, own]) * drawn).sum(axis=2)
+        draws = np.where(totals[1] > 0, totals[0] / np.where(totals[1] > 0, totals[1], 1.0), np.nan)
         return Estimate(float(top.sum() / bottom.sum()), draws, members(places))
 
     def _places(self, places: tuple[Place, ...]) -> Float:

@@ -43,7 +43,7 @@ FEW_MEMBERS = 5
 CURVES = {
     "controls": ("Control wells", "control wells measured (K)"),
     "alpha": ("Label shift", "label shift (Dirichlet alpha)"),
-    "query": ("Query size", "treated wells sent together (L)"),
+    "query_wells": ("Query size", "treated wells sent together (L)"),
 }
 _METRIC_NAMES = {
     "image_accuracy": "per image",
@@ -128,7 +128,7 @@ class Curve:
 
 
 def curve(results: Results, resamples: Resamples, axis: str) -> Curve | None:
-    """Well accuracy against ``controls``, ``query`` or ``alpha``; None where it was not varied.
+    """Well accuracy against ``controls``, ``query_wells`` or ``alpha``; None where it was not varied.
 
     The other two axes stay where most values of this one were scored. Unadapted ERM and nulls stand beside the methods that
     were scored along the axis even if they were not, with the one value of whole plates.
@@ -149,7 +149,7 @@ def curve(results: Results, resamples: Resamples, axis: str) -> Curve | None:
 
 
 def _fixed(cells: pd.DataFrame, axis: str) -> dict[str, float] | None:
-    default = {"controls": float(ALL), "query": float(ALL), "alpha": np.inf}
+    default = {"controls": float(ALL), "query_wells": float(ALL), "alpha": np.inf}
     others = [name for name in default if name != axis]
     counts = cells.groupby(others)[axis].nunique()
     if counts.max() < 2:  # noqa: PLR2004 (a curve has two points)

@@ -19,10 +19,10 @@ from model.errors import LayoutError, RunError
 SETTINGS = {"in_domain": "in domain", "new_batch": "new batches", "new_lab": "new lab"}
 """Settings in order, as they are called in print."""
 KEYS = ("method", "context", "setting", "seed", "lab", "batch", "plate")
-AXES = ("controls", "query", "alpha", "blended")
+AXES = ("controls", "query_wells", "alpha", "blended")
 METRICS = ("image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier")
 BEFORE = ("nll_before", "ece_before", "brier_before")
-CELL_COLUMNS = (*KEYS, *AXES, "images", "wells", *METRICS, "temperature", *BEFORE)
+CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
 PREDICTION_COLUMNS = (*KEYS, "well", "label", "called")
 PROBABILITY = "p:"
 ALL = -1
@@ -45,9 +45,9 @@ class Results:
 
     @property
     def default(self) -> pd.DataFrame:
-        """Cells with all controls, all treated images sent together, no label shift and no blending."""
+        """Cells with all controls, all treated wells sent together, no label shift and no blending."""
         cells = self.cells
-        whole = (cells["controls"] == ALL) & (cells["query"] == ALL) & np.isinf(cells["alpha"]) & ~cells["blended"]
+        whole = (cells["controls"] == ALL) & (cells["query_wells"] == ALL) & np.isinf(cells["alpha"]) & ~cells["blended"]
         found: pd.DataFrame = cells.loc[whole]
         return found
 

@@ -50,7 +50,8 @@ def row(way: tuple[str, str], plate: Plate, seed: int, accuracy: float, **cell: 
     """One row of cells: every metric a known function of the accuracy per well."""
     return {
         "method": way[0], "context": way[1], "setting": plate.setting, "seed": seed, "lab": plate.lab, "batch": plate.batch,
-        "plate": plate.plate, "controls": -1, "query": -1, "alpha": math.inf, "blended": False, "images": 96, "wells": 48,
+        "plate": plate.plate, "controls": -1, "query": -1, "query_wells": -1, "alpha": math.inf, "blended": False,
+        "images": 96, "wells": 48,
         "image_accuracy": accuracy - 0.05, "well_accuracy": accuracy, "macro_f1": accuracy - 0.01,
         "nll": 1.5 * (1 - accuracy), "ece": 0.2 * (1 - accuracy), "brier": 1 - accuracy, "temperature": 1.4,
         "nll_before": 2.0 * (1 - accuracy), "ece_before": 0.6 * (1 - accuracy), "brier_before": 1.1 * (1 - accuracy),
@@ -74,15 +75,22 @@ def cells(seed: int = 0, seeds: int = 2, noise: float = 0.01, **how: float) -> p
             if not way[0].startswith("null"):
                 steep = 0.6 if way[0] == "arm-bn" else 0.0
                 lost = {a: steep / (1 + 10 * a) if math.isfinite(a) else 0.0 for a in ALPHAS}
-                rows += [row(way, plate, number, level - lost[a], alpha=a, query=SHIFTED_QUERY) for a in ALPHAS]
-                rows += [row(way, plate, number, level - steep / q, query=q) for q in QUERIES if q != SHIFTED_QUERY]
+                rows += [
+                    row(way, plate, number, level - lost[a], alpha=a, query_wells=SHIFTED_QUERY, query=2 * SHIFTED_QUERY)
+                    for a in ALPHAS
+                ]
+                rows += [
+                    row(way, plate, number, level - steep / q, query_wells=q, query=2 * q)
+                    for q in QUERIES
+                    if q != SHIFTED_QUERY
+                ]
     return pd.DataFrame(rows)
 
 
 def predictions(table: pd.DataFrame, seed: int = 0, wells: int = 48) -> pd.DataFrame:
     """Wells called rightly with the accuracy that the whole plate has; half with confidence 0.65, half with 0.95."""
     rng = np.random.default_rng(seed)
-    whole = table[(table["controls"] == -1) & (table["query"] == -1) & np.isinf(table["alpha"]) & ~table["blended"]]
+    whole = table[(table["controls"] == -1) & (table["query_wells"] == -1) & np.isinf(table["alpha"]) & ~table["blended"]]
     truth, sure = np.arange(wells) % len(CLASSES), np.where(np.arange(wells) < wells // 2, 0.65, 0.95)
     names = ["method", "context", "setting", "seed", "lab", "batch", "plate"]
     parts = []

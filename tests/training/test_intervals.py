@@ -63,6 +63,16 @@ def test_seeds_are_drawn_beside_plates_and_one_seed_is_never_absent() -> None:
     assert draws.mean(table[table["seed"] == 1], "score").draws == pytest.approx(0.7)
 
 
+def test_seeds_that_have_plates_of_their_own_are_not_drawn_apart_from_these() -> None:
+    """Each seed leaves out another lab: no draw may take one's seed and the other's plates, and so have nothing."""
+    one, other = (
+        scored(np.full((1, 2), level), lab=lab).assign(seed=seed) for level, lab, seed in ((0.0, "A", 1), (1.0, "B", 2))
+    )
+    draws = Resamples().mean(pd.concat([one, other]), "score").draws
+    assert set(draws) == {0.0, 0.5, 1.0}
+    assert np.mean(draws == 0.5) == pytest.approx(0.5, abs=0.04)
+
+
 def test_a_ratio_of_sums_weighs_plates_by_their_rows() -> None:
     table = scored(np.array([[0.0, 1.0]]))
     wells = np.array([1.0, 3.0])

@@ -26,4 +26,4 @@ def test_axes_run_from_little_to_much() -> None:
     assert plots.order("controls", [-1, 8, 0, 2]) == [0, 2, 8, -1]
     assert plots.order("alpha", [0.0, math.inf, 0.01, 1.0]) == [math.inf, 1.0, 0.01, 0.0]
     assert [plots.tick("alpha", x) for x in (math.inf, 0.01, 0.0)] == ["none", "0.01", "one class"]
-    assert [plots.tick("query", x) for x in (-1, 4)] == ["all", "4"]
+    assert [plots.tick("query_wells", x) for x in (-1, 4)] == ["all", "4"]

@@ -27,7 +27,7 @@ def results() -> Results:
 def whole(cells: pd.DataFrame, way: tuple[str, str], setting: str) -> pd.DataFrame:
     """One method's default cells, picked by hand."""
     rows = cells[(cells["method"] == way[0]) & (cells["context"] == way[1]) & (cells["setting"] == setting)]
-    return rows[(rows["controls"] == -1) & (rows["query"] == -1) & (rows["alpha"] == math.inf) & ~rows["blended"]]
+    return rows[(rows["controls"] == -1) & (rows["query_wells"] == -1) & (rows["alpha"] == math.inf) & ~rows["blended"]]
 
 
 def test_every_metric_is_the_mean_over_plates_and_seeds(results: Results) -> None:
@@ -72,7 +72,7 @@ def test_gains_are_taken_over_the_plates_that_both_have(results: Results) -> Non
 def test_the_curve_of_controls_shows_blended_beside_plain_and_erm_as_a_level(results: Results) -> None:
     found = curve(results, Resamples(draws=50), "controls")
     assert found is not None
-    assert found.fixed == {"query": -1.0, "alpha": math.inf}
+    assert found.fixed == {"query_wells": -1.0, "alpha": math.inf}
     rows = found.rows[found.rows["setting"] == "new_lab"]
     ours = rows[rows["method"] == "cs-arm-bn"].set_index(["blended", "x"])["value"]
     assert set(ours[False].index) == {1, 2, 4, 8, 16, -1}
@@ -87,7 +87,7 @@ def test_the_curve_of_controls_shows_blended_beside_plain_and_erm_as_a_level(res
 def test_label_shift_is_shown_at_the_query_size_at_which_it_was_varied(results: Results) -> None:
     found = curve(results, Resamples(draws=50), "alpha")
     assert found is not None
-    assert found.fixed == {"controls": -1.0, "query": made_up.SHIFTED_QUERY}
+    assert found.fixed == {"controls": -1.0, "query_wells": made_up.SHIFTED_QUERY}
     arm = found.rows[(found.rows["method"] == "arm-bn") & (found.rows["setting"] == "in_domain")].set_index("x")["value"]
     assert arm[math.inf] - arm[0.0] == pytest.approx(0.6)
     ours = found.rows[(found.rows["method"] == "cs-arm-bn") & (found.rows["setting"] == "in_domain")]["value"]
@@ -95,7 +95,7 @@ def test_label_shift_is_shown_at_the_query_size_at_which_it_was_varied(results: 
 
 
 def test_nothing_varied_is_no_curve(results: Results) -> None:
-    assert curve(Results(results.default), Resamples(draws=50), "query") is None
+    assert curve(Results(results.default), Resamples(draws=50), "query_wells") is None
 
 
 def test_reliability_counts_wells_by_confidence(results: Results) -> None:
@@ -166,7 +166,7 @@ def test_a_report_has_every_plot_and_nulls_in_every_table_of_methods(tmp_path: P
     folder = made_up.write(tmp_path / "results")
     path = write_report(folder, tmp_path / "report")
     text = path.read_text(encoding="utf-8")
-    pictures = ("accuracy", "controls", "alpha", "query", "reliability", "calibration", "confusion", "embedding")
+    pictures = ("accuracy", "controls", "alpha", "query_wells", "reliability", "calibration", "confusion", "embedding")
     for name in pictures:
         assert f"({name}.png)" in text
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
