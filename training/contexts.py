@@ -9,7 +9,7 @@ from model.context import choose_context
 from model.images import ImageRecipe
 from model.layout import SiteKey
 from model.network import Given, ResNet
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, Prior
 from training.dataset import PlateSites
 from training.methods import Method, measured
 
@@ -28,9 +28,11 @@ def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArr
     return np.array([keys[site] for site in context.used], np.int64)
 
 
-def statistics_of(network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64]) -> BatchNormStatistics:
-    """Measure rows of a plate as one context."""
-    found = measured(network, plate.served(rows, recipe))
+def statistics_of(
+    network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
+) -> BatchNormStatistics:
+    """Measure rows of a plate as one context; blended with a prior, if there is one."""
+    found = measured(network, plate.served(rows, recipe), prior)
     return BatchNormStatistics(
         mean=found.mean.cpu().numpy(),
         variance=found.variance.cpu().numpy(),
