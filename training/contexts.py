@@ -31,7 +31,7 @@ def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArr
 def statistics_of(
     network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
 ) -> BatchNormStatistics:
-    """Measure rows of a plate as one context; blended with a prior, if there is one."""
+    """Measure rows of a plate as one context; blended with a prior, if any."""
     found = measured(network, plate.served(rows, recipe), prior)
     return BatchNormStatistics(
         mean=found.mean.cpu().numpy(),
