@@ -73,7 +73,7 @@ NOT_FRESH = (
     "not in them; the answers are not kept"
 )
 BLEND_MEANWHILE = (
-    "until there are enough control wells, predict?context=blended answers on these and the mean of the training plates"
+    "until there are enough control wells, ?context=blended answers on these and the mean of the training plates"
 )
 SUPERSEDED = (
     "the controls were changed while these wells were answered: the answers stand on superseded statistics; ask again"
