@@ -101,8 +101,8 @@ def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None =
 
 def prior_tensors(network: ResNet, prior: Prior) -> PriorTensors:
     """A prior as a network takes it: its device and type."""
-    weight = network.conv1.weight
-    return PriorTensors(weight.new_tensor(prior.mean), weight.new_tensor(prior.variance), weight.new_tensor(prior.weight))
+    like = next(network.parameters())
+    return PriorTensors(like.new_tensor(prior.mean), like.new_tensor(prior.variance), like.new_tensor(prior.weight))
 
 
 def plate_normaliser(
