@@ -55,11 +55,11 @@ def data(seed: int, workers: int) -> Path:
 
 
 def configured(index: Path, method: str, test_lab: str, seed: int, steps: int) -> TrainingConfig:
-    """Configure one run; ``erm-zscore-raw`` is erm-zscore without percentile scaling."""
+    """Configure one run; ``erm-zscore-raw`` is erm-zscore without percentile-8bit scaling."""
     config = small_config(index, method.removesuffix("-raw"), steps=steps, seed=seed, cache=OUT / "cache", test_lab=test_lab)
     config = replace(config, size=SIZE_PX, crop=CROP_PX, pixel_size_um=NETWORK_PIXEL_SIZE_UM, validate_every=100)
     if method.endswith("-raw"):
-        config = replace(config, scaling="fixed", full_scale=(CAMERA_MAX,) * len(CHANNELS))
+        config = replace(config, scaling="fixed-scale", full_scale=(CAMERA_MAX,) * len(CHANNELS))
     return config
 
 

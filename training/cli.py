@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.errors import AnchorwellError, LayoutError, RunError
+from model.images import ILLUMINATIONS, SCALINGS, Illumination, Scaling
 from training.simulate import CHANNELS, SimulationPlan, simulate
 
 if TYPE_CHECKING:
@@ -99,8 +100,11 @@ def train_command(
     crop: Annotated[int | None, typer.Option(help="Side of the random crops trained on; size by default.")] = None,
     shrink: Annotated[int, typer.Option(help="Take every n-th pixel where the pixel size is not known.")] = 2,
     pixel_size_um: Annotated[float | None, typer.Option(help="Network pixel size; resamples where known.")] = None,
-    scaling: Annotated[str, typer.Option(help="percentile or fixed.")] = "percentile",
-    full_scale: Annotated[str | None, typer.Option(help="fixed scaling: full scale per channel, commas.")] = None,
+    scaling: Annotated[str, typer.Option(help=f"{', '.join(SCALINGS)}.")] = "percentile-8bit",
+    full_scale: Annotated[str | None, typer.Option(help="fixed-scale: full scale per channel, commas.")] = None,
+    illumination: Annotated[
+        str, typer.Option(help="none, or flattened by the plate's controls (linear scalings).")
+    ] = "none",
     treated: Annotated[int, typer.Option(help="Treated images a plate and step.")] = 64,
     controls_min: Annotated[int, typer.Option(help="Fewest control images a step (K-jitter).")] = 8,
     controls_max: Annotated[int, typer.Option(help="Most control images a step (K-jitter).")] = 128,
@@ -126,7 +130,7 @@ def train_command(
         classes=tuple(name.strip() for name in classes.split(",")) if classes else None,
         depth=cast("Literal[18, 34, 50]", depth), width=width, antialiased=antialiased,
         size=size, crop=crop, shrink=shrink, pixel_size_um=pixel_size_um,
-        scaling=cast('Literal["percentile", "fixed"]', scaling),
+        scaling=cast("Scaling", scaling), illumination=cast("Illumination", illumination),
         full_scale=tuple(float(value) for value in full_scale.split(",")) if full_scale else None,
         shape=EpisodeShape(treated, controls_min, controls_max, plates),
         steps=steps, validate_every=validate_every, patience=patience, learning_rate=learning_rate,
@@ -145,7 +149,8 @@ def _check_choices(config: "TrainingConfig") -> None:
 
     choices = {
         "depth": (18, 34, 50),
-        "scaling": ("percentile", "fixed"),
+        "scaling": SCALINGS,
+        "illumination": ILLUMINATIONS,
         "schedule": ("constant", "cosine"),
         "accelerator": ("auto", "cpu", "gpu"),
     }

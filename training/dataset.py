@@ -1,6 +1,7 @@
-"""Plates in memory: every site's planes at the network's pixel size, scaled, not yet cropped.
+"""Plates in memory: every site's planes at the network's pixel size, prepared, not yet cropped.
 
-Percentile scaling gives 256 steps, so such sites are kept as uint8 without loss; fixed scaling keeps float32.
+``percentile-8bit`` scaling gives 256 steps, so such sites are kept as uint8 without loss; the linear scalings keep grey
+levels as float32, and are scaled when a site is asked for.
 """
 
 import hashlib
@@ -16,9 +17,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from model.bundle import recipe_json
-from model.errors import ImageError
-from model.images import ImageRecipe, Plane, centre_crop, decode_plane, normalise, scale_site
-from model.layout import Role
+from model.context import MAX_CONTEXT_SITES, choose_context
+from model.errors import ContextError, ImageError
+from model.images import (
+    ImageRecipe,
+    Plane,
+    PreparedImage,
+    centre_crop,
+    crop_corner,
+    decode_plane,
+    measure_scale,
+    normalise,
+    prepare_field,
+    scale_pixels,
+)
+from model.layout import Role, SiteKey
+from model.scale import BatchScale
 from model.statistics import canonical_json
 from training.index import path_column
 
@@ -29,9 +43,10 @@ NO_LABEL = -1
 class PlateSites:
     """One plate's sites.
 
-    ``images`` (sites, channels, height, width) uint8 or float32; ``labels`` (sites,) class numbers, NO_LABEL where the
-    well has no class of those learned; ``intensities`` (sites, channels, 2): mean and standard deviation of the raw
-    planes, for the intensity null.
+    ``images`` (sites, channels, height, width), prepared by ``recipe``, whose mean and std are not used here: uint8, or
+    float32 grey levels; ``scale`` is the plate's own, for a recipe that has one; ``labels`` (sites,) class numbers, NO_LABEL
+    where the well has no class of those learned; ``intensities`` (sites, channels, 2): mean and standard deviation of the
+    raw planes, for the intensity null.
     """
 
     plate: str
@@ -43,6 +58,8 @@ class PlateSites:
     controls: NDArray[np.bool_]
     images: NDArray[Any]
     intensities: NDArray[np.float32]
+    recipe: ImageRecipe
+    scale: BatchScale | None = None
 
     @property
     def treated(self) -> NDArray[np.int64]:
@@ -54,34 +71,67 @@ class PlateSites:
         """Rows of control sites."""
         return np.flatnonzero(self.controls)
 
+    def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
+        """Control rows that enter the statistics, by the rule the service uses."""
+        seen: dict[str, int] = {}
+        keys: dict[SiteKey, int] = {}
+        for row in self.control_rows:
+            well = str(self.wells[row])
+            seen[well] = seen.get(well, 0) + 1
+            keys[SiteKey(well, seen[well])] = int(row)
+        context = choose_context(keys, max_sites)
+        return np.array([keys[site] for site in context.used], np.int64)
+
+    def scaled_by(self, rows: NDArray[np.int64] | None = None) -> "PlateSites":
+        """Return the plate at the scale that control rows give, as the service would scale it had it those alone.
+
+        Without rows it is at its own scale: that of its whole context.
+
+        Raises:
+            ContextError: they give none; names the plate.
+        """
+        if not self.recipe.scaled_by_batch:
+            return self
+        try:
+            chosen = self.images[self.context_rows() if rows is None else rows]
+            sites = [PreparedImage.of_planes(site.astype(np.float32), self.recipe) for site in chosen]
+            return replace(self, scale=measure_scale(sites, self.recipe))
+        except ContextError as error:
+            raise error.about(plate=self.plate) from None
+
     def unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows scaled to about 0…1: float32 (rows, channels, height, width)."""
-        images = self.images[rows]
-        return images.astype(np.float32) / np.float32(255.0) if images.dtype == np.uint8 else images
+        return self._unit(self.images[rows], (0, 0))
 
     def served(self, rows: NDArray[np.int64], recipe: ImageRecipe) -> NDArray[np.float32]:
         """Rows as the service prepares them: centre crop, normalised."""
-        sites = centre_crop(self.unit(rows), recipe.size)
-        return np.stack([normalise(site, recipe) for site in sites])
+        sites = centre_crop(self.images[rows], recipe.size)
+        return normalise(self._unit(sites, crop_corner(self.images.shape, recipe.size)), recipe)
 
     def augmented(
         self, rows: NDArray[np.int64], recipe: ImageRecipe, crop: int, rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """Rows as training sees them: random crops, flips and quarter turns, normalised."""
-        sites = self.unit(rows)
-        return np.stack([normalise(_augment(site, crop, rng), recipe) for site in sites])
+        return np.stack([normalise(self._augmented(row, crop, rng), recipe) for row in rows])
+
+    def _augmented(self, row: np.int64, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        top, left = (int(rng.integers(extent - size + 1)) for extent in self.images.shape[-2:])
+        crop = self._unit(self.images[row, :, top : top + size, left : left + size], (top, left))
+        crop = np.rot90(crop, k=int(rng.integers(4)), axes=(1, 2))
+        return crop[:, :, ::-1] if rng.random() < 0.5 else crop  # noqa: PLR2004
+
+    def _unit(self, window: NDArray[Any], corner: tuple[int, int]) -> NDArray[np.float32]:
+        """Scale a window (…, channels, height, width) of the field whose first pixel is ``corner``."""
+        if window.dtype == np.uint8:
+            return window.astype(np.float32) / np.float32(255.0)
+        top, left = crop_corner(self.images.shape, self.recipe.size)
+        place = corner[0] - top, corner[1] - left
+        return scale_pixels(window.astype(np.float32, copy=False), self.recipe, self.scale, place)
 
     def zscore_recipe(self, recipe: ImageRecipe) -> ImageRecipe:
         """Return the recipe with this plate's control mean and std per channel in place of the training set's."""
         mean, std = moments([self], controls_only=True)
         return replace(recipe, mean=mean, std=std)
-
-
-def _augment(site: NDArray[np.float32], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    top, left = (int(rng.integers(extent - size + 1)) for extent in site.shape[-2:])
-    crop = site[:, top : top + size, left : left + size]
-    crop = np.rot90(crop, k=int(rng.integers(4)), axes=(1, 2))
-    return crop[:, :, ::-1] if rng.random() < 0.5 else crop  # noqa: PLR2004
 
 
 def moments(plates: Iterable[PlateSites], *, controls_only: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -122,7 +172,7 @@ def load_plates(
         index: see ``training.index``.
         recipe: mean and std are not used here.
         classes: labels in the order of the network's outputs; a label not among them gets NO_LABEL.
-        cache: a folder for scaled sites, keyed by recipe and files, to load them once for many trainings.
+        cache: a folder for prepared sites, keyed by recipe and files, to load them once for many trainings.
         workers: processes that decode.
         progress: told (plates done, plates in all).
     """
@@ -130,7 +180,8 @@ def load_plates(
     plates: dict[str, PlateSites] = {}
     with ProcessPoolExecutor(max(1, workers)) as pool:
         for done, (name, rows) in enumerate(groups, start=1):
-            plates[str(name)] = _plate(rows, recipe, classes, _pixels(rows, recipe, cache, pool))
+            plate = _plate(rows, recipe, classes, _pixels(rows, recipe, cache, pool))
+            plates[str(name)] = plate.scaled_by()
             if progress:
                 progress(done, len(groups))
     return plates
@@ -155,6 +206,7 @@ def _plate(
         controls=(rows["role"] == Role.CONTROL.value).to_numpy(dtype=bool),
         images=pixels[0],
         intensities=pixels[1],
+        recipe=recipe,
     )
 
 
@@ -185,10 +237,10 @@ def _load_site(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     planes = [_decoded(path) for path in paths]
     try:
-        scaled = scale_site(planes, recipe, pixel_size_um)
+        field = prepare_field(planes, recipe, pixel_size_um)
     except ImageError as error:
         raise error.about(files=list(paths)) from None
-    images = np.round(scaled * 255).astype(np.uint8) if recipe.scaling == "percentile" else scaled
+    images = np.round(field * 255).astype(np.uint8) if recipe.scaling == "percentile-8bit" else field
     return images, np.array([(plane.mean(), plane.std()) for plane in planes], np.float32)
 
 
@@ -200,7 +252,7 @@ def _decoded(path: str) -> Plane:
 
 
 def _cache_key(recipe: ImageRecipe, paths: Sequence[tuple[str, ...]], sizes: Sequence[float | None]) -> str:
-    """Name a plate's scaled sites by the recipe and by each file's path, size and time of change."""
+    """Name a plate's prepared sites by the recipe and by each file's path, size and time of change."""
     content = recipe_json(replace(recipe, mean=(), std=()))
     stats = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for site in paths for path in site]
     return hashlib.sha256(canonical_json([content, stats, list(sizes)])).hexdigest()

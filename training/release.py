@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from model.bundle import Bundle, Manifest, Parity
+from model.context import MAX_CONTEXT_SITES
 from training.calibrate import calibrate
-from training.contexts import MAX_CONTEXT_SITES, context_rows
+from training.contexts import context_rows
 from training.dataset import PlateSites, load_plates
 from training.evaluate import evaluate, evaluate_nulls
 from training.export import export_bundle

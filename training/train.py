@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
-from model.images import ImageRecipe
+from model.images import Illumination, ImageRecipe, Scaling
 from model.network import NetworkSpec, ResNet
 from training.dataset import PlateSites, load_plates, moments
 from training.episodes import Episode, Episodes, EpisodeShape
@@ -64,8 +64,9 @@ class TrainingConfig:
     crop: int | None = None
     shrink: int = 2
     pixel_size_um: float | None = None
-    scaling: Literal["percentile", "fixed"] = "percentile"
+    scaling: Scaling = "percentile-8bit"
     full_scale: tuple[float, ...] | None = None
+    illumination: Illumination = "none"
     classes: tuple[str, ...] | None = None
     shape: EpisodeShape = field(default_factory=EpisodeShape)
     steps: int = 20_000
@@ -224,6 +225,7 @@ def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tupl
         pixel_size_um=config.pixel_size_um,
         scaling=config.scaling,
         full_scale=config.full_scale,
+        illumination=config.illumination,
     )
     plates = load_plates(index, recipe, classes, cache=Path(config.cache) if config.cache else None, workers=2)
     mean, std = moments([plates[name] for name in split.train])
