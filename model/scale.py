@@ -22,8 +22,7 @@ Surfaces = tuple[tuple[float, ...], ...]
 y and x run from -1 to 1 over the centre crop and further beyond it; all terms but the first are 0 on average over the crop.
 """
 
-TERMS = 6
-_BLOCKS = 16
+_BLOCKS, _LEAST_BLOCK_PX = 16, 4
 _FLOOR_PERCENTILE = 10
 _DARKEST = 0.1
 """Least brightness, relative to the crop's mean, that a surface may extrapolate to."""
@@ -91,11 +90,11 @@ def _on_pixels(surfaces: Surfaces, shape: tuple[int, ...], crop_px: int, corner:
 def field_surfaces(plane: NDArray[np.float32], crop_px: int) -> NDArray[np.float64]:
     """Fit surfaces to the floor of a whole plane, and to how far its mean lies above it: (2, terms).
 
-    Both are taken in 16 x 16 blocks of the largest centred square: the 10th percentile, and the mean. An offset moves the
-    floor alone, a gain multiplies both.
+    Both are taken in 16 x 16 blocks of the largest centred square (fewer of a small one): the 10th percentile, and the mean.
+    An offset moves the floor alone, a gain multiplies both.
     """
     side = min(plane.shape)
-    number = min(_BLOCKS, side)
+    number = max(1, min(_BLOCKS, side // _LEAST_BLOCK_PX))
     edge = side // number
     top, left = ((extent - side) // 2 + (side - number * edge) // 2 for extent in plane.shape)
     square = plane[top : top + number * edge, left : left + number * edge]

@@ -78,6 +78,9 @@ class Measured(Provenance):
     statistics_id: str | None = Field(
         description="digest of what the statistics were measured on and with; None: not adapted"
     )
+    scale_id: str | None = Field(
+        description="digest of the scale that the batch's controls gave the images; None: the bundle's recipe has none"
+    )
     context: str = Field(description="controls; or source, the answer without adaptation")
     trained_context: str = Field(description="the context that the network was trained for")
     context_wells: tuple[str, ...] = Field(description="control wells that were measured")
