@@ -19,9 +19,11 @@ from pydantic import BaseModel
 from model.bundle import Bundle, recipe_digest
 from model.context import Context, require_wells
 from model.errors import ContextError, NoControlsError, NonFiniteImageError, TooFewControlsError
+from model.images import PreparedImage, finish_site, measure_scale
 from model.layout import SiteKey
 from model.predictions import ControlCentre, WellAnswer, classify_well, mean_of_wells
-from model.statistics import BatchNormStatistics
+from model.scale import BatchScale
+from model.statistics import BatchNormStatistics, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.engine import Engine
@@ -102,13 +104,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a request's wells are normalised with: the batch's adaptation, or the source statistics.
+    """What a request's wells are normalised with: the batch's adaptation, or the source statistics; and its scale.
 
     It is ``fresh`` when the store said so now, and not only this process remembers it.
     """
 
     statistics: BatchNormStatistics
     adaptation: Adaptation | None
+    scale: BatchScale | None = None
     fresh: bool = True
 
 
@@ -238,7 +241,7 @@ class Batches:
     def _new_controls(
         self, batch: BatchRecord, sent: Mapping[SiteKey, PreparedSite], *, replace: bool
     ) -> list[tuple[ControlSite, bytes]]:
-        """Return the sites that are not kept yet as they were sent, with their network input."""
+        """Return the sites that are not kept yet as they were sent, as they were prepared."""
         new, shard = [], new_shard()
         for key, site in sent.items():
             kept = batch.controls.get(key)
@@ -318,23 +321,28 @@ class Batches:
         """
         context, name = self.view.name(batch, usable)
         if name not in measured:
-            kept = store.adaptation(batch.batch_id, self.bundle.digest, name)
+            known = self.view.scaled(before, name)
+            kept = None if known is None else store.adaptation(batch.batch_id, self.bundle.digest, known)
             if kept is None:
                 self._require_prepared(store, deed, before, set(context.used) - set(sent), watch)
                 images = [self._image(store, before, site, sent) for site in context.used]
                 with watch.stage("measure"):
-                    kept = self._measure(context, np.stack(images), name)
+                    kept = self._measure(context, images, name)
             measured[name] = kept
         return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
-    def _image(self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]) -> Float:
+    def _image(
+        self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]
+    ) -> PreparedImage:
         image = sent[site].image if site in sent else store.image(batch, site)
         if image is None:
             raise RevisionConflictError
         return image
 
-    def _measure(self, context: Context, images: Float, name: str) -> Adaptation:
-        """Measure a context in one pass, and where its wells lie under its own statistics."""
+    def _measure(self, context: Context, prepared: Sequence[PreparedImage], name: str) -> Adaptation:
+        """Measure a context's scale, its statistics in one pass, and where its wells lie under them."""
+        scale = measure_scale(prepared, self.bundle.manifest.recipe)
+        images = self._finished(context.used, prepared, scale)
         mean, variance = self.engine.measure(images)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise ContextError("the statistics of these controls are not finite: an image of them is out of scale")
@@ -344,7 +352,7 @@ class Batches:
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,
-            statistics_id=name,
+            statistics_id=name if scale is None else with_scale(name, scale.digest),
             statistics=statistics,
             control_centre=mean_of_wells(wells, np.concatenate(embeddings)),
             used=context.used,
@@ -355,7 +363,20 @@ class Batches:
             provider=self.engine.provider,
             precision=self.engine.precision,
             created_at=self.now(),
+            scale=scale,
+            unscaled_id="" if scale is None else name,
         )
+
+    def _finished(self, sites: Sequence[SiteKey], prepared: Sequence[PreparedImage], scale: BatchScale | None) -> Float:
+        """Return sites as the network takes them: (sites, channels, size, size)."""
+        recipe = self.bundle.manifest.recipe
+        images = np.empty((len(sites), len(recipe.channels), recipe.size, recipe.size), np.float32)
+        for place, (site, image) in enumerate(zip(sites, prepared, strict=True)):
+            try:
+                images[place] = finish_site(image, recipe, scale)
+            except NonFiniteImageError as error:
+                raise error.about(well=site.well, site=site.site) from None
+        return images
 
     # --- steps of classify -------------------------------------------------------------------------------------------
 
@@ -364,17 +385,21 @@ class Batches:
     ) -> tuple[BatchRecord, Frame]:
         """Return the batch and its statistics under the served bundle, measured again when the bundle is a new one.
 
-        While the store is away they are those that this process knows.
+        A recipe that takes its scale from the controls needs them for source statistics, too. While the store is away they
+        are those that this process knows.
         """
 
         def story(batch: BatchRecord) -> tuple[BatchRecord, Frame]:
             require_incarnation(batch, upload.incarnation)
-            if source:
-                return batch, Frame(self.bundle.training_statistics.source, None)
+            statistics = self.bundle.training_statistics.source
+            if source and not self.bundle.manifest.recipe.scaled_by_batch:
+                return batch, Frame(statistics, None)
             usable = self.view.usable(batch)
             self._require_controls(batch, usable)
             adaptation = self._adaptation(store, deed, batch, batch, usable, {}, {}, watch)
-            return batch, Frame(adaptation.statistics, adaptation)
+            if source:
+                return batch, Frame(statistics, None, adaptation.scale)
+            return batch, Frame(adaptation.statistics, adaptation, adaptation.scale)
 
         try:
             return retold(store, batch_id, story)
@@ -389,11 +414,16 @@ class Batches:
 
     def _require_controls(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite]) -> None:
         manifest = self.bundle.manifest
+        source = (
+            f"this bundle takes the images' scale from them ({manifest.recipe.scaling}), for ?context=source as well"
+            if manifest.recipe.scaled_by_batch
+            else "or ask for ?context=source, the answer without adaptation"
+        )
         if not batch.controls:
             raise NoControlsError(
                 f"batch {batch.batch_id} has no controls: send the images of at least {manifest.minimum_control_wells} of "
                 f"its negative-control wells to /batches/{batch.batch_id}/controls, each site with "
-                f"{', '.join(manifest.channels)}; or ask for ?context=source, the answer without adaptation",
+                f"{', '.join(manifest.channels)}; {source}",
                 batch_id=batch.batch_id,
                 wells_needed=manifest.minimum_control_wells,
             )
@@ -412,7 +442,8 @@ class Batches:
     def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
         try:
-            logits, embeddings = self._classify(np.stack([site.image for site in sites]), frame.statistics)
+            images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
+            logits, embeddings = self._classify(images, frame.statistics)
         except NonFiniteImageError as error:
             raise error.about(well=well) from None
         adaptation = frame.adaptation
@@ -486,6 +517,7 @@ class Batches:
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(None if adaptation is None else adaptation.scale),
                 "pixel_size_um": batch.pixel_size_um,
                 "notices": notices(self.bundle.manifest, adaptation, batch, upload, unusable_sites=unusable),
                 "adapted": adaptation is not None,
@@ -518,6 +550,7 @@ class Batches:
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, frame.adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(frame.scale),
                 "pixel_size_um": pixel_size_um,
                 "notices": (
                     *notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
@@ -550,6 +583,10 @@ def _names(adaptation: Adaptation) -> tuple[str, str]:
     return adaptation.bundle_digest, adaptation.statistics_id
 
 
+def _name_of(scale: BatchScale | None) -> str | None:
+    return None if scale is None else scale.digest
+
+
 def _where(wells: Sequence[str], well: str) -> list[int]:
     return [index for index, name in enumerate(wells) if name == well]
 
@@ -579,4 +616,4 @@ def _by_well(
 
 
 def _without_image(site: PreparedSite) -> PreparedSite:
-    return PreparedSite(site.key, site.planes, site.saturation, np.empty(0, np.float32))
+    return PreparedSite(site.key, site.planes, site.saturation, PreparedImage(np.empty(0, np.float32)))

@@ -12,7 +12,7 @@ from typing import TypeVar
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, wells_needed
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
-from model.statistics import statistics_id
+from model.statistics import statistics_id, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.errors import BatchBusyError, PlateMapNotFoundError, StagedConflictError
@@ -76,7 +76,7 @@ class BundleView:
         return wells_needed(len({site.well for site in usable}), self.bundle.manifest.minimum_control_wells)
 
     def name(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite]) -> tuple[Context, str]:
-        """Choose the context and name its statistics."""
+        """Choose the context and name its statistics, but for the scale that it gives."""
         context = choose_context(usable, self.bundle.manifest.max_context_sites)
         planes = [
             (PlaneKey(site.well, site.site, channel), usable[site].planes[channel])
@@ -92,16 +92,26 @@ class BundleView:
             planes=planes,
         )
 
+    def scaled(self, batch: BatchRecord, name: str) -> str | None:
+        """Return the id of statistics by their name without a scale; None when their scale is not measured yet."""
+        if not self.bundle.manifest.recipe.scaled_by_batch:
+            return name
+        scale = batch.scales.get(name)
+        return None if scale is None else with_scale(name, scale)
+
     def current(self, batch: BatchRecord) -> str | None:
-        """Return the id of the statistics that a well of this batch would be answered with; None when they need controls."""
+        """Return the id of the statistics that a well of this batch would be answered with.
+
+        None when they need controls, or a scale that is not measured yet.
+        """
         usable = self.usable(batch)
-        return None if self.wells_needed(usable) else self.name(batch, usable)[1]
+        return None if self.wells_needed(usable) else self.scaled(batch, self.name(batch, usable)[1])
 
     def summary(self, batch: BatchRecord) -> schemas.BatchSummary:
         """Tell what is kept of a batch."""
         usable = self.usable(batch)
         needed = self.wells_needed(usable)
-        current = None if needed else self.name(batch, usable)[1]
+        current = self.current(batch)
         adapted = (self.bundle.digest, current) in batch.adaptations
         assert batch.changed_at is not None
         return schemas.BatchSummary(

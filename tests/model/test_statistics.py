@@ -69,7 +69,7 @@ def test_log_variances_have_a_floor():
 
 BASE = {
     "bundle_digest": "b",
-    "recipe": {"size": 8, "scaling": "percentile"},
+    "recipe": {"size": 8, "scaling": "percentile-8bit"},
     "pixel_size_um": None,
     "context": "controls",
     "precision": "fp32",
@@ -84,7 +84,7 @@ def test_statistics_are_named_by_everything_that_made_them_and_by_no_order():
     )
     others = [
         {"bundle_digest": "c"},
-        {"recipe": {"size": 9, "scaling": "percentile"}},
+        {"recipe": {"size": 9, "scaling": "percentile-8bit"}},
         {"pixel_size_um": 0.6},
         {"context": "panel"},
         {"precision": "fp16"},

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from model.images import ImageRecipe
 from training.calibrate import calibrate
 from training.contexts import context_rows
 from training.dataset import PlateSites
@@ -39,6 +40,7 @@ def made_up_plate(seed: int, name: str) -> PlateSites:
     return PlateSites(
         plate=name, lab="L", batch=name, wells=wells, names=labels.astype(str), labels=np.where(controls, -1, labels),
         controls=controls, images=np.zeros((48, 1, 8, 8), np.uint8), intensities=intensities.astype(np.float32),
+        recipe=ImageRecipe(channels=("DNA",), size=8),
     )  # fmt: skip
 
 
