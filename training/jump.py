@@ -20,7 +20,7 @@ from model.errors import MissingChannelError, WellNameError
 from model.layout import Role, parse_well
 from training.index import KEYS, RESOLUTION, path_column, plane_places, write_index_of
 from training.objects import Objects, is_remote
-from training.tables import ROW, Problem, Problems, Table, read_table
+from training.tables import ROW, Problem, Problems, Table, looked_up, read_table
 
 NEGATIVE_CONTROL = "JCP2022_033924"
 """DMSO."""
@@ -107,7 +107,7 @@ def write_jump_index(
         for rows in index_jump(tables, load_data, channels, selection, objects, problems):
             written = True
             yield rows
-        if not written:
+        if not written and not problems.errors:
             problems.error(str(folder), "no plate is left to index")
         problems.stop()
 
@@ -283,7 +283,7 @@ def _with_compounds(table: Table, compounds: Table | None, problems: Problems) -
         problems.error(table.file, f"its compounds are named by {key}, which only compound.csv.gz explains")
         return None
     names = dict(zip(compounds.rows["Metadata_InChIKey"], compounds.rows[COMPOUND], strict=True))
-    found = table.rows[key].map(names).fillna("")
+    found = looked_up(table.rows[key], names)
     unknown = table.rows[(found == "") & (table.rows[key] != "")]
     if len(unknown):
         problems.warn(table.file, f"{len(unknown)} compounds are not in {Path(compounds.file).name}", unknown[ROW])
@@ -296,9 +296,9 @@ def _roles(
     """Wells with role, label and what the compound tables say of them."""
     types, extra = _control_types(controls, problems), []
     rows = wells.rows.copy()
-    rows[PERT_TYPE] = rows[COMPOUND].map(types).fillna("trt")
+    rows[PERT_TYPE] = looked_up(rows[COMPOUND], types, "trt")
     rows["role"] = np.where(rows[PERT_TYPE] == "negcon", Role.CONTROL.value, Role.TREATED.value)
-    rows["label"] = rows[COMPOUND].map(labels).fillna("")
+    rows["label"] = looked_up(rows[COMPOUND], labels)
     negative = rows["role"] == Role.CONTROL.value
     rows.loc[negative, "label"] = "negcon"
     if compounds is not None:

@@ -4,7 +4,7 @@ Knows nothing of what the columns mean. A CSV's header is row 1, a Parquet file'
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,10 +43,10 @@ class Problems:
     warnings: list[Problem] = field(default_factory=list)
 
     def error(self, file: str, detail: str, rows: Iterable[int] = ()) -> None:
-        self.errors.append(Problem(file, tuple(rows), detail))
+        self.errors.append(Problem(file, tuple(sorted(set(rows))), detail))
 
     def warn(self, file: str, detail: str, rows: Iterable[int] = ()) -> None:
-        self.warnings.append(Problem(file, tuple(rows), detail))
+        self.warnings.append(Problem(file, tuple(sorted(set(rows))), detail))
 
     def each(self, table: "Table", bad: pd.Series, say: str, **names: str) -> None:
         """Report bad rows, those together of which the same is said; ``say`` is filled in from their cells and ``names``."""
@@ -55,7 +55,7 @@ class Problems:
             said = [
                 say.format_map({**names, **dict(zip(rows.columns, row, strict=True))}) for row in rows.to_numpy().tolist()
             ]
-            for detail, same in rows.groupby(said, sort=False):
+            for detail, same in rows.groupby(pd.Series(said, rows.index), sort=False):
                 self.error(table.file, str(detail), same[ROW])
 
     def stop(self) -> None:
@@ -124,3 +124,8 @@ def read_table(name: str, data: bytes, problems: Problems) -> Table | None:
         return None
     rows[ROW] = np.arange(first, first + len(rows))
     return Table(name, rows)
+
+
+def looked_up(column: pd.Series, values: Mapping[str, str], otherwise: str = "") -> pd.Series:
+    """Return a column's cells looked up in a mapping."""
+    return column.map({name: values.get(name, otherwise) for name in column.unique()}).astype(str)
