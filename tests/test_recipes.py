@@ -38,9 +38,9 @@ RECIPES = {
 class SeeingEngine(FakeEngine):
     """Remembers the images that it measured, and the last that it classified."""
 
-    def measure(self, images):
+    def measure(self, images, prior=None):
         self.measured = images
-        return super().measure(images)
+        return super().measure(images, prior)
 
     def classify(self, images, statistics):
         self.classified = images
