@@ -6,14 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from model.images import ImageRecipe
+from model.images import ImageRecipe, measure_scale, prepare_site, scale_pixels
 from service.settings import Settings
 from tests.service.conftest import running
 from tests.service.plates import FakeEngine, fake_bundle, image
 from training.fetch import fetch
 from training.index import index_tree
 from training.plates import open_plates
-from training.simulate import CLASSES, SimulationPlan, simulate
+from training.simulate import (
+    CLASSES,
+    SimulationPlan,
+    plate_batches,
+    plate_wells,
+    render_site,
+    simulate,
+    well_conditions,
+)
 
 CHANNELS = ("DNA", "ER", "RNA")
 PLAN = SimulationPlan(labs=1, batches=1, plates=1, seed=8, sites=2, size_px=128, wells_per_class=1, inactive_wells=0)
@@ -31,9 +39,9 @@ RECIPES = {
 class SeeingEngine(FakeEngine):
     """Remembers the images that it measured, and the last that it classified."""
 
-    def measure(self, images):
+    def measure(self, images, prior=None):
         self.measured = images
-        return super().measure(images)
+        return super().measure(images, prior)
 
     def classify(self, images, statistics):
         self.classified = images
@@ -72,3 +80,23 @@ def test_training_and_the_service_give_the_network_the_same_images(recipe, index
         answer = client.post("/batches/P1/predict", files=files_of(index[index["Metadata_Well"] == well]), data=size)
         assert answer.status_code == 200
         np.testing.assert_array_equal(engine.classified, plate.served(np.flatnonzero(plate.wells == well), recipe))
+
+
+def test_a_simulated_microscopes_shading_goes_by_thirty_two_control_sites():
+    plan = SimulationPlan(labs=1, first_lab=26, batches=1, plates=1, seed=3, sites=1, plate_format=384, size_px=512)
+    (plate,) = plate_batches(plan)
+    wells = [well for well in plate_wells(plan, plate) if well.role == "control"]
+    at = well_conditions(plan, plate, wells[0])
+    axis = np.linspace(-1, 1, 512)[::2]
+    away = (axis[:, None] - at.vignetting_y) ** 2 + (axis[None, :] - at.vignetting_x) ** 2
+    light = np.tile((1 - at.vignetting * np.minimum(away / 2, 1.5)).astype(np.float32), (5, 1, 1))
+    recipe = ImageRecipe(("DNA", "ER", "RNA", "AGP", "Mito"), 256, scaling="control-scale", illumination="controls")
+    scale = measure_scale([prepare_site(render_site(plan, plate, well, 1), recipe) for well in wells], recipe)
+    dark = scale_pixels(np.zeros_like(light), recipe, scale)
+    left = scale_pixels(light, recipe, scale) - dark
+
+    def unevenness(of):
+        return (of.std(axis=(1, 2)) / of.mean(axis=(1, 2))).round(3)
+
+    assert (unevenness(light) > 0.09).all()
+    assert (unevenness(left) < 0.025).all()

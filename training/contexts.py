@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from model.context import MAX_CONTEXT_SITES
 from model.images import ImageRecipe
 from model.network import Given, ResNet
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, Prior
 from training.dataset import PlateSites
 from training.methods import Method, measured
 
@@ -18,9 +18,11 @@ def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArr
     return plate.context_rows(max_sites)
 
 
-def statistics_of(network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64]) -> BatchNormStatistics:
-    """Measure rows of a plate as one context."""
-    found = measured(network, plate.served(rows, recipe))
+def statistics_of(
+    network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
+) -> BatchNormStatistics:
+    """Measure rows of a plate as one context; blended with a prior, if any."""
+    found = measured(network, plate.served(rows, recipe), prior)
     return BatchNormStatistics(
         mean=found.mean.cpu().numpy(),
         variance=found.variance.cpu().numpy(),

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from model.network import FromContext, Given, Normaliser, PerInstance, ResNet, Running
+from model.network import FromContext, Given, Normaliser, PerInstance, PriorTensors, ResNet, Running
+from model.statistics import Prior
 from training.episodes import Episode
 
 MethodName = Literal["erm", "erm-zscore", "instancenorm", "arm-bn", "cs-arm-bn"]
@@ -91,11 +92,17 @@ def _episode_normaliser(method: Method, episode: Episode) -> Normaliser:
 
 
 @torch.no_grad()
-def measured(network: ResNet, images: NDArray[np.float32]) -> Given:
-    """Statistics of images (rows, channels, size, size) as one context, in one pass."""
-    norm = FromContext()
+def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None = None) -> Given:
+    """Statistics of images (rows, channels, size, size) as one context, in one pass; blended with a prior, if any."""
+    norm = FromContext(prior=None if prior is None else prior_tensors(network, prior))
     network(_tensor(network, images), norm)
     return Given(*norm.statistics())
+
+
+def prior_tensors(network: ResNet, prior: Prior) -> PriorTensors:
+    """A prior as a network takes it: its device and type."""
+    weight = network.conv1.weight
+    return PriorTensors(weight.new_tensor(prior.mean), weight.new_tensor(prior.variance), weight.new_tensor(prior.weight))
 
 
 def plate_normaliser(

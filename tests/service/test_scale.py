@@ -134,7 +134,7 @@ def test_the_scale_survives_a_restart_bit_for_bit(recipe, records, bundles, sett
             before.setdefault("told", told)
             assert told == before["told"]
         opened.close()
-    assert engine.passes == 1  # the golden replay's
+    assert engine.passes == 2  # the golden replay's
 
 
 def test_a_bundle_with_a_scale_takes_over_controls_that_another_prepared(bundle, settings, storage):
@@ -158,9 +158,29 @@ def test_without_controls_there_is_no_scale_and_no_answer(params, client):
     refused = client.post("/batches/P1/predict", files=well_files(["E05"]), params=params)
     assert (refused.status_code, slug(refused)) == (409, "controls-required")
     assert "takes the images' scale from them (control-scale), for ?context=source as well" in refused.json()["detail"]
+
+
+def test_a_few_controls_give_a_scale_to_answers_that_need_no_more(client):
     adapted(client, wells=CONTROL_WELLS[:2])
-    refused = client.post("/batches/P1/predict", files=well_files(["E05"]), params=params)
+    refused = client.post("/batches/P1/predict", files=well_files(["E05"]))
     assert (refused.status_code, slug(refused), refused.json()["wells_needed"]) == (409, "too-few-controls", 2)
+    blended, source = (predicted(client, ["E05"], params={"context": context}) for context in ("blended", "source"))
+    assert (blended["adapted"], source["adapted"]) == (True, False)
+    assert blended["scale_id"] == source["scale_id"] is not None
+    assert by_well(client.get("/batches/P1/predictions").json())["E05"]["stale"] is False
+    assert adapted(client, wells=CONTROL_WELLS[2:])["scale_id"] != blended["scale_id"]
+    assert by_well(client.get("/batches/P1/predictions").json())["E05"]["stale"] is True
+
+
+def test_a_panels_treated_wells_are_scaled_by_the_controls_and_set_no_scale(settings, tmp_path):
+    panel = fake_bundle(tmp_path / "panel", recipe=BY_CONTROLS, context="panel", max_context_sites=30)
+    engine = FakeEngine()
+    with running(of(settings, panel), engine) as client:
+        alone = adapted(client)
+        report = client.post("/batches/P1/controls", files=taken(["H11"], gain=3.0), params={"role": "panel"}).json()
+        assert report["context"] == "panel"
+        assert report["scale_id"] == alone["scale_id"]
+        assert report["statistics_id"] != alone["statistics_id"]
 
 
 def test_controls_that_show_nothing_to_scale_by_are_refused_and_not_kept(client):
