@@ -28,6 +28,17 @@ def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArr
     return np.array([keys[site] for site in context.used], np.int64)
 
 
+def panel_rows(plate: PlateSites, wells_per_class: int) -> NDArray[np.int64]:
+    """Rows of a plate's panel: all sites of the first ``wells_per_class`` wells, by name, of every class on it."""
+    rows = plate.treated
+    wells = {
+        well
+        for label in np.unique(plate.labels[rows])
+        for well in np.unique(plate.wells[rows[plate.labels[rows] == label]])[:wells_per_class]
+    }
+    return rows[np.isin(plate.wells[rows], sorted(wells))]
+
+
 def statistics_of(network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64]) -> BatchNormStatistics:
     """Measure rows of a plate as one context."""
     found = measured(network, plate.served(rows, recipe))

@@ -76,14 +76,14 @@ def training_loss(network: ResNet, method: Method, episodes: Sequence[Episode]) 
     losses = []
     for episode in episodes:
         logits, _ = network(episode.images, _episode_normaliser(method, episode))
-        losses.append(F.cross_entropy(logits[episode.controls :], episode.labels))
+        losses.append(F.cross_entropy(logits[episode.treated], episode.labels))
     return torch.stack(losses).mean()
 
 
 def _episode_normaliser(method: Method, episode: Episode) -> Normaliser:
     if method.context == "instance":
         return PerInstance()
-    rows = slice(0, episode.controls) if method.context == "controls" else slice(None)
+    rows = episode.context if method.context == "controls" else slice(None)
     return FromContext(rows, stop_gradient=method.stop_gradient)
 
 
