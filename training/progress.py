@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning
 import torch
@@ -121,7 +121,6 @@ class MetricsTable(Callback):
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS
-        self.file: TextIO | None = None
         self.step = 0
         self.row: list[str] = []
 
@@ -130,27 +129,21 @@ class MetricsTable(Callback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join([",".join(_COLUMNS) + "\n", *_rows_until(self.path, self.step)]).encode())
-            self.file = self.path.open("a", encoding="utf-8")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.global_step > self.step:
-            self._write()
+            self._write(trainer)
             self.step = trainer.global_step
             self.row = [str(self.step), repr(float(trainer.callback_metrics["train_loss"])), "", ""]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self.row[2:] = [repr(float(trainer.callback_metrics[name])) for name in _COLUMNS[2:]]
-        self._write()
+        self._write(trainer)
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:  # noqa: ARG002
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-    def _write(self) -> None:
-        if self.row and self.file is not None:
-            self.file.write(",".join(self.row) + "\n")
-            self.file.flush()
+    def _write(self, trainer: lightning.Trainer) -> None:
+        if self.row and trainer.is_global_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(",".join(self.row) + "\n")
         self.row = []
 
 
