@@ -325,7 +325,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     done, epochs = (0, 0) if stored is None else (int(stored["global_step"]), int(stored["epoch"]) + 1)
     epochs += math.ceil(max(0, config.steps - done) / config.validate_every)
     with _quietly(quiet=quiet), _disk(path):
-        trainer = _trainer(config, path, epochs=epochs, done=done, quiet=quiet)
+        trainer = make_trainer(config, path, epochs=epochs, done=done, quiet=quiet)
         if trainer.is_global_zero and (path / RUN).is_file():
             require_same_run(Run.load(path).config, config, path, resume=resume)
         run, plates = prepare_run(config, path)
@@ -406,7 +406,8 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
 
 
-def _trainer(config: TrainingConfig, path: Path, *, epochs: int, done: int, quiet: bool) -> lightning.Trainer:
+def make_trainer(config: TrainingConfig, path: Path, *, epochs: int, done: int, quiet: bool) -> lightning.Trainer:
+    """Return a trainer of so many epochs in all, whose first ``done`` steps were taken before."""
     callbacks = [MetricsTable(path), Stopping(config.patience), Checkpoints(path)]
     if not quiet:
         callbacks.append(TQDMProgressBar())
