@@ -7,7 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.network import FromContext, NetworkSpec, ResNet
 from training.episodes import Episode
-from training.methods import METHODS, classify, make_method, plate_normaliser, training_loss
+from training.methods import METHODS, classify, make_method, training_loss
 
 
 def network() -> ResNet:
