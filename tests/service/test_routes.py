@@ -138,11 +138,11 @@ def test_two_simultaneous_uploads_both_count(client, engine):
     both_measure = threading.Barrier(2, timeout=30)
     measure = engine.measure
 
-    def meet(images):
+    def meet(*given):
         if len(meeting) < 2:
             meeting.append(1)
             both_measure.wait()
-        return measure(images)
+        return measure(*given)
 
     meeting = []
     engine.measure = meet

@@ -262,7 +262,7 @@ def test_calibration_describes_held_out_wells(run: Run) -> None:
     reference = found.embedding_reference
     assert reference.class_centres.shape == (8, 32)
     assert reference.projection.shape[0] == 32
-    assert reference.control_wells.tolist() == [4, 8]
+    assert reference.control_wells.tolist() == [1, 2, 4, 8]
     assert (reference.control_distances > 0).all()
     assert reference.class_distance > 0
     assert len(found.training_statistics.held_out_distances) == len(held_out)
