@@ -153,7 +153,7 @@ def training_loss(network: ResNet, method: Method, episodes: Sequence[Episode]) 
     losses = []
     for episode in episodes:
         logits, _ = network(episode.images, _episode_normaliser(method, episode))
-        losses.append(F.cross_entropy(logits[episode.controls :], episode.labels))
+        losses.append(F.cross_entropy(logits[episode.treated], episode.labels))
     return torch.stack(losses).mean()
 
 
@@ -161,7 +161,7 @@ def _episode_normaliser(method: Method, episode: Episode) -> Normaliser:
     if method.context == "instance":
         return PerInstance()
     whole = method.context in ("union", "treated")
-    return FromContext(slice(None) if whole else slice(0, episode.controls), stop_gradient=method.stop_gradient)
+    return FromContext(None if whole else episode.context, stop_gradient=method.stop_gradient)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
+from training.contexts import panel_rows
 from training.dataset import PlateSites, load_plates, moments
 from training.episodes import Episode, Episodes, EpisodeShape
 from training.evaluate import score_plate
@@ -161,6 +162,9 @@ class MetaTraining(lightning.LightningModule):
             steps=config.validate_every,
             with_controls=self.method.with_controls,
             zscore=self.method.zscore,
+            panels=[panel_rows(plate, config.shape.panel_wells) for plate in self.train_plates]
+            if config.shape.panel
+            else (),
         )
         return DataLoader(episodes, batch_size=None, shuffle=False, num_workers=config.loader_workers)
 

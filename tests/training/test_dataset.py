@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from model.errors import NotATiffError
+from model.errors import LayoutError, NotATiffError
 from model.images import ImageRecipe, decode_plane, prepare_site
+from training.contexts import panel_rows
 from training.dataset import NO_LABEL, load_plates, moments
 from training.episodes import Episodes, EpisodeShape, _draw_wells
 from training.simulate import CHANNELS, CLASSES
@@ -94,6 +95,40 @@ def test_few_control_images_are_few_wells(index: pd.DataFrame) -> None:
     assert len(set(twice.wells[rows])) == 4
     assert twice.controls[rows].all()
     assert len(_draw_wells(twice, 40, np.random.default_rng(0))) == 40
+
+
+def test_the_panel_is_the_first_wells_of_every_class_by_name(index: pd.DataFrame) -> None:
+    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+    doubled = replace(plate, **{
+        name: np.concatenate([getattr(plate, name)] * 2) for name in ("names", "labels", "controls", "images")
+    }, wells=np.concatenate([np.char.add("P", np.char.lstrip(plate.wells, "ABCDEFGH")), plate.wells]))  # fmt: skip
+    for wells_per_class in (1, 2):
+        rows = panel_rows(doubled, wells_per_class)
+        for label, name in enumerate(CLASSES):
+            of_class = doubled.wells[(doubled.labels == label) & ~doubled.controls]
+            chosen = set(doubled.wells[rows[doubled.labels[rows] == label]])
+            assert chosen == set(sorted(set(of_class))[:wells_per_class]), name
+    with pytest.raises(LayoutError, match="no treated site is left to learn from beside a panel of 8 sites"):
+        Episodes([plate], RECIPE, SHAPE, crop=48, seed=1, first=0, steps=1, with_controls=True, panels=[plate.treated])
+
+
+def test_a_panel_is_drawn_evenly_over_classes_and_its_wells_carry_no_loss(index: pd.DataFrame) -> None:
+    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+    count = len(CLASSES) - 2
+    levels = np.arange(len(plate.wells), dtype=np.uint8)[:, None, None, None]
+    marked = replace(plate, images=np.broadcast_to(levels, (len(plate.wells), 5, 64, 64)))  # a site's pixels are its row
+    panel = plate.treated[:count]
+    raw = replace(RECIPE, mean=(), std=())
+    for step in range(4):
+        shape = replace(SHAPE, panel=2 * count, plates=1)
+        drawn = Episodes([marked], raw, shape, crop=48, seed=1, first=step, steps=1, with_controls=True, panels=[panel])
+        (episode,) = drawn[0]
+        rows = np.round(episode.images[:, 0, 0, 0].numpy() * 255).astype(int)
+        assert marked.controls[rows[: episode.controls]].all()
+        assert sorted(rows[episode.controls : episode.controls + episode.panel]) == sorted([*panel, *panel])
+        assert set(rows[episode.treated]) == set(plate.treated) - set(panel)
+        assert episode.labels.tolist() == plate.labels[rows[episode.treated]].tolist()
+        assert len(rows[episode.context]) == episode.controls + episode.panel
 
 
 def test_methods_without_controls_see_as_many_images(index: pd.DataFrame) -> None:
