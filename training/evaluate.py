@@ -90,7 +90,9 @@ class TrainedNetwork:
     @cached_property
     def source(self) -> BatchNormStatistics:
         """The statistics without adaptation."""
-        return source_statistics(self.network, self.method, () if self.method.context == "source" else self.control_statistics)
+        return source_statistics(
+            self.network, self.method, () if self.method.context == "source" else self.control_statistics
+        )
 
     @cached_property
     def blend_wells(self) -> NDArray[np.float32]:
@@ -199,7 +201,8 @@ class NetworkAnswers:
 def classify_rows(network: ResNet, plate: PlateSites, rows: Rows, recipe: ImageRecipe, norm: Normaliser) -> Answers:
     """Classify a plate's rows, a few at a time."""
     parts = [
-        classify(network, plate.served(rows[at : at + _CHUNK_SITES], recipe), norm) for at in range(0, len(rows), _CHUNK_SITES)
+        classify(network, plate.served(rows[at : at + _CHUNK_SITES], recipe), norm)
+        for at in range(0, len(rows), _CHUNK_SITES)
     ]
     return np.concatenate([logits for logits, _ in parts]), np.concatenate([embeddings for _, embeddings in parts])
 

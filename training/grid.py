@@ -351,7 +351,9 @@ def cell_rows(task: Task, cell: Cell, draws: Draws) -> tuple[pd.DataFrame, pd.Da
             continue
         place = {"setting": setting, "seed": task.seed, "lab": plate.lab, "batch": plate.batch, "plate": plate.plate}
         axes = {"controls": cell.controls, "query": _images(plate, cell), "query_wells": cell.query, "alpha": cell.alpha}
-        rows.append({**task.named, **place, **axes, "blended": task.blended, **_swept(task), **scores(found, task.temperature)})
+        rows.append(
+            {**task.named, **place, **axes, "blended": task.blended, **_swept(task), **scores(found, task.temperature)}
+        )
         wells.append(_predictions(task, place, found))
     return pd.DataFrame(rows), pd.concat(wells, ignore_index=True) if wells else pd.DataFrame()
 
@@ -466,7 +468,9 @@ def _write_tables(work: Sequence[tuple[Task, str, Cell]], grid: Grid, out: Path)
     stems = [out / PARTS / task.digest(kind, cell, grid.draws) for task, kind, cell in work]
     tables = {}
     for name in TABLES:
-        parts = [pd.read_parquet(path) for stem in stems if (path := stem.with_name(f"{stem.name}.{name}.parquet")).is_file()]
+        parts = [
+            pd.read_parquet(path) for stem in stems if (path := stem.with_name(f"{stem.name}.{name}.parquet")).is_file()
+        ]
         filled = [part for part in parts if len(part)]
         path = out / f"{name}.parquet"
         if filled:

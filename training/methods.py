@@ -48,16 +48,18 @@ class Method:
         return self.with_controls or self.zscore
 
 
-NETWORKS = MappingProxyType({
-    "erm": Method("erm", "source"),  # running statistics of the training plates
-    "erm-zscore": Method("erm-zscore", "source"),  # the same, inputs z-scored by the plate's controls
-    "instancenorm": Method("instancenorm", "instance"),  # every image by its own statistics
-    "arm-bn": Method("arm-bn", "treated"),  # statistics of the plate's treated images
-    "cs-arm-bn": Method("cs-arm-bn", "controls"),  # … of its control images
-    "cs-arm-bn-union": Method("cs-arm-bn", "union"),  # … of both together
-    "cs-arm-bn-panel": Method("cs-arm-bn", "panel"),  # … of its controls and a fixed set of treated wells
-    "cs-arm-bn-stopgrad": Method("cs-arm-bn", "controls", stop_gradient=True),  # no gradient through the statistics
-})
+NETWORKS = MappingProxyType(
+    {
+        "erm": Method("erm", "source"),  # running statistics of the training plates
+        "erm-zscore": Method("erm-zscore", "source"),  # the same, inputs z-scored by the plate's controls
+        "instancenorm": Method("instancenorm", "instance"),  # every image by its own statistics
+        "arm-bn": Method("arm-bn", "treated"),  # statistics of the plate's treated images
+        "cs-arm-bn": Method("cs-arm-bn", "controls"),  # … of its control images
+        "cs-arm-bn-union": Method("cs-arm-bn", "union"),  # … of both together
+        "cs-arm-bn-panel": Method("cs-arm-bn", "panel"),  # … of its controls and a fixed set of treated wells
+        "cs-arm-bn-stopgrad": Method("cs-arm-bn", "controls", stop_gradient=True),  # no gradient through the statistics
+    }
+)
 METHODS = tuple(dict.fromkeys(method.name for method in NETWORKS.values()))
 
 
@@ -172,7 +174,7 @@ Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @torch.no_grad()
 def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None = None) -> Given:
-    """Statistics of images (rows, channels, size, size) as one context, in one pass; blended with a prior, if there is one."""
+    """Statistics of images (rows, channels, size, size) as one context, in one pass, blended with a prior if any."""
     norm = FromContext(prior=None if prior is None else prior_tensors(network, prior))
     network(_tensor(network, images), norm)
     return Given(*norm.statistics())

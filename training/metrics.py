@@ -29,7 +29,9 @@ class Calibrated:
 
 def calibrated(probabilities: Float, labels: Int) -> Calibrated:
     """Score probabilities (rows, classes) against labels (rows,)."""
-    return Calibrated(nll(probabilities, labels), expected_calibration_error(probabilities, labels), brier(probabilities, labels))
+    return Calibrated(
+        nll(probabilities, labels), expected_calibration_error(probabilities, labels), brier(probabilities, labels)
+    )
 
 
 def accuracy(probabilities: Float, labels: Int) -> float:

@@ -47,7 +47,8 @@ class Null:
             return None
         found = np.full((len(rows), self.classes), _LEAST_PROBABILITY)
         found[:, self.model.classes_] = self.model.predict_proba(FEATURES[self.name](plate, controls)[rows])
-        return np.log(np.maximum(found, _LEAST_PROBABILITY)).astype(np.float32)
+        logits: NDArray[np.float32] = np.log(np.maximum(found, _LEAST_PROBABILITY)).astype(np.float32)
+        return logits
 
 
 def fit_nulls(train: Sequence[PlateSites]) -> tuple[Null, ...]:
@@ -99,10 +100,12 @@ def _relative_intensity(plate: PlateSites, controls: Wells) -> Float:
     return relative
 
 
-FEATURES: MappingProxyType[str, Callable[[PlateSites, Wells], Float]] = MappingProxyType({
-    "majority": _position,
-    "position": _position,
-    "intensity": _intensity,
-    "intensity-zscore": _relative_intensity,
-})
+FEATURES: MappingProxyType[str, Callable[[PlateSites, Wells], Float]] = MappingProxyType(
+    {
+        "majority": _position,
+        "position": _position,
+        "intensity": _intensity,
+        "intensity-zscore": _relative_intensity,
+    }
+)
 """What each null sees of a plate: (sites, numbers)."""

@@ -84,7 +84,9 @@ def query_draws(plate: PlateSites, cell: Cell, draws: Draws) -> list[Wells]:
     rng = _rng(plate, "query", cell.query, str(cell.alpha))
     if not cell.shifted:
         return _dealt(wells, cell.query, draws.queries, rng)
-    classes = [np.array([well for well in wells.tolist() if labels[well] == label]) for label in sorted(set(labels.values()))]
+    classes = [
+        np.array([well for well in wells.tolist() if labels[well] == label]) for label in sorted(set(labels.values()))
+    ]
     counts = _class_counts(len(classes), cell, draws.queries, rng)
     return [
         np.concatenate([np.resize(rng.permutation(members), n) for members, n in zip(classes, number, strict=True) if n])

@@ -27,7 +27,7 @@ from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
-from training.contexts import panel_rows
+from training.contexts import panel_rows, require_controls
 from training.dataset import PlateSites, load_plates, moments
 from training.episodes import Episode, Episodes, EpisodeShape
 from training.evaluate import score_plate
@@ -163,7 +163,7 @@ class MetaTraining(lightning.LightningModule):
             with_controls=self.method.with_controls,
             zscore=self.method.zscore,
             panels=[panel_rows(plate, config.shape.panel_wells) for plate in self.train_plates]
-            if config.shape.panel
+            if self.method.context == "panel"
             else (),
         )
         return DataLoader(episodes, batch_size=None, shuffle=False, num_workers=config.loader_workers)
@@ -187,7 +187,8 @@ class MetaTraining(lightning.LightningModule):
     def validation_step(self, number: int, _number: int) -> None:
         """Score a held-out plate as the method would be used on it."""
         plate = self.validation_plates[int(number)]
-        score = score_plate(self.network, self.method, plate, self.run.recipe, self.method.context)
+        panel_wells = self.run.config.shape.panel_wells
+        score = score_plate(self.network, self.method, plate, self.run.recipe, self.method.context, panel_wells=panel_wells)
         self.log("val_loss", score.image_nll, prog_bar=True, batch_size=1)
         self.log("val_well_accuracy", score.well_accuracy, prog_bar=True, batch_size=1)
 
@@ -241,6 +242,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
 
     Raises:
         RunError: the directory holds a run and ``resume`` is off, or the run was started with another config.
+        NoControlsError: the method is trained on controls, and a plate has none.
     """
     if (path / RUN).is_file():
         require_same_run(Run.load(path).config, config, path, resume=resume)
@@ -248,6 +250,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     last = path / LAST
     resumed = resume and last.is_file()
     run, plates = prepare_run(config, path, read_index(Path(config.index)))
+    _require_context(run, plates)
     run.save()
     module = MetaTraining(run, plates)
     done = _steps_done(last) if resumed else -1
@@ -277,6 +280,19 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
         differences.append(f"steps (it is {started.steps}; only more, at a constant rate, can be gone on with)")
     if differences:
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
+
+
+def _require_context(run: Run, plates: Mapping[str, PlateSites]) -> None:
+    """Check that every plate has the context that the method is trained with.
+
+    Raises:
+        NoControlsError: a plate without controls. RunError: no images of the panel are asked for.
+    """
+    if run.method.context == "panel" and not run.config.shape.panel:
+        raise RunError("the context panel is trained on images of the panel: say how many a step draws (shape.panel)")
+    if run.method.needs_controls:
+        for name in (*run.split.train, *run.split.validation):
+            require_controls(plates[name])
 
 
 def _steps_done(checkpoint: Path) -> int:

@@ -5,7 +5,9 @@ import numpy as np
 from training.dataset import NO_LABEL, PlateSites
 
 
-def made_up_plate(name: str, *, seed: int = 0, classes: int = 2, sites: int = 1, controls: int = 8, size: int = 64) -> PlateSites:
+def made_up_plate(
+    name: str, *, seed: int = 0, classes: int = 2, sites: int = 1, controls: int = 8, size: int = 64
+) -> PlateSites:
     """48 wells: ``controls`` of them negative controls, the others of ``classes`` classes in turn, in random places."""
     rng = np.random.default_rng(seed)
     wells = rng.permutation([f"{row}{column:02d}" for row in "ABCDEFGH" for column in range(1, 7)])

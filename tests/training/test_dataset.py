@@ -143,3 +143,17 @@ def test_a_file_that_cannot_be_used_is_named(index: pd.DataFrame, tmp_path: Path
     broken["Path_ER"] = str(tmp_path / "broken.tif")
     with pytest.raises(NotATiffError, match=r"broken\.tif: the file is not a TIFF"):
         load_plates(broken, RECIPE, CLASSES)
+
+
+def test_a_method_without_a_panel_draws_as_many_images(index: pd.DataFrame) -> None:
+    plate = load_plates(index, RECIPE, CLASSES)[index["Metadata_Plate"].iloc[0]]
+    shape = replace(SHAPE, panel=4, plates=1, controls_min=3, controls_max=3)
+
+    def images(panel: tuple[np.ndarray, ...], *, with_controls: bool) -> int:
+        drawn = Episodes(
+            [plate], RECIPE, shape, crop=48, seed=1, first=0, steps=1, with_controls=with_controls, panels=panel
+        )
+        return len(drawn[0][0].images)
+
+    assert images((panel_rows(plate, 1)[:4],), with_controls=True) == shape.rows
+    assert images((), with_controls=True) == images((), with_controls=False) == shape.rows

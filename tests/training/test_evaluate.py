@@ -153,10 +153,10 @@ class Fixed:
     table: np.ndarray
     uses_controls = False
 
-    def scored(self, plate, rows):
+    def scored(self, _plate, rows):
         return np.ones(len(rows), bool)
 
-    def logits(self, plate, rows, controls):
+    def logits(self, _plate, rows, _controls):
         return self.table[rows]
 
 

@@ -66,10 +66,12 @@ def test_a_class_with_too_few_wells_sends_them_again_evenly_and_no_other_class()
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0, 1000.0])
 def test_class_shares_spread_as_those_of_a_dirichlet_multinomial(alpha):
     size, draws, classes = 8, 3000, 4
-    counts = np.array([
-        [classes_of(query)[label] for label in range(classes)]
-        for query in query_draws(PLATE, Cell(query=size, alpha=alpha), Draws(queries=draws))
-    ])
+    counts = np.array(
+        [
+            [classes_of(query)[label] for label in range(classes)]
+            for query in query_draws(PLATE, Cell(query=size, alpha=alpha), Draws(queries=draws))
+        ]
+    )
     assert (counts.sum(1) == size).all()
     share = 1 / classes
     variance = size * share * (1 - share) * (size + classes * alpha) / (1 + classes * alpha)
