@@ -1,4 +1,4 @@
-"""``anchorwell-train``: simulate, index, train, export, evaluate, report.
+"""``anchorwell-train``: simulate, index, fetch, train, export, evaluate, report.
 
 Each command imports what it needs when it runs: ``simulate`` works without torch.
 """
@@ -83,9 +83,39 @@ def index_command(
         console.print(f"[yellow]note:[/yellow] not enough to train on: {error.detail}", soft_wrap=True)
 
 
+@app.command("fetch")
+def fetch_command(
+    index: Annotated[Path, typer.Argument(help="An index (.parquet or .csv).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write plates to; goes on where it was left.")],
+    *,
+    size: Annotated[int, typer.Option(help="Least side of a field at the network's pixel size; all of it is kept.")] = 256,
+    shrink: Annotated[int, typer.Option(help="Take every n-th pixel where the pixel size is not known.")] = 2,
+    pixel_size_um: Annotated[float | None, typer.Option(help="Network pixel size; resamples where known.")] = None,
+    scaling: Annotated[str, typer.Option(help="percentile or fixed.")] = "percentile",
+    full_scale: Annotated[str | None, typer.Option(help="fixed scaling: full scale per channel, commas.")] = None,
+    workers: int = 1,
+) -> None:
+    """Read an index's planes, prepare them once, and write a file a plate to train on."""
+    from model.images import ImageRecipe  # noqa: PLC0415 (imagecodecs)
+    from training.fetch import fetch  # noqa: PLC0415 (pandas)
+    from training.index import channels_of, read_index  # noqa: PLC0415 (pandas)
+
+    if scaling not in ("percentile", "fixed"):
+        raise typer.BadParameter("--scaling is one of percentile, fixed")
+    table = read_index(index)
+    recipe = ImageRecipe(
+        channels=channels_of(table), size=size, shrink=shrink, pixel_size_um=pixel_size_um,
+        scaling=cast('Literal["percentile", "fixed"]', scaling),
+        full_scale=tuple(float(value) for value in full_scale.split(",")) if full_scale else None,
+    )  # fmt: skip
+    with progress_bar("Fetching sites") as tell:
+        report = fetch(table, out, recipe, workers=workers, progress=tell)
+    typer.echo(f"{len(report.written)} plates written, {report.sites} sites; {len(report.there)} were there: {out}")
+
+
 @app.command("train")
 def train_command(
-    index: Annotated[Path, typer.Argument(help="An index (.parquet or .csv).")],
+    plates: Annotated[Path, typer.Argument(help="Folder of fetched plates.")],
     out: Annotated[Path, typer.Argument(help="Run directory to write.")],
     *,
     method: Annotated[str, typer.Option(help="erm, erm-zscore, instancenorm, arm-bn or cs-arm-bn.")] = "cs-arm-bn",
@@ -97,14 +127,10 @@ def train_command(
     antialiased: bool = True,
     size: Annotated[int, typer.Option(help="Network input, pixels.")] = 256,
     crop: Annotated[int | None, typer.Option(help="Side of the random crops trained on; size by default.")] = None,
-    shrink: Annotated[int, typer.Option(help="Take every n-th pixel where the pixel size is not known.")] = 2,
-    pixel_size_um: Annotated[float | None, typer.Option(help="Network pixel size; resamples where known.")] = None,
-    scaling: Annotated[str, typer.Option(help="percentile or fixed.")] = "percentile",
-    full_scale: Annotated[str | None, typer.Option(help="fixed scaling: full scale per channel, commas.")] = None,
     treated: Annotated[int, typer.Option(help="Treated images a plate and step.")] = 64,
     controls_min: Annotated[int, typer.Option(help="Fewest control images a step (K-jitter).")] = 8,
     controls_max: Annotated[int, typer.Option(help="Most control images a step (K-jitter).")] = 128,
-    plates: Annotated[int, typer.Option(help="Plates a step.")] = 8,
+    plates_per_step: Annotated[int, typer.Option("--plates", help="Plates a step.")] = 8,
     steps: int = 20_000,
     validate_every: int = 200,
     patience: Annotated[int, typer.Option(help="Validations without a better loss before stopping.")] = 20,
@@ -114,7 +140,6 @@ def train_command(
     seed: int = 0,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     loader_workers: int = 0,
-    cache: Annotated[Path | None, typer.Option(help="Folder for scaled sites, shared by runs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train a network; the defaults follow the paper."""
@@ -122,16 +147,14 @@ def train_command(
     from training.train import TrainingConfig, train  # noqa: PLC0415 (torch)
 
     config = TrainingConfig(
-        index=str(index), method=method, context=context, test_lab=test_lab,
+        plates=str(plates), method=method, context=context, test_lab=test_lab,
         classes=tuple(name.strip() for name in classes.split(",")) if classes else None,
         depth=cast("Literal[18, 34, 50]", depth), width=width, antialiased=antialiased,
-        size=size, crop=crop, shrink=shrink, pixel_size_um=pixel_size_um,
-        scaling=cast('Literal["percentile", "fixed"]', scaling),
-        full_scale=tuple(float(value) for value in full_scale.split(",")) if full_scale else None,
-        shape=EpisodeShape(treated, controls_min, controls_max, plates),
+        size=size, crop=crop,
+        shape=EpisodeShape(treated, controls_min, controls_max, plates_per_step),
         steps=steps, validate_every=validate_every, patience=patience, learning_rate=learning_rate,
         weight_decay=weight_decay, schedule=cast('Literal["constant", "cosine"]', schedule), seed=seed,
-        accelerator=accelerator, loader_workers=loader_workers, cache=str(cache) if cache else None,
+        accelerator=accelerator, loader_workers=loader_workers,
     )  # fmt: skip
     _check_choices(config)
     train(config, out, resume=resume)
@@ -145,7 +168,6 @@ def _check_choices(config: "TrainingConfig") -> None:
 
     choices = {
         "depth": (18, 34, 50),
-        "scaling": ("percentile", "fixed"),
         "schedule": ("constant", "cosine"),
         "accelerator": ("auto", "cpu", "gpu"),
     }

@@ -1,4 +1,4 @@
-"""Training: an index, a method and a budget in; a run directory out, that resumes where it stopped.
+"""Training: fetched plates, a method and a budget in; a run directory out, that resumes where it stopped.
 
 A run directory holds ``run.json`` (config, split, classes, recipe), ``checkpoints/best.ckpt`` and ``last.ckpt``, and the
 logs ``logs/metrics.csv`` and TensorBoard's. The minibatch of a step depends on the seed and the step's number alone, so a
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import pandas as pd
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -28,15 +28,15 @@ from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
 from training.contexts import panel_rows, require_controls
-from training.dataset import PlateSites, load_plates, moments
+from training.dataset import PlateSites, moments
 from training.episodes import Episode, Episodes, EpisodeShape
 from training.evaluate import score_plate
-from training.index import channels_of, read_index
 from training.methods import Method, make_method, training_loss
+from training.plates import open_plates, plate_table, plates_recipe
 from training.splits import Split, split_by_batch
 
 RUN = "run.json"
-_HOW = frozenset({"accelerator", "loader_workers", "cache", "steps"})
+_HOW = frozenset({"accelerator", "loader_workers", "steps"})
 """What a resumed run may do otherwise; ``steps`` is looked at by itself."""
 
 log = logging.getLogger("anchorwell.training")
@@ -45,15 +45,15 @@ BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/me
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything a run depends on but its index's pixels.
+    """Everything a run depends on but its plates' pixels.
 
-    ``steps`` optimiser steps at most, validated every ``validate_every``; training stops when the validation loss has not
-    fallen for ``patience`` validations. ``crop`` is the side of the random crops trained on (``size`` by default; smaller
-    ones train faster), ``size`` that of the centre crops validated on and served. ``schedule`` ``constant`` is the
-    paper's; ``cosine`` decays to a hundredth, for short budgets.
+    ``plates`` is a folder that was fetched, with its recipe. ``steps`` optimiser steps at most, validated every
+    ``validate_every``; training stops when the validation loss has not fallen for ``patience`` validations. ``crop`` is the
+    side of the random crops trained on (``size`` by default; smaller ones train faster), ``size`` that of the centre crops
+    validated on and served. ``schedule`` ``constant`` is the paper's; ``cosine`` decays to a hundredth, for short budgets.
     """
 
-    index: str
+    plates: str
     method: str = "cs-arm-bn"
     context: str = "controls"
     stop_gradient: bool = False
@@ -63,10 +63,6 @@ class TrainingConfig:
     antialiased: bool = True
     size: int = 256
     crop: int | None = None
-    shrink: int = 2
-    pixel_size_um: float | None = None
-    scaling: Literal["percentile", "fixed"] = "percentile"
-    full_scale: tuple[float, ...] | None = None
     classes: tuple[str, ...] | None = None
     shape: EpisodeShape = field(default_factory=EpisodeShape)
     steps: int = 20_000
@@ -78,7 +74,6 @@ class TrainingConfig:
     seed: int = 0
     accelerator: str = "auto"
     loader_workers: int = 0
-    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,8 @@ class Run:
 
 def config_from_json(value: Mapping[str, Any]) -> TrainingConfig:
     """Read what ``dataclasses.asdict`` made of a config."""
-    tuples = {name: tuple(value[name]) for name in ("full_scale", "classes") if value[name] is not None}
-    return TrainingConfig(**{**value, **tuples, "shape": EpisodeShape(**value["shape"])})
+    classes = None if value["classes"] is None else tuple(value["classes"])
+    return TrainingConfig(**{**value, "classes": classes, "shape": EpisodeShape(**value["shape"])})
 
 
 class MetaTraining(lightning.LightningModule):
@@ -211,28 +206,41 @@ def cosine(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tuple[Run, dict[str, PlateSites]]:
-    """Split the index, load its plates and take the recipe's mean and std from the training plates."""
-    split = split_by_batch(index, config.test_lab)
-    treated = index[(index["role"] == "treated") & index["Metadata_Plate"].isin(split.train)]
-    classes = config.classes or tuple(sorted({label for label in treated["label"] if label}))
-    if len(classes) < 2:  # noqa: PLR2004
-        raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
-    absent = sorted(set(classes) - set(treated["label"]))
-    if absent:
-        known = ", ".join(sorted(set(treated["label"]) - {""}))
-        raise LayoutError(f"no training well is labelled {', '.join(absent)}; the labels are {known}"[:600])
-    recipe = ImageRecipe(
-        channels=channels_of(index),
-        size=config.size,
-        shrink=config.shrink,
-        pixel_size_um=config.pixel_size_um,
-        scaling=config.scaling,
-        full_scale=config.full_scale,
-    )
-    plates = load_plates(index, recipe, classes, cache=Path(config.cache) if config.cache else None, workers=2)
+def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, PlateSites]]:
+    """Open the fetched plates, split them, and take the recipe's mean and std from the training plates.
+
+    Raises:
+        LayoutError: they cannot be split or have no such classes. RunError: nothing was fetched, or smaller fields.
+    """
+    folder = Path(config.plates)
+    recipe = replace(plates_recipe(folder), size=config.size)
+    unlabelled = open_plates(folder)
+    _require_size(unlabelled, max(config.size, config.crop or 0))
+    split = split_by_batch(plate_table(unlabelled), config.test_lab)
+    classes = _classes([unlabelled[name] for name in split.train], config.classes)
+    plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
     mean, std = moments([plates[name] for name in split.train])
     return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
+
+
+def _require_size(plates: Mapping[str, PlateSites], size: int) -> None:
+    for plate in plates.values():
+        height, width = plate.images.shape[-2:]
+        if min(height, width) < size:
+            raise RunError(f"plate {plate.plate} was fetched with {height} x {width} pixels; the network asks for {size}")
+
+
+def _classes(train: Sequence[PlateSites], asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    labels = {label for plate in train for label in np.unique(plate.names[~plate.controls]).tolist() if label}
+    classes = asked or tuple(sorted(labels))
+    if len(classes) < 2:  # noqa: PLR2004
+        raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
+    absent = sorted(set(classes) - labels)
+    if absent:
+        raise LayoutError(
+            f"no training well is labelled {', '.join(absent)}; the labels are {', '.join(sorted(labels))}"[:600]
+        )
+    return classes
 
 
 def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -249,7 +257,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     last = path / LAST
     resumed = resume and last.is_file()
-    run, plates = prepare_run(config, path, read_index(Path(config.index)))
+    run, plates = prepare_run(config, path)
     _require_context(run, plates)
     run.save()
     module = MetaTraining(run, plates)

@@ -1,4 +1,4 @@
-"""Plates in memory are what the service would prepare; episodes depend on seed and step alone."""
+"""Plates' sites are what the service would prepare; episodes depend on seed and step alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,19 +8,30 @@ import pandas as pd
 import pytest
 import torch
 
-from model.errors import LayoutError, NotATiffError
+from model.errors import LayoutError
 from model.images import ImageRecipe, decode_plane, prepare_site
 from training.contexts import panel_rows
-from training.dataset import NO_LABEL, load_plates, moments
+from training.dataset import NO_LABEL, PlateSites, moments
 from training.episodes import Episodes, EpisodeShape, _draw_wells
+from training.plates import open_plates
 from training.simulate import CHANNELS, CLASSES
 
 RECIPE = ImageRecipe(channels=CHANNELS, size=64, pixel_size_um=1.196, mean=(0.2,) * 5, std=(0.1,) * 5)
 SHAPE = EpisodeShape(treated=6, controls_min=2, controls_max=6, plates=2)
 
 
-def test_a_site_in_memory_equals_what_the_service_prepares_from_its_files(index: pd.DataFrame) -> None:
-    plates = load_plates(index, RECIPE, CLASSES)
+@pytest.fixture
+def plates(fetched: Path) -> list[PlateSites]:
+    return list(open_plates(fetched, CLASSES).values())
+
+
+@pytest.fixture
+def plate(plates: list[PlateSites]) -> PlateSites:
+    return plates[0]
+
+
+def test_a_site_equals_what_the_service_prepares_from_its_files(index: pd.DataFrame, fetched: Path) -> None:
+    plates = open_plates(fetched, CLASSES)
     row = index.iloc[7]
     plate = plates[row["Metadata_Plate"]]
     at = np.flatnonzero(plate.wells == row["Metadata_Well"])
@@ -29,64 +40,44 @@ def test_a_site_in_memory_equals_what_the_service_prepares_from_its_files(index:
     np.testing.assert_array_equal(plate.served(at, RECIPE)[0], expected)
 
 
-def test_a_cache_gives_the_same_pixels(index: pd.DataFrame, tmp_path: Path) -> None:
-    some = index[index["Metadata_Plate"] == index["Metadata_Plate"].iloc[0]]
-    first, again = (load_plates(some, RECIPE, CLASSES, cache=tmp_path) for _ in range(2))
-    name = next(iter(first))
-    np.testing.assert_array_equal(first[name].images, again[name].images)
-    assert len(list(tmp_path.glob("*.npz"))) == 1
-
-
-def test_fixed_scaling_keeps_intensity_and_percentile_scaling_does_not(index: pd.DataFrame) -> None:
-    some = index[index["Metadata_Plate"] == index["Metadata_Plate"].iloc[0]]
-    fixed = replace(RECIPE, scaling="fixed", full_scale=(65535.0,) * 5)
-    (plate,) = load_plates(some, fixed, CLASSES).values()
-    assert plate.images.dtype == np.float32
-    by_pixels = plate.images.mean(axis=(2, 3))
-    assert np.corrcoef(by_pixels[:, 0], plate.intensities[:, 0, 0])[0, 1] > 0.9
-    (scaled,) = load_plates(some, RECIPE, CLASSES).values()
-    assert scaled.images.max() == 255
-
-
-def test_wells_without_a_class_have_no_label_and_controls_are_controls(index: pd.DataFrame) -> None:
-    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+def test_wells_without_a_class_have_no_label_and_controls_are_controls(plate: PlateSites) -> None:
     assert set(plate.labels[plate.names == "inactive"]) == {NO_LABEL}
     assert set(plate.names[plate.controls]) == {"DMSO"}
     assert set(plate.names[plate.treated]) == set(CLASSES)
 
 
-def test_moments_are_those_of_the_pixels(index: pd.DataFrame) -> None:
-    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
-    mean, std = moments([plate])
-    pixels = plate.images.astype(np.float64) / 255
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-4)
+def test_moments_are_those_of_the_pixels_stored_or_counted(plate: PlateSites) -> None:
+    pixels = plate.images[:].astype(np.float64) / 255
+    for own in (plate, replace(plate, pixel_moments=None), replace(plate, images=plate.unit(np.arange(25)), white=())):
+        mean, std = moments([replace(own, pixel_moments=None) if own.images.dtype == np.float32 else own])
+        np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-6)
+        np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-6)
+    rows = plate.control_rows
+    np.testing.assert_allclose(plate.zscore_recipe(RECIPE).mean, pixels[rows].mean((0, 2, 3)), rtol=1e-6)
 
 
-def episodes(index: pd.DataFrame, **kwargs: object) -> Episodes:
-    plates = list(load_plates(index, RECIPE, CLASSES).values())
+def episodes(plates: list[PlateSites], **kwargs: object) -> Episodes:
     arguments: dict[str, object] = {"crop": 48, "seed": 1, "first": 0, "steps": 4, "with_controls": True} | kwargs
     return Episodes(plates, RECIPE, SHAPE, **arguments)  # type: ignore[arg-type]
 
 
-def test_a_step_depends_on_its_number_and_the_seed_alone(index: pd.DataFrame) -> None:
-    straight, resumed, other = episodes(index), episodes(index, first=2), episodes(index, seed=2)
+def test_a_step_depends_on_its_number_and_the_seed_alone(plates: list[PlateSites]) -> None:
+    straight, resumed, other = episodes(plates), episodes(plates, first=2), episodes(plates, seed=2)
     for expected, found in zip(straight[2], resumed[0], strict=True):
         torch.testing.assert_close(found.images, expected.images)
         assert found.controls == expected.controls
     assert not torch.equal(straight[2][0].images[:2], other[2][0].images[:2])
 
 
-def test_an_episode_holds_controls_first_and_labels_of_the_treated(index: pd.DataFrame) -> None:
-    for episode in episodes(index)[0]:
+def test_an_episode_holds_controls_first_and_labels_of_the_treated(plates: list[PlateSites]) -> None:
+    for episode in episodes(plates)[0]:
         assert 2 <= episode.controls <= 6
         assert episode.images.shape == (episode.controls + 6, 5, 48, 48)
         assert episode.labels.shape == (6,)
         assert (episode.labels >= 0).all()
 
 
-def test_few_control_images_are_few_wells(index: pd.DataFrame) -> None:
-    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+def test_few_control_images_are_few_wells(plate: PlateSites) -> None:
     twice = replace(plate, **{  # two sites a well
         name: np.concatenate([getattr(plate, name)] * 2) for name in ("wells", "names", "labels", "controls", "images")
     })  # fmt: skip
@@ -97,8 +88,8 @@ def test_few_control_images_are_few_wells(index: pd.DataFrame) -> None:
     assert len(_draw_wells(twice, 40, np.random.default_rng(0))) == 40
 
 
-def test_the_panel_is_the_first_wells_of_every_class_by_name(index: pd.DataFrame) -> None:
-    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+def test_the_panel_is_the_first_wells_of_every_class_by_name(plates: list[PlateSites]) -> None:
+    plate = plates[0]
     doubled = replace(plate, **{
         name: np.concatenate([getattr(plate, name)] * 2) for name in ("names", "labels", "controls", "images")
     }, wells=np.concatenate([np.char.add("P", np.char.lstrip(plate.wells, "ABCDEFGH")), plate.wells]))  # fmt: skip
@@ -112,8 +103,8 @@ def test_the_panel_is_the_first_wells_of_every_class_by_name(index: pd.DataFrame
         Episodes([plate], RECIPE, SHAPE, crop=48, seed=1, first=0, steps=1, with_controls=True, panels=[plate.treated])
 
 
-def test_a_panel_is_drawn_evenly_over_classes_and_its_wells_carry_no_loss(index: pd.DataFrame) -> None:
-    plate = next(iter(load_plates(index, RECIPE, CLASSES).values()))
+def test_a_panel_is_drawn_evenly_over_classes_and_its_wells_carry_no_loss(plates: list[PlateSites]) -> None:
+    plate = plates[0]
     count = len(CLASSES) - 2
     levels = np.arange(len(plate.wells), dtype=np.uint8)[:, None, None, None]
     marked = replace(plate, images=np.broadcast_to(levels, (len(plate.wells), 5, 64, 64)))  # a site's pixels are its row
@@ -131,22 +122,14 @@ def test_a_panel_is_drawn_evenly_over_classes_and_its_wells_carry_no_loss(index:
         assert len(rows[episode.context]) == episode.controls + episode.panel
 
 
-def test_methods_without_controls_see_as_many_images(index: pd.DataFrame) -> None:
-    for episode in episodes(index, with_controls=False)[0]:
+def test_methods_without_controls_see_as_many_images(plates: list[PlateSites]) -> None:
+    for episode in episodes(plates, with_controls=False)[0]:
         assert episode.controls == 0
         assert len(episode.images) == SHAPE.rows == len(episode.labels)
 
 
-def test_a_file_that_cannot_be_used_is_named(index: pd.DataFrame, tmp_path: Path) -> None:
-    broken = index.iloc[:1].copy()
-    (tmp_path / "broken.tif").write_bytes(b"not a TIFF")
-    broken["Path_ER"] = str(tmp_path / "broken.tif")
-    with pytest.raises(NotATiffError, match=r"broken\.tif: the file is not a TIFF"):
-        load_plates(broken, RECIPE, CLASSES)
-
-
-def test_a_method_without_a_panel_draws_as_many_images(index: pd.DataFrame) -> None:
-    plate = load_plates(index, RECIPE, CLASSES)[index["Metadata_Plate"].iloc[0]]
+def test_a_method_without_a_panel_draws_as_many_images(plates: list[PlateSites]) -> None:
+    plate = plates[0]
     shape = replace(SHAPE, panel=4, plates=1, controls_min=3, controls_max=3)
 
     def images(panel: tuple[np.ndarray, ...], *, with_controls: bool) -> int:
