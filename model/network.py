@@ -72,7 +72,8 @@ class FromContext:
         self.variances: list[Tensor] = []
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
-        if torch.is_grad_enabled() and not self.stop_gradient and x.device.type in ("cpu", "cuda"):
+        fused = torch.is_grad_enabled() and not self.stop_gradient and self.prior is None
+        if fused and x.device.type in ("cpu", "cuda"):
             normalised, mean, variance = _ByContext.apply(x, layer.weight, layer.bias, self.context)  # type: ignore[no-untyped-call]
             self.means.append(mean)
             self.variances.append(variance)

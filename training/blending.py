@@ -4,15 +4,15 @@ A raw moment (E[x] or E[x²]) of one control well is the plate's true moment and
 the plates' true moments vary by B around their mean. K wells miss the truth by W / K, the mean of the training plates misses
 it by B, and the mixture that misses it least gives the latter the weight N / (N + K) with N = W / B.
 
-B / W is estimated by the method of moments of a one-way layout. Estimates from a plate's whole controls vary between plates by
-B + W / K; that, over W pooled within plates, is B / W + 1 / K times an F-distributed number when effects are Gaussian. So the
-median of this ratio over a layer's features and both moments, divided by that distribution's median, estimates B / W + 1 / K
-without median bias, however few the plates, and a handful of odd features cannot move it; it is floored only once, after
-1 / K is subtracted. Features whose wells do not vary say nothing.
+B / W is estimated by the method of moments of a one-way layout. Estimates from a plate's whole controls vary between plates
+by B + W / K; that, over W pooled within plates, is B / W + 1 / K times an F-distributed number when effects are Gaussian. So
+the median of this ratio over a layer's features and both moments, divided by that distribution's median, estimates
+B / W + 1 / K without median bias, however few the plates, and a handful of odd features cannot move it; it is floored only
+once, after 1 / K is subtracted. Features whose wells do not vary say nothing.
 
-Every well is measured in a pass of its own, as it would be served if it were the plate's only one: deeper layers then carry the
-noise of the layers before them. B is measured around the training plates' own mean; where an ERM network's running statistics,
-of treated images too, lie beside it, N is too large.
+Every well is measured in a pass of its own, as it would be served if it were the plate's only one: deeper layers then carry
+the noise of the layers before them. B is measured around the training plates' own mean; where an ERM network's running
+statistics, of treated images too, lie beside it, N is too large.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ def panel_rows(plate: PlateSites, wells_per_class: int) -> NDArray[np.int64]:
 def statistics_of(
     network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
 ) -> BatchNormStatistics:
-    """Measure rows of a plate as one context; blended with a prior, if there is one."""
+    """Measure rows of a plate as one context; blended with a prior, if any."""
     found = measured(network, plate.served(rows, recipe), prior)
     return BatchNormStatistics(
         mean=found.mean.cpu().numpy(),

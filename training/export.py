@@ -63,7 +63,7 @@ class Classify(nn.Module):
 
 
 class Measure(nn.Module):
-    """images (sites, channels, height, width), prior_mean, prior_var, prior_weight (features,) → bn_mean, bn_var (features,).
+    """images (sites, channels, height, width), prior_mean, prior_var, prior_weight → bn_mean, bn_var (features,) each.
 
     One pass over all images; a prior of no weight leaves what is measured as it is.
     """

@@ -174,7 +174,7 @@ Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @torch.no_grad()
 def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None = None) -> Given:
-    """Statistics of images (rows, channels, size, size) as one context, in one pass, blended with a prior if any."""
+    """Statistics of images (rows, channels, size, size) as one context, in one pass; blended with a prior, if any."""
     norm = FromContext(prior=None if prior is None else prior_tensors(network, prior))
     network(_tensor(network, images), norm)
     return Given(*norm.statistics())

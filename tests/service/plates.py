@@ -17,6 +17,8 @@ CLASSES = ("alpha", "beta", "gamma")
 MINIMUM_WELLS = 4
 BLEND_WELLS = 3
 """What the prior counts as: of a batch with one control well, three quarters."""
+GOLDEN_PASSES = 2
+"""Passes of the golden replay, plain and blended."""
 CONTROL_WELLS = ("A01", "B01", "C01", "D01")
 SIZE = 16
 
@@ -24,7 +26,7 @@ File = tuple[str, tuple[str, bytes, str]]
 
 
 class FakeEngine:
-    """Statistics are each channel's mean and variance, blended with a prior's; logits and embedding are a site's mean, standardised by them."""
+    """Statistics are each channel's mean and variance, blended; logits and embedding a site's mean, standardised by them."""
 
     provider = "CPUExecutionProvider"
     precision = "fp32"
