@@ -238,7 +238,7 @@ def ask(bundle: Path, row: dict[int, Field], folder: Path) -> pd.DataFrame:
     try:
         with AnchorwellClient(server.url) as client:
             client.adapt("row", controls)
-            answers = {True: client.predict("row", treated), False: client.predict("row", treated, source=True)}
+            answers = {True: client.predict("row", treated), False: client.predict("row", treated, context="source")}
     finally:
         server.stop()
     return pd.DataFrame([

@@ -157,7 +157,7 @@ Step = Callable[[list[Episode]], None]
 
 
 def step_with(
-    run: Run, method: Method, context: Callable[[], AbstractContextManager[object]], memory: torch.memory_format
+    run: Run, method: Method, precision: Callable[[], AbstractContextManager[object]], memory: torch.memory_format
 ) -> Step:
     """Return what takes one step of forward and backward in a way of its own."""
     torch.manual_seed(0)
@@ -166,7 +166,7 @@ def step_with(
     def step(episodes: list[Episode]) -> None:
         network.zero_grad()
         laid = [replace(episode, images=episode.images.contiguous(memory_format=memory)) for episode in episodes]
-        with context():
+        with precision():
             loss = training_loss(network, method, laid)
         loss.backward()
 
@@ -183,25 +183,36 @@ def bfloat16() -> Iterator[None]:
 def ratio_bars(name: str, workload: Workload, plates: dict[str, PlateSites], steps: int) -> list[Bar]:
     """Each way's time over that of the default: float32, channels last, statistics of the controls."""
     run = make_run(workload, Path("unused"), steps, 0)
-    controls, plain = run.method, Method("erm", "source")
+    context, plain = run.method, Method("erm", "source")
     last, first = torch.channels_last, torch.contiguous_format
     ways = {
-        "default": step_with(run, controls, contextlib.nullcontext, last),
-        "bf16": step_with(run, controls, bfloat16, last),
-        "channels_first": step_with(run, controls, contextlib.nullcontext, first),
-        "stop_gradient": step_with(run, replace(controls, stop_gradient=True), contextlib.nullcontext, last),
+        "default": step_with(run, context, contextlib.nullcontext, last),
+        "bf16": step_with(run, context, bfloat16, last),
+        "channels_first": step_with(run, context, contextlib.nullcontext, first),
+        "stop_gradient": step_with(run, replace(context, stop_gradient=True), contextlib.nullcontext, last),
         "plain_bn": step_with(run, plain, contextlib.nullcontext, last),
     }
-    episodes = Episodes(
-        [plates[plate] for plate in run.split.train], RECIPE, workload.shape, crop=CROP_PX, seed=0, first=0,
-        steps=steps + 1, with_controls=True,
-    )  # fmt: skip
+    middle = (workload.shape.controls_min + workload.shape.controls_max) // 2
+    shape = replace(workload.shape, controls_min=middle, controls_max=middle)  # all ways take equally many images
+    with_controls, without = (
+        Episodes(
+            [plates[plate] for plate in run.split.train],
+            RECIPE,
+            shape,
+            crop=CROP_PX,
+            seed=0,
+            first=0,
+            steps=steps + 1,
+            with_controls=controls,
+        )
+        for controls in (True, False)
+    )
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(steps + 1):
-        drawn = episodes[number]
+        drawn = {way: (without if way == "plain_bn" else with_controls)[number] for way in ways}
         for way, step in ways.items():
             begun = time.perf_counter()
-            step(drawn)
+            step(drawn[way])
             taken[way].append(time.perf_counter() - begun)
     found = []
     for way in [way for way in ways if way != "default"]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from model.statistics import BN_EPSILON
+from model.statistics import BN_EPSILON, blended
 
 EPS = BN_EPSILON
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -46,20 +46,34 @@ class Normaliser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PriorTensors:
+    """What each layer's measured statistics are blended with: mean, variance and weight, (features,) each."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+
+
 class FromContext:
     """Statistics of the rows ``context`` (a slice; all rows when None), normalising every row; gradients flow through.
 
-    Records each layer's mean and population variance; ``statistics()`` returns them concatenated.
+    With a ``prior`` each layer normalises by the blend of both, so that later layers are measured on inputs normalised so.
+    Records each layer's mean and population variance, blended if they are; ``statistics()`` returns them concatenated.
     """
 
-    def __init__(self, context: slice | None = None, *, stop_gradient: bool = False) -> None:
+    def __init__(
+        self, context: slice | None = None, *, stop_gradient: bool = False, prior: PriorTensors | None = None
+    ) -> None:
         self.context = context if context is not None else slice(None)
         self.stop_gradient = stop_gradient
+        self.prior = prior
         self.means: list[Tensor] = []
         self.variances: list[Tensor] = []
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
-        if torch.is_grad_enabled() and not self.stop_gradient and x.device.type in ("cpu", "cuda"):
+        fused = torch.is_grad_enabled() and not self.stop_gradient and self.prior is None
+        if fused and x.device.type in ("cpu", "cuda"):
             normalised, mean, variance = _ByContext.apply(x, layer.weight, layer.bias, self.context)  # type: ignore[no-untyped-call]
             self.means.append(mean)
             self.variances.append(variance)
@@ -69,11 +83,15 @@ class FromContext:
         variance = (rows - mean[:, None, None]).square().mean(dim=(0, 2, 3))
         if self.stop_gradient:
             mean, variance = mean.detach(), variance.detach()
+        if self.prior is not None:
+            at, prior = layer.place, self.prior
+            mean, variance = blended(mean, variance, prior.mean[at], prior.variance[at], prior.weight[at])
         self.means.append(mean)
         self.variances.append(variance)
-        # Written out: F.batch_norm has no gradient for the statistics it is given.
+        # F.batch_norm has no gradient for the statistics it is given.
         scale = layer.weight * torch.rsqrt(variance + EPS)
-        return (x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]).to(x.dtype)
+        written_out: Tensor = x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        return written_out.to(x.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all layers, (features,) each."""
@@ -133,7 +151,7 @@ class Given:
         self.variance = variance
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
-        at = slice(layer.offset, layer.offset + layer.features)
+        at = layer.place
         return F.batch_norm(x, self.mean[at], self.variance[at], layer.weight, layer.bias, training=False, eps=EPS)
 
 
@@ -178,6 +196,11 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
+
+    @property
+    def place(self) -> slice:
+        """Where its features lie in the concatenated statistics."""
+        return slice(self.offset, self.offset + self.features)
 
     def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
         """Normalise as ``norm`` says."""
@@ -311,7 +334,11 @@ class ResNet(nn.Module):
             self(torch.zeros(1, self.spec.channels, 64, 64), number)
         return total
 
+    @property
+    def layers(self) -> list[BatchNorm]:
+        """The BN layers in the order of the concatenated statistics."""
+        return sorted((m for m in self.modules() if isinstance(m, BatchNorm)), key=lambda layer: layer.offset)
+
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Concatenate the running (ERM) mean and variance of all layers, (features,) each."""
-        layers = sorted((m for m in self.modules() if isinstance(m, BatchNorm)), key=lambda layer: layer.offset)
-        return torch.cat([m.running_mean for m in layers]), torch.cat([m.running_var for m in layers])
+        return torch.cat([m.running_mean for m in self.layers]), torch.cat([m.running_var for m in self.layers])

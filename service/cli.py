@@ -26,6 +26,7 @@ from model.layout import Role, parse_layout, parse_platemap
 from service import cli_operate, schemas
 from service.client import (
     AnchorwellClient,
+    Context,
     ProblemError,
     ServiceUnreachableError,
     StatisticsChangedError,
@@ -42,7 +43,7 @@ WIDE = 100
 """Columns of a terminal from which every number of an answer is shown."""
 _FLAGS = {
     "?replace=true": "--replace",
-    "?context=source": "--source",
+    "?context=": "--context ",
     "send channels": "give --channels",
     "send pixel_size_um": "give --pixel-size-um",
 }
@@ -237,7 +238,13 @@ def predict(
     layout: _Layout = None,
     channels: _Channels = None,
     pixel_size_um: _PixelSize = None,
-    source: Annotated[bool, typer.Option("--source", help="answer without adaptation")] = False,
+    context: Annotated[
+        Context,
+        typer.Option(
+            help="blended: the statistics of few control wells, one or more, blended with the mean of the training plates; "
+            "source: answer without adaptation"
+        ),
+    ] = "controls",
     csv_file: Annotated[Path | None, typer.Option("--csv", help="write one row a well to this file")] = None,
     url: _Url = _DEFAULT_URL,
     as_json: _Json = False,
@@ -252,7 +259,7 @@ def predict(
             table,
             channels=_names(channels),
             pixel_size_um=pixel_size_um,
-            source=source,
+            context=context,
             progress=progress,
         )
     if csv_file is not None:

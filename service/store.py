@@ -51,7 +51,7 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class ControlSite:
-    """One kept control site: the sha256 of each channel's file, and the recipe its network input was prepared by.
+    """One kept site of a control well, or of the panel: its files' sha256 by channel, and its network input's recipe.
 
     ``blob`` is where that input lies: a name like no other (``new_blob``), so that who forgets it never means another's.
     ``files`` are the channels' files, where they are kept; ``size`` is what all of it takes, in bytes.
@@ -63,6 +63,7 @@ class ControlSite:
     blob: str
     size: int
     files: Mapping[str, KeptFile] = field(default_factory=dict)
+    role: Role = Role.CONTROL
 
     @property
     def blobs(self) -> frozenset[str]:
@@ -72,7 +73,11 @@ class ControlSite:
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """Statistics of one batch under one bundle, with what was measured and how far they lie from training."""
+    """Statistics of one batch under one bundle, with what was measured and how far they lie from training.
+
+    ``context`` is the rule: controls; panel, when ``panel`` wells are among those ``used``; or blended, with the weight of
+    the prior, averaged over features. The ``control_centre`` is of control wells alone.
+    """
 
     bundle_digest: str
     statistics_id: str
@@ -86,11 +91,14 @@ class Adaptation:
     provider: str
     precision: str
     created_at: datetime
+    context: str = "controls"
+    panel: tuple[str, ...] = ()
+    prior_weight: float | None = None
 
     @property
-    def wells(self) -> tuple[str, ...]:
-        """The wells measured, sorted."""
-        return tuple(sorted({site.well for site in self.used}))
+    def control_wells(self) -> tuple[str, ...]:
+        """The control wells measured, sorted."""
+        return tuple(sorted({site.well for site in self.used}.difference(self.panel)))
 
     def to_bytes(self) -> bytes:
         """Serialise as an npz of plain arrays: statistics, control centre, and the rest as JSON."""
@@ -105,6 +113,9 @@ class Adaptation:
             "provider": self.provider,
             "precision": self.precision,
             "created_at": self.created_at.isoformat(),
+            "context": self.context,
+            "panel": self.panel,
+            "prior_weight": self.prior_weight,
         }
         buffer = io.BytesIO()
         np.savez(
@@ -131,6 +142,7 @@ class Adaptation:
                     "used": tuple(SiteKey(well, site) for well, site in rest["used"]),
                     "left_out": tuple(SiteKey(well, site) for well, site in rest["left_out"]),
                     "created_at": datetime.fromisoformat(rest["created_at"]),
+                    "panel": tuple(rest.get("panel", ())),
                 }
             )
 
@@ -183,8 +195,8 @@ class KeptAnswer:
 class BatchRecord:
     """One batch as kept, without its arrays; ``revision`` is None for a batch that is not kept yet.
 
-    ``adaptations`` are the (bundle digest, statistics id) that can be read; ``planned`` the wells that the plate map calls
-    treated.
+    ``controls`` are the sites whose images may enter the statistics, the panel's too; ``adaptations`` the (bundle digest,
+    statistics id) that can be read; ``planned`` the wells that the plate map calls treated.
     """
 
     batch_id: str
@@ -204,13 +216,21 @@ class BatchRecord:
 
     @property
     def control_bytes(self) -> int:
-        """What the kept controls take."""
+        """What the kept controls and panel take."""
         return sum(site.size for site in self.controls.values())
 
     @property
     def control_wells(self) -> frozenset[str]:
         """The wells of the kept control sites."""
-        return frozenset(site.well for site in self.controls)
+        return self._wells_of(Role.CONTROL)
+
+    @property
+    def panel_wells(self) -> frozenset[str]:
+        """The wells of the panel that is recorded."""
+        return self._wells_of(Role.PANEL)
+
+    def _wells_of(self, role: Role) -> frozenset[str]:
+        return frozenset(key.well for key in sites_of(self.controls, role))
 
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON."""
@@ -228,6 +248,8 @@ class BatchRecord:
                         "blob": site.blob,
                         "size": site.size,
                         "files": {channel: [file.blob, file.size, file.page] for channel, file in site.files.items()},
+                        # a record reads back to the bytes that it was, and those of before there were panels name no role
+                        **({} if site.role is Role.CONTROL else {"role": site.role}),
                     }
                     for site in self.controls.values()
                 ],
@@ -256,10 +278,16 @@ class BatchRecord:
         )
 
 
+def sites_of(sites: Mapping[SiteKey, ControlSite], role: Role) -> dict[SiteKey, ControlSite]:
+    """Return the sites of a role."""
+    return {key: site for key, site in sites.items() if site.role is role}
+
+
 def _control_site(value: Mapping[str, Any]) -> ControlSite:
     files = {channel: KeptFile(*file) for channel, file in value["files"].items()}
     key = SiteKey(value["well"], value["site"])
-    return ControlSite(key, value["planes"], value["recipe"], value["blob"], value["size"], files)
+    role = Role(value.get("role", Role.CONTROL))
+    return ControlSite(key, value["planes"], value["recipe"], value["blob"], value["size"], files, role)
 
 
 @dataclass(frozen=True, eq=False)

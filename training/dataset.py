@@ -100,9 +100,10 @@ class PlateSites:
         sites = self.scaled(centre_crop(self.images[rows], recipe.size))
         return np.stack([normalise(site, recipe) for site in sites])
 
-    def zscore_recipe(self, recipe: ImageRecipe) -> ImageRecipe:
-        """Return the recipe with this plate's control mean and std per channel in place of the training set's."""
-        mean, std = moments([self], controls_only=True)
+    def zscore_recipe(self, recipe: ImageRecipe, rows: NDArray[np.int64] | None = None) -> ImageRecipe:
+        """Return the recipe with mean and std per channel of this plate's controls (all, or ``rows``) instead."""
+        controls = self if rows is None else replace(self, controls=np.isin(np.arange(len(self.wells)), rows))
+        mean, std = moments([controls], controls_only=True)
         return replace(recipe, mean=mean, std=std)
 
     def unit_moments(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -24,7 +24,8 @@ from training.dataset import PlateSites
 class EpisodeShape:
     """How much of a plate a step draws: L treated, K controls from a range (K-jitter), of D plates.
 
-    ``panel`` images are drawn of the plate's panel (0: it has none), which is ``panel_wells`` wells of every class.
+    ``panel`` images are drawn of the plate's panel, which is ``panel_wells`` wells of every class; a method without a panel
+    draws as many more treated ones.
     """
 
     treated: int = 64
@@ -89,7 +90,7 @@ class Episodes(Dataset[list[Episode]]):
 
     A step's D episodes depend on the seed and the step's number alone, however they are shared. Item i is one part's:
     with one part, step ``first + i``. ``panels`` are the panel's rows of every plate, in the order of ``plates``; none
-    where the shape draws no panel.
+    for a method without a panel.
 
     Raises:
         LayoutError: a plate whose treated sites are all the panel's.
@@ -140,7 +141,8 @@ class Episodes(Dataset[list[Episode]]):
         plate = self.plates[number]
         context = panel = np.zeros(0, np.int64)
         if self.with_controls:
-            treated = _draw(self.treated[number], self.shape.treated, rng)
+            more = 0 if len(self.panels[number]) else self.shape.panel
+            treated = _draw(self.treated[number], self.shape.treated + more, rng)
             context = _draw_wells(plate, controls, rng)
             panel = _draw_panel(plate, self.panels[number], self.shape.panel, rng)
         else:

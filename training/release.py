@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from model.bundle import Bundle, Manifest, Parity
+from model.bundle import SERVED_CONTEXTS, Bundle, Manifest, Parity
 from training.calibrate import calibrate
 from training.contexts import MAX_CONTEXT_SITES, context_rows
 from training.dataset import PlateSites
@@ -75,7 +75,7 @@ def served_context(method: Method) -> str:
     Raises:
         ValueError: the service has no such context.
     """
-    if method.context in ("controls", "union", "source") and not method.zscore:
+    if method.context in SERVED_CONTEXTS and not method.zscore:
         return method.context
     raise ValueError(f"{method.name} is a baseline for evaluation; the service serves erm and cs-arm-bn")
 

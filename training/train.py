@@ -33,7 +33,7 @@ from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
-from training.contexts import panel_rows
+from training.contexts import panel_rows, require_controls
 from training.dataset import PlateSites, moments
 from training.episodes import Episode, Episodes, EpisodeShape, Share
 from training.evaluate import score_plate
@@ -202,7 +202,7 @@ class MetaTraining(lightning.LightningModule):
             with_controls=self.method.with_controls,
             zscore=self.method.zscore,
             panels=[panel_rows(plate, config.shape.panel_wells) for plate in self.train_plates]
-            if config.shape.panel
+            if self.method.context == "panel"
             else (),
             share=self.share,
         )
@@ -242,7 +242,14 @@ class MetaTraining(lightning.LightningModule):
             return
         plate = self.validation_plates[int(number)]
         with torch.autocast(self.device.type, enabled=False):
-            score = score_plate(self.network, self.method, plate, self.run.recipe, self.method.context)
+            score = score_plate(
+                self.network,
+                self.method,
+                plate,
+                self.run.recipe,
+                self.method.context,
+                panel_wells=self.run.config.shape.panel_wells,
+            )
         self.scores[number] = self.scores.new_tensor([score.image_nll, score.well_accuracy])
 
     def on_validation_epoch_end(self) -> None:
@@ -316,6 +323,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     Raises:
         RunError: the machine lacks the devices; a step cannot be divided so; the directory holds a run and ``resume`` is
             off, the run was started with another config, or its checkpoint is not whole; the disk is full.
+        NoControlsError: the method is trained on controls, and a plate has none.
     """
     require_devices(config)
     require_division(config)
@@ -329,6 +337,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
         if trainer.is_global_zero and (path / RUN).is_file():
             require_same_run(Run.load(path).config, config, path, resume=resume)
         run, plates = prepare_run(config, path)
+        _require_context(run, plates)
         module = MetaTraining(run, plates)
         if stored is not None:
             require_weights(last, stored["state_dict"], module.state_dict())
@@ -404,6 +413,19 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
         differences.append(f"devices x num_nodes x accumulate (it is {started.parts}, asked for is {asked.parts})")
     if differences:
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
+
+
+def _require_context(run: Run, plates: Mapping[str, PlateSites]) -> None:
+    """Check that every plate has the context that the method is trained with.
+
+    Raises:
+        NoControlsError: a plate without controls. RunError: no images of the panel are asked for.
+    """
+    if run.method.context == "panel" and not run.config.shape.panel:
+        raise RunError("the context panel is trained on images of the panel: say how many a step draws (shape.panel)")
+    if run.method.needs_controls:
+        for name in (*run.split.train, *run.split.validation):
+            require_controls(plates[name])
 
 
 def make_trainer(config: TrainingConfig, path: Path, *, epochs: int, done: int, quiet: bool) -> lightning.Trainer:

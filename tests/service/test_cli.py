@@ -170,7 +170,7 @@ def test_the_commands_tell_a_plate_from_start_to_end(url, plate, tmp_path):
     told = json.loads(run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--json").stdout)
     assert [well["label"] for well in told["wells"]] == [row["label"] for row in rows]
     assert "K1" in run("batches", "--url", url).stdout
-    source = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--source", "--json")
+    source = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--context", "source", "--json")
     assert json.loads(source.stdout)["adapted"] is False
 
 

@@ -364,10 +364,10 @@ def test_a_request_beyond_the_slots_is_told_to_come_back(settings, storage):
     with running(settings.model_copy(update={"max_concurrent_requests": 1}), engine, storage) as client:
         measure = engine.measure
 
-        def slow(images):
+        def slow(*given):
             entered.set()
             assert leave.wait(30)
-            return measure(images)
+            return measure(*given)
 
         engine.measure = slow
         first = []
@@ -411,7 +411,7 @@ def test_a_service_whose_replay_disagrees_is_never_ready_and_says_why(settings, 
 def test_a_service_is_not_ready_while_it_replays(settings, storage):
     engine, leave = FakeEngine(), threading.Event()
     measure = engine.measure
-    engine.measure = lambda images: (leave.wait(30), measure(images))[1]
+    engine.measure = lambda *given: (leave.wait(30), measure(*given))[1]
     with running(settings, engine, storage, wait=False) as client:
         refused(client.get("/health/ready"), "not-ready", names=["being replayed"])
         leave.set()
@@ -610,7 +610,7 @@ def test_an_idempotency_key_is_one_requests_alone(client, store):
 def test_the_same_request_while_it_runs_is_told_to_wait(client, engine):
     entered, leave, first = threading.Event(), threading.Event(), []
     measure = engine.measure
-    engine.measure = lambda images: (entered.set(), leave.wait(30), measure(images))[2]
+    engine.measure = lambda *given: (entered.set(), leave.wait(30), measure(*given))[2]
 
     def send():
         return client.post(CONTROLS, files=FILES, headers={"Idempotency-Key": "k1"})

@@ -105,6 +105,16 @@ def test_methods_without_controls_see_as_many_images(plates: list[PlateSites]) -
         assert len(episode.images) == SHAPE.rows == len(episode.labels)
 
 
+def test_a_method_without_a_panel_draws_as_many_images(plate: PlateSites) -> None:
+    shape = replace(SHAPE, panel=4, plates=1, controls_min=3, controls_max=3)
+
+    def images(panel: tuple[np.ndarray, ...], *, with_controls: bool) -> int:
+        return len(episodes([plate], shape=shape, with_controls=with_controls, panels=panel)[0][0].images)
+
+    assert images((panel_rows(plate, 1)[:4],), with_controls=True) == shape.rows
+    assert images((), with_controls=True) == images((), with_controls=False) == shape.rows
+
+
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 4), (2, 2), (4, 1)])
 def test_a_steps_plates_are_the_same_however_they_are_shared(plates: list[PlateSites], ranks: int, parts: int) -> None:
     shape = replace(SHAPE, plates=4)
