@@ -6,6 +6,7 @@ was fitted without the batch they come from; and a control well is scored agains
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,7 +241,20 @@ def _folds(plates: Sequence[_Wells]) -> list[tuple[list[_Wells], list[_Wells]]]:
 # --- temperature -----------------------------------------------------------------------------------------------------
 
 
-def fit_temperature(plates: Sequence[_Wells]) -> float:
+class CalledWells(Protocol):
+    """What of a plate's wells the temperature is fitted to, as ``_Wells`` has it."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def controls(self) -> NDArray[np.bool_]: ...
+    @property
+    def site_logits(self) -> NDArray[np.float32]: ...
+    @property
+    def site_wells(self) -> NDArray[np.int64]: ...
+
+
+def fit_temperature(plates: Sequence[CalledWells]) -> float:
     """Choose the class temperature that gives held-out treated wells the highest likelihood."""
 
     def nll(log_temperature: float) -> float:

@@ -80,9 +80,13 @@ class PlateSites:
 
     def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
         """Control rows that enter the statistics, by the rule the service uses."""
+        return self.even_rows(self.control_rows, max_sites)
+
+    def even_rows(self, rows: NDArray[np.int64], max_sites: int) -> NDArray[np.int64]:
+        """At most ``max_sites`` of some rows, evenly over wells, by the rule the service uses."""
         seen: dict[str, int] = {}
         keys: dict[SiteKey, int] = {}
-        for row in self.control_rows:
+        for row in rows:
             well = str(self.wells[row])
             seen[well] = seen.get(well, 0) + 1
             keys[SiteKey(well, seen[well])] = int(row)
@@ -133,21 +137,10 @@ class PlateSites:
         sites = centre_crop(self.images[rows], recipe.size)
         return normalise(self.scaled(sites, crop_corner(self.images.shape, recipe.size)), recipe)
 
-    def augmented(
-        self, rows: NDArray[np.int64], recipe: ImageRecipe, crop: int, rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Rows as training sees them: random crops, flips and quarter turns, normalised."""
-        return np.stack([normalise(self._augmented(row, crop, rng), recipe) for row in rows])
-
-    def _augmented(self, row: np.int64, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-        top, left = (int(rng.integers(extent - size + 1)) for extent in self.images.shape[-2:])
-        crop = self.scaled(self.images[row, :, top : top + size, left : left + size], (top, left))
-        crop = np.rot90(crop, k=int(rng.integers(4)), axes=(1, 2))
-        return crop[:, :, ::-1] if rng.random() < 0.5 else crop  # noqa: PLR2004
-
-    def zscore_recipe(self, recipe: ImageRecipe) -> ImageRecipe:
-        """Return the recipe with this plate's control mean and std per channel in place of the training set's."""
-        mean, std = moments([self], controls_only=True)
+    def zscore_recipe(self, recipe: ImageRecipe, rows: NDArray[np.int64] | None = None) -> ImageRecipe:
+        """Return the recipe with mean and std per channel of this plate's controls (all, or ``rows``) instead."""
+        controls = self if rows is None else replace(self, controls=np.isin(np.arange(len(self.wells)), rows))
+        mean, std = moments([controls], controls_only=True)
         return replace(recipe, mean=mean, std=std)
 
     def moments_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

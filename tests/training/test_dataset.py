@@ -13,7 +13,7 @@ import torch
 from model.errors import ContextError, NoControlsError
 from model.images import ImageRecipe, decode_plane, finish_site, measure_scale, normalise, prepare_site
 from training.dataset import NO_LABEL, PlateSites, moments
-from training.episodes import Episodes, EpisodeShape, _draw_wells
+from training.episodes import Episodes, EpisodeShape
 from training.fetch import fetch
 from training.plates import open_plates
 from training.simulate import CHANNELS, CLASSES
@@ -92,19 +92,6 @@ def test_a_site_equals_what_the_service_prepares_from_its_files(
         np.testing.assert_allclose(found, expected, atol=2 * levels)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_random_crop_is_scaled_as_its_own_place_in_the_field(recipe: ImageRecipe, fetched_by: Fetched) -> None:
-    plate = fetched_by(recipe)
-    rows = np.array([3, 9])
-    found = plate.augmented(rows, recipe, 40, np.random.default_rng(2))
-    rng = np.random.default_rng(2)
-    for crop, field in zip(found, plate.unit(rows), strict=True):
-        top, left = (int(rng.integers(extent - 40 + 1)) for extent in field.shape[1:])
-        cut = np.rot90(field[:, top : top + 40, left : left + 40], int(rng.integers(4)), axes=(1, 2))
-        cut = cut[:, :, ::-1] if rng.random() < 0.5 else cut
-        np.testing.assert_array_equal(crop, (cut - np.float32(0.2)) / np.float32(0.1))
-
-
 def test_an_episode_of_a_plate_with_another_gain_and_offset_is_the_same(fetched_by: Fetched) -> None:
     for recipe, same in ((BY_CONTROLS, True), (LIT, True), (FIXED, False)):
         plate = fetched_by(recipe)
@@ -162,41 +149,3 @@ def test_moments_are_those_of_the_scaled_pixels(recipe: ImageRecipe, fetched_by:
     np.testing.assert_allclose(controls.std((0, 2, 3)), 1, rtol=1e-3)
     np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-4)
-
-
-def episodes(plates: list[PlateSites], **kwargs: object) -> Episodes:
-    arguments: dict[str, object] = {"crop": 48, "seed": 1, "first": 0, "steps": 4, "with_controls": True} | kwargs
-    return Episodes(plates, RECIPE, SHAPE, **arguments)  # type: ignore[arg-type]
-
-
-def test_a_step_depends_on_its_number_and_the_seed_alone(plates: list[PlateSites]) -> None:
-    straight, resumed, other = episodes(plates), episodes(plates, first=2), episodes(plates, seed=2)
-    for expected, found in zip(straight[2], resumed[0], strict=True):
-        torch.testing.assert_close(found.images, expected.images)
-        assert found.controls == expected.controls
-    assert not torch.equal(straight[2][0].images[:2], other[2][0].images[:2])
-
-
-def test_an_episode_holds_controls_first_and_labels_of_the_treated(plates: list[PlateSites]) -> None:
-    for episode in episodes(plates)[0]:
-        assert 2 <= episode.controls <= 6
-        assert episode.images.shape == (episode.controls + 6, 5, 48, 48)
-        assert episode.labels.shape == (6,)
-        assert (episode.labels >= 0).all()
-
-
-def test_few_control_images_are_few_wells(plate: PlateSites) -> None:
-    twice = replace(plate, **{  # two sites a well
-        name: np.concatenate([getattr(plate, name)[:]] * 2) for name in ("wells", "names", "labels", "controls", "images")
-    })  # fmt: skip
-    rows = _draw_wells(twice, 8, np.random.default_rng(0))
-    assert len(set(rows)) == 8
-    assert len(set(twice.wells[rows])) == 4
-    assert twice.controls[rows].all()
-    assert len(_draw_wells(twice, 40, np.random.default_rng(0))) == 40
-
-
-def test_methods_without_controls_see_as_many_images(plates: list[PlateSites]) -> None:
-    for episode in episodes(plates, with_controls=False)[0]:
-        assert episode.controls == 0
-        assert len(episode.images) == SHAPE.rows == len(episode.labels)
