@@ -462,7 +462,7 @@ class Batches:
                 batch_id=batch.batch_id,
                 wells_needed=manifest.minimum_control_wells,
             )
-        wells, unusable = self.view.control_wells(usable), self.view.unusable_sites(batch)
+        wells, unusable = self.view.control_wells(usable), self.view.unusable_sites(batch, usable)
         fewest = 1 if blend else manifest.minimum_control_wells
         if wells < fewest and unusable:
             raise RecipeChangedError(
@@ -549,7 +549,7 @@ class Batches:
         sent: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.ControlsReport:
-        unusable = self.view.unusable_sites(batch)
+        unusable = self.view.unusable_sites(batch, usable)
         meanwhile = adaptation is None and self.view.control_wells(usable) > 0
         return schemas.ControlsReport.model_validate(
             {
@@ -586,7 +586,7 @@ class Batches:
         seen: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
-        unusable = self.view.unusable_sites(batch) if frame.adaptation else 0
+        unusable = self.view.unusable_sites(batch, self.view.usable(batch)) if frame.adaptation else 0
         prepared = replace_fields(batch, pixel_size_um=pixel_size_um)
         return schemas.Prediction.model_validate(
             {

@@ -189,9 +189,8 @@ def test_no_well_is_a_control_and_of_the_panel(settings, storage, store, tmp_pat
         client.post(CONTROLS, files=FILES)
         client.post(f"{CONTROLS}?role=panel", files=well_files(["E05"]))
         before = everything(store)
-        body = refused(
-            client.post(f"{CONTROLS}?role=panel", files=well_files(["E06", "B01"])), "control-as-panel", names=["B01"]
-        )
+        answer = client.post(f"{CONTROLS}?role=panel", files=well_files(["E06", "B01"]))
+        body = refused(answer, "control-as-panel", names=["B01"])
         assert (body["well"], body["wells"]) == ("B01", ["B01"])
         refused(client.post(CONTROLS, files=well_files(["E05", "E06"])), "treated-as-control", names=["E05", "panel"])
         answer = client.request("PUT", "/batches/P1/platemap", content=b"well,role\nA01,control\nE05,control\n")

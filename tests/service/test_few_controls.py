@@ -9,10 +9,11 @@ import pytest
 
 from service.audit import entries
 from service.records import Commit
-from tests.service.conftest import running
+from tests.service.conftest import running, wait_until
 from tests.service.plates import BLEND_WELLS, CONTROL_WELLS, GOLDEN_PASSES, FakeEngine, fake_bundle, well_files
 
 BLENDED = {"context": "blended"}
+LATER = {"Prefer": "respond-async"}
 
 
 def sent(client, wells, batch="P1", **options):
@@ -99,12 +100,10 @@ def test_kept_answers_tell_that_they_are_blended_and_are_stale_when_controls_are
 
 def test_a_blended_job_is_answered_as_a_blended_request_is(client):
     sent(client, CONTROL_WELLS[:1])
-    asked = client.post(
-        "/batches/P1/predict", files=well_files(["E05"]), params=BLENDED, headers={"Prefer": "respond-async"}
-    ).json()
-    served = client.app.state.served
-    served.later.jobs.run(f"job/default/{asked['job_id']}", served.later.run)
-    job = client.get(f"/jobs/{asked['job_id']}").json()
+    asked = client.post("/batches/P1/predict", files=well_files(["E05"]), params=BLENDED, headers=LATER).json()
+    place = f"/jobs/{asked['job_id']}"
+    wait_until(lambda: client.get(place).json()["state"] in ("done", "failed"))
+    job = client.get(place).json()
     now = predicted(client, ["E05"], **BLENDED)
     assert job["state"] == "done"
     for name in ("context", "statistics_id", "prior_weight", "wells"):
@@ -112,17 +111,18 @@ def test_a_blended_job_is_answered_as_a_blended_request_is(client):
 
 
 @pytest.mark.parametrize(("options", "context"), [({"source": True}, "source"), ({"source": False}, "controls")])
-def test_a_job_that_was_asked_for_before_there_were_blends_is_run_as_it_was_meant(options, context, client, storage):
-    sent(client, CONTROL_WELLS)
-    job = client.post("/batches/P1/predict", files=well_files(["E05"]), headers={"Prefer": "respond-async"}).json()
-    name = f"job-asked/default/{job['job_id']}"
-    (data,) = storage.records.read([name])
-    asked = json.loads(data)
-    asked["what"]["options"] = options
-    storage.records.commit(Commit({name: json.dumps(asked).encode()}))
-    served = client.app.state.served
-    served.later.jobs.run(f"job/default/{job['job_id']}", served.later.run)
-    assert client.get(f"/jobs/{job['job_id']}").json()["prediction"]["context"] == context
+def test_a_job_that_was_asked_for_before_there_were_blends_is_run_as_it_was_meant(options, context, settings, storage):
+    with running(settings.model_copy(update={"workers": 0}), FakeEngine(), storage) as client:
+        sent(client, CONTROL_WELLS)
+        job = client.post("/batches/P1/predict", files=well_files(["E05"]), headers=LATER).json()
+        name = f"job-asked/default/{job['job_id']}"
+        (data,) = storage.records.read([name])
+        asked = json.loads(data)
+        asked["what"]["options"] = options
+        storage.records.commit(Commit({name: json.dumps(asked).encode()}))
+        later = client.app.state.served.later
+        later.jobs.run(f"job/default/{job['job_id']}", later.run)
+        assert client.get(f"/jobs/{job['job_id']}").json()["prediction"]["context"] == context
 
 
 def test_blended_answers_survive_a_restart_without_another_pass(settings):

@@ -7,7 +7,7 @@ from model.images import ImageRecipe
 from service.audit import entries
 from service.digests import content_digest
 from service.storage import open_storage, rebuild_records
-from tests.service.conftest import emptied, running
+from tests.service.conftest import emptied, running, wait_until
 from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, fake_bundle, well_files
 
 PANEL = ("E05", "F05")
@@ -47,12 +47,8 @@ def test_the_panels_images_enter_the_statistics_beside_the_controls(client, stor
     report = sent(client, PANEL, **AS_PANEL)
     assert (report["adapted"], report["context"], report["trained_context"]) == (True, "panel", "panel")
     assert (report["context_wells"], report["context_panel"]) == (list(CONTROL_WELLS), list(PANEL))
-    assert (report["control_wells"], report["control_sites"], report["panel_wells"], report["context_sites"]) == (
-        4,
-        8,
-        2,
-        12,
-    )
+    assert (report["control_wells"], report["control_sites"], report["panel_wells"]) == (4, 8, 2)
+    assert report["context_sites"] == 12
     assert report["statistics_id"] != without["statistics_id"]
     assert report["notices"] == []
     kept = store.adaptation("P1", panel_bundle.digest, report["statistics_id"])
@@ -147,9 +143,9 @@ def test_a_panel_that_was_sent_ahead_is_recorded_by_its_wells_now_or_later(clien
         params=AS_PANEL,
         headers={"Prefer": "respond-async"},
     ).json()
-    served = client.app.state.served
-    served.later.jobs.run(f"job/default/{asked['job_id']}", served.later.run)
-    job = client.get(f"/jobs/{asked['job_id']}").json()
+    place = f"/jobs/{asked['job_id']}"
+    wait_until(lambda: client.get(place).json()["state"] in ("done", "failed"))
+    job = client.get(place).json()
     assert (job["state"], job["controls"]["context_panel"]) == ("done", list(PANEL))
     answered = client.post("/batches/P1/predict", json={"staged": True}).json()
     assert [well["well"] for well in answered["wells"]] == [*PANEL, "G05"]
