@@ -349,7 +349,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
             trainer.fit(module, ckpt_path=None if stored is None else str(last), weights_only=True)
         except BaseException:
             for process in getattr(trainer.strategy.launcher, "procs", []):  # they would wait for this one
-                process.terminate()
+                process.kill()
             raise
     if trainer.is_global_zero and not (path / BEST).is_file():
         raise RunError(f"{path}: the validation loss was never a finite number; try a lower learning rate")
