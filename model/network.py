@@ -90,7 +90,8 @@ class FromContext:
         self.variances.append(variance)
         # Written out: F.batch_norm has no gradient for the statistics it is given.
         scale = layer.weight * torch.rsqrt(variance + EPS)
-        return (x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]).to(x.dtype)
+        found: Tensor = (x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]).to(x.dtype)
+        return found
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all layers, (features,) each."""
