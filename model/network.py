@@ -88,10 +88,10 @@ class FromContext:
             mean, variance = blended(mean, variance, prior.mean[at], prior.variance[at], prior.weight[at])
         self.means.append(mean)
         self.variances.append(variance)
-        # Written out: F.batch_norm has no gradient for the statistics it is given.
+        # F.batch_norm has no gradient for the statistics it is given.
         scale = layer.weight * torch.rsqrt(variance + EPS)
-        found: Tensor = (x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]).to(x.dtype)
-        return found
+        written_out: Tensor = x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        return written_out.to(x.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all layers, (features,) each."""

@@ -119,7 +119,7 @@ def train_command(
     out: Annotated[Path, typer.Argument(help="Run directory to write.")],
     *,
     method: Annotated[str, typer.Option(help="erm, erm-zscore, instancenorm, arm-bn or cs-arm-bn.")] = "cs-arm-bn",
-    context: Annotated[str, typer.Option(help="cs-arm-bn: controls or union.")] = "controls",
+    context: Annotated[str, typer.Option(help="cs-arm-bn: controls, union or panel.")] = "controls",
     test_lab: Annotated[str | None, typer.Option(help="Metadata_Source to keep for testing.")] = None,
     classes: Annotated[str | None, typer.Option(help="Labels to learn, commas; all by default.")] = None,
     depth: Annotated[int, typer.Option(help="18, 34 or 50.")] = 50,
@@ -131,6 +131,8 @@ def train_command(
     controls_min: Annotated[int, typer.Option(help="Fewest control images a step (K-jitter).")] = 8,
     controls_max: Annotated[int, typer.Option(help="Most control images a step (K-jitter).")] = 128,
     plates_per_step: Annotated[int, typer.Option("--plates", help="Plates a step.")] = 8,
+    panel: Annotated[int, typer.Option(help="Images of the plate's panel a step (context panel).")] = 0,
+    panel_wells: Annotated[int, typer.Option(help="Wells of every class that are a plate's panel.")] = 1,
     steps: int = 20_000,
     validate_every: int = 200,
     patience: Annotated[int, typer.Option(help="Validations without a better loss before stopping.")] = 20,
@@ -139,10 +141,16 @@ def train_command(
     schedule: Annotated[str, typer.Option(help="constant or cosine.")] = "constant",
     seed: int = 0,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    devices: Annotated[int, typer.Option(help="Processes on this machine, one a GPU.")] = 1,
+    num_nodes: Annotated[int, typer.Option(help="Machines, started by torchrun or a scheduler.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Parts in which a process takes its plates of a step.")] = 1,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     loader_workers: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train a network; the defaults follow the paper."""
+    from lightning.pytorch.utilities import rank_zero_only  # noqa: PLC0415 (torch)
+
     from training.episodes import EpisodeShape  # noqa: PLC0415 (torch)
     from training.train import TrainingConfig, train  # noqa: PLC0415 (torch)
 
@@ -151,31 +159,30 @@ def train_command(
         classes=tuple(name.strip() for name in classes.split(",")) if classes else None,
         depth=cast("Literal[18, 34, 50]", depth), width=width, antialiased=antialiased,
         size=size, crop=crop,
-        shape=EpisodeShape(treated, controls_min, controls_max, plates_per_step),
+        shape=EpisodeShape(treated, controls_min, controls_max, plates_per_step, panel, panel_wells),
         steps=steps, validate_every=validate_every, patience=patience, learning_rate=learning_rate,
         weight_decay=weight_decay, schedule=cast('Literal["constant", "cosine"]', schedule), seed=seed,
-        accelerator=accelerator, loader_workers=loader_workers,
+        accelerator=accelerator,
+        devices=devices, num_nodes=num_nodes, accumulate=accumulate,
+        precision=cast('Literal["fp32", "bf16"]', precision), loader_workers=loader_workers,
     )  # fmt: skip
     _check_choices(config)
     train(config, out, resume=resume)
-    typer.echo(f"run: {out}")
+    rank_zero_only(typer.echo)(f"run: {out}")
 
 
 def _check_choices(config: "TrainingConfig") -> None:
-    import torch  # noqa: PLC0415 (slow)
-
     from training.methods import make_method  # noqa: PLC0415 (torch)
 
     choices = {
         "depth": (18, 34, 50),
         "schedule": ("constant", "cosine"),
         "accelerator": ("auto", "cpu", "gpu"),
+        "precision": ("fp32", "bf16"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise typer.BadParameter(f"--{name} is one of {', '.join(map(str, allowed))}")
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise typer.BadParameter("--accelerator gpu: torch sees no GPU here")
     try:
         make_method(config.method, config.context)
     except ValueError as error:

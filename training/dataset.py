@@ -79,12 +79,15 @@ class PlateSites:
 
     def unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows scaled to about 0…1: float32 (rows, channels, height, width)."""
-        images = self.images[rows]
-        white = self._white(images.dtype)
+        return self.scaled(self.images[rows])
+
+    def scaled(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored values (…, channels, height, width) scaled to about 0…1: float32."""
+        white = self._white(stored.dtype)
         if white is None:
-            return images.astype(np.float32, copy=False)
-        scaled: NDArray[np.float32] = images.astype(np.float32) / white[:, None, None]
-        return scaled
+            return stored.astype(np.float32, copy=False)
+        found: NDArray[np.float32] = stored.astype(np.float32) / white[:, None, None]
+        return found
 
     def _white(self, dtype: np.dtype[Any]) -> NDArray[np.float32] | None:
         """The stored value that stands for 1: (channels,), or (1,) for all of them; None where nothing is to divide."""
@@ -94,15 +97,8 @@ class PlateSites:
 
     def served(self, rows: NDArray[np.int64], recipe: ImageRecipe) -> NDArray[np.float32]:
         """Rows as the service prepares them: centre crop, normalised."""
-        sites = centre_crop(self.unit(rows), recipe.size)
+        sites = self.scaled(centre_crop(self.images[rows], recipe.size))
         return np.stack([normalise(site, recipe) for site in sites])
-
-    def augmented(
-        self, rows: NDArray[np.int64], recipe: ImageRecipe, crop: int, rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Rows as training sees them: random crops, flips and quarter turns, normalised."""
-        sites = self.unit(rows)
-        return np.stack([normalise(_augment(site, crop, rng), recipe) for site in sites])
 
     def zscore_recipe(self, recipe: ImageRecipe, rows: NDArray[np.int64] | None = None) -> ImageRecipe:
         """Return the recipe with mean and std per channel of this plate's controls (all, or ``rows``) instead."""
@@ -132,13 +128,6 @@ def _plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
 
 def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     return (rows[start : start + _CHUNK_SITES] for start in range(0, len(rows), _CHUNK_SITES))
-
-
-def _augment(site: NDArray[np.float32], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    top, left = (int(rng.integers(extent - size + 1)) for extent in site.shape[-2:])
-    crop = site[:, top : top + size, left : left + size]
-    crop = np.rot90(crop, k=int(rng.integers(4)), axes=(1, 2))
-    return crop[:, :, ::-1] if rng.random() < 0.5 else crop  # noqa: PLR2004
 
 
 def moments(plates: Iterable[PlateSites], *, controls_only: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -40,9 +40,10 @@ from training.evaluate import (
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
 from training.plates import write_whole
+from training.progress import BEST
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
-from training.train import BEST, RUN, Run, TrainingConfig, load_network, train
+from training.train import RUN, Run, TrainingConfig, load_network, train
 
 VERSION = 1
 """Of what a part holds and of how cells are drawn and scored: a change makes every part anew."""
