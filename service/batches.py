@@ -73,7 +73,7 @@ NOT_FRESH = (
     "not in them; the answers are not kept"
 )
 BLEND_MEANWHILE = (
-    "until there are enough control wells, predict?context=blended answers on these and the mean of the training plates"
+    "until there are enough control wells, ?context=blended answers on these and the mean of the training plates"
 )
 SUPERSEDED = (
     "the controls were changed while these wells were answered: the answers stand on superseded statistics; ask again"
@@ -430,7 +430,7 @@ class Batches:
                 batch_id=batch.batch_id,
                 wells_needed=manifest.minimum_control_wells,
             )
-        wells, unusable = self.view.control_wells(usable), self.view.unusable_sites(batch)
+        wells, unusable = self.view.control_wells(usable), self.view.unusable_sites(batch, usable)
         fewest = 1 if blend else manifest.minimum_control_wells
         if wells < fewest and unusable:
             raise RecipeChangedError(
@@ -516,7 +516,7 @@ class Batches:
         sent: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.ControlsReport:
-        unusable = self.view.unusable_sites(batch)
+        unusable = self.view.unusable_sites(batch, usable)
         meanwhile = adaptation is None and self.view.control_wells(usable) > 0
         return schemas.ControlsReport.model_validate(
             {
@@ -552,7 +552,7 @@ class Batches:
         seen: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
-        unusable = self.view.unusable_sites(batch) if frame.adaptation else 0
+        unusable = self.view.unusable_sites(batch, self.view.usable(batch)) if frame.adaptation else 0
         prepared = replace_fields(batch, pixel_size_um=pixel_size_um)
         return schemas.Prediction.model_validate(
             {

@@ -3,7 +3,7 @@
 Knows nothing of HTTP, onnxruntime or a database.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -88,9 +88,9 @@ class BundleView:
             if site.recipe_digest == recipe or channels <= site.files.keys()
         }
 
-    def unusable_sites(self, batch: BatchRecord) -> int:
+    def unusable_sites(self, batch: BatchRecord, usable: Sized) -> int:
         """Return how many of the sites to measure are not usable."""
-        return len(self._measurable(batch)) - len(self.usable(batch))
+        return len(self._measurable(batch)) - len(usable)
 
     def _measurable(self, batch: BatchRecord) -> Mapping[SiteKey, ControlSite]:
         return batch.controls if self.measures_panel else sites_of(batch.controls, Role.CONTROL)
@@ -153,7 +153,7 @@ class BundleView:
             control_wells=tuple(sorted(batch.control_wells)),
             control_sites=len(sites_of(batch.controls, Role.CONTROL)),
             panel_wells=tuple(sorted(batch.panel_wells)),
-            unusable_sites=self.unusable_sites(batch),
+            unusable_sites=self.unusable_sites(batch, usable),
             treated_wells=tuple(sorted(batch.treated)),
             pixel_size_um=batch.pixel_size_um,
             plate=batch.plate,

@@ -1,6 +1,8 @@
 """What is kept of a batch, over either kind of storage."""
 
 import io
+import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 
@@ -90,10 +92,41 @@ def test_a_commit_keeps_all_of_a_change_and_reads_back_as_it_was(kept):
     assert kept.image(batch, A01).tobytes() == pixels_of(A01).tobytes()
     read = kept.adaptation("P1", "b1", "s1")
     assert read.to_bytes() == adaptation().to_bytes()
-    assert (read.used, read.left_out, read.wells) == ((A01, B01), (SiteKey("B01", 13),), ("A01", "B01"))
+    assert (read.used, read.left_out, read.control_wells) == ((A01, B01), (SiteKey("B01", 13),), ("A01", "B01"))
     (told,) = kept.answers("P1")
     assert told.to_bytes() == answer("E05").to_bytes()
     assert kept.platemap("P1") == platemap
+
+
+def test_the_panel_and_what_was_blended_read_back(kept):
+    (control_site, image), (sited, other) = control(A01), control(B01)
+    panel_site = replace(sited, role=Role.PANEL)
+    blend = replace(adaptation(), context="panel", panel=("B01",), prior_weight=0.25)
+    kept.commit(NEW, Change(NOW, controls=[(control_site, image), (panel_site, other)], adaptation=blend))
+    batch = kept.batch("P1")
+    assert batch.controls == {A01: control_site, B01: panel_site}
+    assert (batch.control_wells, batch.panel_wells) == ({"A01"}, {"B01"})
+    assert batch.control_bytes == control_site.size + panel_site.size
+    read = Adaptation.from_bytes(kept.adaptation("P1", "b1", "s1").to_bytes())
+    assert (read.context, read.control_wells, read.panel, read.prior_weight) == ("panel", ("A01",), ("B01",), 0.25)
+
+
+def test_what_was_kept_before_there_were_panels_and_blends_reads_back_to_the_same_bytes(kept):
+    kept.commit(NEW, Change(NOW, controls=[control(A01)]))
+    data = kept.batch("P1").to_bytes()
+    assert b'"role"' not in data
+    old = BatchRecord.from_bytes("P1", data)
+    assert (old.to_bytes(), old.control_wells, old.panel_wells) == (data, {"A01"}, frozenset())
+    with np.load(io.BytesIO(adaptation().to_bytes())) as stored:
+        arrays = dict(stored)
+    rest = json.loads(arrays["rest"].tobytes())
+    arrays["rest"] = np.frombuffer(
+        json.dumps({name: rest[name] for name in rest.keys() - {"context", "panel", "prior_weight"}}).encode(), np.uint8
+    )
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    read = Adaptation.from_bytes(buffer.getvalue())
+    assert (read.context, read.panel, read.prior_weight, read.control_wells) == ("controls", (), None, ("A01", "B01"))
 
 
 def test_a_batch_keeps_its_plate_and_pixel_size(kept):
