@@ -79,7 +79,10 @@ def one_run(plates: Path, method: str, test_lab: str, seed: int, steps: int, thr
     run = train(config, folder, resume=(folder / RUN).is_file(), quiet=True)
     seconds = time.monotonic() - started
     found = evaluate(load_network(run), run.method, run.recipe, run.split, load_run_plates(run))
-    found.assign(method=method, seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
+    if method.endswith("-raw"):
+        found["method"] = method
+    found["method"] = found["method"].replace("adabn-controls", "erm")  # as figures have named it from the first
+    found.assign(seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
     return scores
 
 

@@ -304,17 +304,27 @@ def export_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path, typer.Option(help="CSV to write, one row a plate and context.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run directories; none where the grid file names seeds.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Results folder to write, or to go on with.")],
+    grid: Annotated[Path | None, typer.Option(help="Grid file (YAML): methods, cells, draws; seeds to train.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only these of the grid file's seeds; one process each.")] = None,
 ) -> None:
-    """Score a run on its test plates (in domain, new batch, new lab), beside the nulls."""
-    from training.release import evaluate_run  # noqa: PLC0415 (torch)
-    from training.report import markdown_table, summarise  # noqa: PLC0415 (pandas)
+    """Evaluate runs, or a grid's methods and seeds, on their test plates, beside the nulls; trains what is missing.
 
-    table = evaluate_run(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
-    typer.echo(markdown_table(summarise(table)))
+    Goes on where it was stopped. The tables cells, predictions and embeddings (.parquet) are written last, of what was asked
+    for: after processes that took a seed each, call it once more without --seed to join them.
+    """
+    from training.grid import Grid, evaluate_grid, overview, read_grid  # noqa: PLC0415 (torch)
+    from training.train import Run  # noqa: PLC0415 (torch)
+
+    asked = Grid() if grid is None else read_grid(grid).only(seed)
+    with progress_bar("Evaluating cells") as tell:
+        cells = evaluate_grid(
+            asked, [Run.load(run) for run in runs or ()], out,
+            tell=lambda text: console.print(text, soft_wrap=True), progress=tell,
+        )  # fmt: skip
+    typer.echo(f"{overview(cells)}\n{len(cells)} rows, a plate and cell each: {out}")
 
 
 @app.command("report")

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from model.bundle import recipe_json
 from model.errors import RunError
@@ -85,6 +85,11 @@ class Axes(Asked):
         """Every combination."""
         return [Cell(*values) for values in itertools.product(self.controls, self.query_wells, self.alpha)]
 
+    @model_validator(mode="after")
+    def _check(self) -> "Axes":
+        self.cells()
+        return self
+
 
 ONE_AT_A_TIME = (
     Axes(controls=(0, 1, 2, 4, 8, 16)),
@@ -118,20 +123,26 @@ class Grid(Asked):
     draws: Draws = Draws()
     embeddings: tuple[str, ...] = ()
 
-    @property
-    def ways(self) -> tuple[Way, ...]:
-        """The ways asked for, in order.
-
-        Raises:
-            RunError: a name that is none.
-        """
+    @model_validator(mode="after")
+    def _check(self) -> "Grid":
         known = {way.name: way for way in WAYS}
         for name in self.methods:
             if name not in known:
-                raise RunError(f"no method {name!r}; the grid's methods are some of {', '.join(known)}")
+                raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}")
         for name in self.embeddings:
             if name not in self.methods or known[name].blended:
-                raise RunError(f"no embeddings of {name!r}: name some of the grid's methods that are not blended")
+                raise ValueError(f"no embeddings of {name!r}: name some of the grid's methods that are not blended")
+        seeds = [asked.seed for asked in self.seeds]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        if seeds and self.runs is None:
+            raise ValueError("there are seeds to train and no folder for their runs: give runs")
+        return self
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways asked for, in order."""
+        known = {way.name: way for way in WAYS}
         return tuple(known[name] for name in self.methods)
 
     @property
@@ -139,6 +150,19 @@ class Grid(Asked):
         """All cells, the default one first."""
         asked = {cell for axes in self.cells for cell in axes.cells()} - {DEFAULT}
         return (DEFAULT, *sorted(asked))
+
+    def only(self, seeds: Sequence[int] | None) -> "Grid":
+        """Return the grid with these of its seeds; None for all.
+
+        Raises:
+            RunError: it has no such seed.
+        """
+        if seeds is None:
+            return self
+        absent = sorted(set(seeds) - {asked.seed for asked in self.seeds})
+        if absent:
+            raise RunError(f"the grid has no seed {absent[0]}")
+        return self.model_copy(update={"seeds": tuple(asked for asked in self.seeds if asked.seed in seeds)})
 
     def config(self, seed: SeedAsked, method: Method) -> TrainingConfig:
         """Configure the training of one network.
@@ -172,7 +196,10 @@ def read_grid(path: Path) -> Grid:
 
 
 def _told(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    places = [".".join(map(str, item["loc"])) for item in error.errors()]
+    return "; ".join(
+        f"{place}: {item['msg']}" if place else item["msg"] for place, item in zip(places, error.errors(), strict=True)
+    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -249,10 +276,9 @@ def train_missing(grid: Grid, tell: Tell) -> list[Run]:
     """Train every network of the grid's ways for every seed, but those that have been.
 
     Raises:
-        RunError: there is nowhere to train to, or a run there was trained otherwise.
+        RunError: ``training`` is not a configuration, or a run there was trained otherwise.
     """
-    if grid.runs is None:
-        raise RunError("the grid has seeds to train and no folder for runs: give runs")
+    assert grid.runs is not None
     found = []
     for seed in grid.seeds:
         for name in dict.fromkeys(way.network for way in grid.ways):
@@ -414,7 +440,6 @@ def evaluate_grid(grid: Grid, runs: Sequence[Run], out: Path, *, tell: Tell, pro
     """
     if bool(runs) == bool(grid.seeds):
         raise RunError("name runs to evaluate, or a grid file with seeds to train (and not both)")
-    grid.ways  # noqa: B018 (a wrong name is told before anything is trained)
     seeds = by_seed(runs or train_missing(grid, tell))
     told: list[str] = []
 
