@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images open-set gpu-check train-profile reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -55,6 +55,10 @@ first-light: $(VENV)/.ready
 # Real images, where ../shared/data is present: build/real-images.json.
 real-images: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.real_images
+
+# Real nuclei of many plates without controls, where ../shared/data is present: build/mitocheck.json. Resumable.
+mitocheck: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.mitocheck
 
 # Inactive wells and a phenotype never taught: build/open-set.json.
 open-set: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""``anchorwell-train``: simulate, index, fetch, train, export, evaluate, report.
+"""``anchorwell-train``: simulate, index, fetch, train, export, evaluate, embeddings, cost, report.
 
 Each command imports what it needs when it runs: ``simulate`` works without torch.
 """
@@ -329,14 +329,78 @@ def evaluate_command(
 
 @app.command("report")
 def report_command(
-    tables: Annotated[list[Path], typer.Argument(help="CSVs that evaluate wrote.")],
+    results: Annotated[Path, typer.Argument(help="A results folder: cells.parquet and what lies beside it.")],
+    out: Annotated[Path, typer.Option(help="Folder to write report.md and its plots to.")],
+    *,
+    method: Annotated[
+        str, typer.Option(help="The method that plots of one method show beside unadapted ERM.")
+    ] = "cs-arm-bn",
+    context: Annotated[str, typer.Option(help="Its context.")] = "controls",
 ) -> None:
-    """Print a table of several evaluations: mean over plates with a bootstrapped 95 % interval."""
-    import pandas as pd  # noqa: PLC0415
+    """Write a report of an evaluation: tables with intervals over plates, plots, and what they cannot show."""
+    from training.report import write_report  # noqa: PLC0415 (pandas)
 
-    from training.report import markdown_table, summarise  # noqa: PLC0415 (pandas)
+    typer.echo(f"report: {write_report(results, out, (method, context))}")
 
-    typer.echo(markdown_table(summarise(pd.concat([pd.read_csv(path) for path in tables], ignore_index=True))))
+
+@app.command("embeddings")
+def embeddings_command(
+    table: Annotated[
+        Path, typer.Argument(help="Embeddings, one row a well: Metadata_* columns and features, .parquet or .csv.")
+    ],
+    out: Annotated[Path, typer.Option(help="Results folder to write into, beside what lies there.")],
+    *,
+    name: Annotated[str, typer.Option(help="The embedding's name, where the table has no Metadata_method.")] = "",
+    label_column: Annotated[str, typer.Option(help="The class; empty where a well has none.")] = "Metadata_label",
+    control_column: Annotated[str, typer.Option(help="Says which wells are negative controls.")] = "Metadata_pert_type",
+    control_value: Annotated[str, typer.Option(help="Its value for negative controls.")] = "negcon",
+    setting_column: Annotated[
+        str, typer.Option(help="train, in_domain, new_batch or new_lab; not read with --train-batches.")
+    ] = "Metadata_setting",
+    train_batches: Annotated[str | None, typer.Option(help="Metadata_Batch to train on, commas; others are tests.")] = None,
+) -> None:
+    """Score embeddings by logistic regression: as they are, z-scored by each plate's controls, and after TVN."""
+    from training.embeddings import Columns, write_baselines  # noqa: PLC0415 (scikit-learn)
+
+    columns = Columns(label=label_column, control=control_column, control_value=control_value, setting=setting_column)
+    batches = tuple(batch.strip() for batch in train_batches.split(",")) if train_batches else ()
+    cells = write_baselines(table, out, name, columns, batches)
+    for (method, context, setting), rows in cells.groupby(["method", "context", "setting"], sort=False):
+        typer.echo(f"{method} {context} {setting}: {rows['well_accuracy'].mean():.3f} per well, {len(rows)} plates")
+
+
+@app.command("cost")
+def cost_command(
+    out: Annotated[
+        Path, typer.Option(help="Folder to write cost.json and cost.md to: a results folder shows it in its report.")
+    ],
+    *,
+    run: Annotated[Path | None, typer.Option(help="Take network and size from a run directory.")] = None,
+    channels: int = 5,
+    classes: int = 8,
+    depth: Annotated[int, typer.Option(help="18, 34 or 50.")] = 50,
+    width: int = 64,
+    antialiased: bool = True,
+    size: Annotated[int, typer.Option(help="Network input, pixels.")] = 256,
+    treated: Annotated[int, typer.Option(help="Treated images of a batch.")] = 256,
+    controls: Annotated[int, typer.Option(help="Control images measured.")] = 64,
+    minibatch: Annotated[int, typer.Option(help="Images a step of fine-tuning.")] = 32,
+    steps: Annotated[int, typer.Option(help="Steps of fine-tuning.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Rounds of interleaved timing.")] = 5,
+) -> None:
+    """Measure what adapting to a batch costs beside a plain forward pass and beside fine-tuning on it."""
+    from model.network import NetworkSpec  # noqa: PLC0415 (torch)
+    from training.cost import Workload, write_cost  # noqa: PLC0415 (torch)
+
+    if depth not in {18, 34, 50}:
+        raise typer.BadParameter("--depth is one of 18, 34, 50")
+    spec = NetworkSpec(channels, classes, cast("Literal[18, 34, 50]", depth), width, antialiased)
+    if run is not None:
+        from training.train import Run  # noqa: PLC0415 (torch)
+
+        loaded = Run.load(run)
+        spec, size = loaded.spec, loaded.recipe.size
+    typer.echo(write_cost(Workload(spec, size, treated, controls, minibatch, steps), out, rounds))
 
 
 def main() -> None:

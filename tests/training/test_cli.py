@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import made_up
+
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "lightning", "pandas", "onnx", "sklearn"):
@@ -54,6 +56,9 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("evaluate", "{out}/run", "--out", "{out}/results"), "run.json"),
         (("export", "{out}/run", "."), "is not empty"),
         (("export", "{out}/run", "{out}/bundle"), "run.json"),
+        (("report", "{out}", "--out", "{out}/report"), "has no cells.parquet"),
+        (("embeddings", "{out}/table.parquet", "--out", "{out}"), "table.parquet"),
+        (("cost", "--depth", "19", "--out", "{out}"), "--depth is one of 18, 34, 50"),
     ],
 )
 def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
@@ -61,3 +66,15 @@ def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], tol
     assert done.returncode != 0
     assert told in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_embeddings_are_scored_into_a_results_folder_and_reported_beside_the_rest(tmp_path: Path) -> None:
+    folder = made_up.write(tmp_path / "results")
+    embedded = run("embeddings", str(folder / "embeddings.parquet"), "--out", str(folder))
+    assert embedded.returncode == 0, embedded.stderr
+    assert "tvn erm source new_lab: " in embedded.stdout
+    reported = run("report", str(folder), "--out", str(tmp_path / "report"), "--method", "arm-bn", "--context", "treated")
+    assert reported.returncode == 0, reported.stderr
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| tvn (erm source) |" in text
+    assert "arm-bn (treated) in domain" in text, "the method asked for has the confusions"
