@@ -50,6 +50,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
         (("train", "{out}/plates", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
         (("train", "{out}/plates", "{out}/run", "--accelerator", "tpu"), "--accelerator is one of auto, cpu, gpu"),
+        (("index", "{out}", "--out", "{out}/i.csv", "--load-data", "x"), "--out ends in .parquet"),
+        (("index", "{out}", "--out", "{out}/i.parquet", "--load-data", "x"), "no plate.csv or plate.csv.gz in it"),
         (("export", "{out}/run", "."), "is not empty"),
         (("export", "{out}/run", "{out}/bundle"), "run.json"),
     ],
