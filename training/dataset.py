@@ -18,6 +18,7 @@ from model.scale import BatchScale
 
 NO_LABEL = -1
 _CHUNK_SITES = 64
+_CHUNK_PIXELS = 16_384
 
 
 class SiteImages(Protocol):
@@ -173,9 +174,14 @@ def _moments(sites: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
-    """Mean and mean square of a plane, in double precision."""
-    pixels = plane.reshape(-1).astype(np.float64)
-    return float(pixels.mean()), float(pixels @ pixels) / pixels.size
+    """Mean and mean square of a plane, in double precision: exact for integers."""
+    pixels = plane.reshape(-1)
+    total = square = 0.0
+    for start in range(0, len(pixels), _CHUNK_PIXELS):  # which fit a processor's cache
+        part = pixels[start : start + _CHUNK_PIXELS].astype(np.float64)
+        total += float(part.sum())
+        square += float(part @ part)
+    return total / len(pixels), square / len(pixels)
 
 
 def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
