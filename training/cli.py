@@ -214,6 +214,12 @@ def train_command(
     method: Annotated[str, typer.Option(help="erm, erm-zscore, instancenorm, arm-bn or cs-arm-bn.")] = "cs-arm-bn",
     context: Annotated[str, typer.Option(help="cs-arm-bn: controls, union or panel.")] = "controls",
     test_lab: Annotated[str | None, typer.Option(help="Metadata_Source to keep for testing.")] = None,
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: train, validation, in_domain, new_batch, new_lab: names of plates, batches or labs."
+        ),
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="Labels to learn, commas; all by default.")] = None,
     depth: Annotated[int, typer.Option(help="18, 34 or 50.")] = 50,
     width: int = 64,
@@ -248,7 +254,7 @@ def train_command(
     from training.train import TrainingConfig, train  # noqa: PLC0415 (torch)
 
     config = TrainingConfig(
-        plates=str(plates), method=method, context=context, test_lab=test_lab,
+        plates=str(plates), method=method, context=context, test_lab=test_lab, split=str(split) if split else None,
         classes=tuple(name.strip() for name in classes.split(",")) if classes else None,
         depth=cast("Literal[18, 34, 50]", depth), width=width, antialiased=antialiased,
         size=size, crop=crop,

@@ -3,8 +3,8 @@
 Knows nothing of files: ``training.plates`` opens what was fetched, and anything that gives images by rows will do.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from model.scale import BatchScale
 
 NO_LABEL = -1
 _CHUNK_SITES = 64
+_CHUNK_PIXELS = 16_384
 
 
 class SiteImages(Protocol):
@@ -31,9 +32,26 @@ class SiteImages(Protocol):
     def __getitem__(self, rows: Any, /) -> NDArray[Any]: ...
 
 
-def no_digests() -> NDArray[np.str_]:
-    """Return the digests of a plate whose planes came from no file: none."""
-    return np.empty((0, 0), np.str_)
+class PlaneFiles(Protocol):
+    """The files that a plate's planes were read from."""
+
+    def digests(self) -> NDArray[np.str_]:
+        """sha256 of each, hexadecimal (sites, channels)."""
+
+    def places(self, rows: Sequence[int], channels: Sequence[int]) -> list[str]:
+        """Where they lay: one for each row and channel number."""
+
+
+class NoFiles:
+    """Of planes that came from no file."""
+
+    def digests(self) -> NDArray[np.str_]:
+        """None."""
+        return np.empty((0, 0), np.str_)
+
+    def places(self, rows: Sequence[int], channels: Sequence[int]) -> list[str]:  # noqa: ARG002
+        """No place."""
+        return [""] * len(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +63,7 @@ class PlateSites:
     (sites,) are the wells' labels, ``labels`` (sites,) class numbers, NO_LABEL where the well has no class of those learned.
     ``intensities`` (sites, channels, 2): mean and standard deviation of the raw planes, for the intensity null.
     ``site_moments`` (sites, channels, 2): mean and mean square of scaled pixels; without them they are counted when they are
-    asked for. ``read_digests`` reads ``digests``.
+    asked for. ``files`` are those of the planes.
     """
 
     plate: str
@@ -61,7 +79,7 @@ class PlateSites:
     scale: BatchScale | None = None
     steps: float = 1.0
     site_moments: NDArray[np.float64] | None = None
-    read_digests: Callable[[], NDArray[np.str_]] = no_digests
+    files: PlaneFiles = field(default_factory=NoFiles)
 
     @property
     def treated(self) -> NDArray[np.int64]:
@@ -75,8 +93,8 @@ class PlateSites:
 
     @property
     def digests(self) -> NDArray[np.str_]:
-        """sha256 of every plane's file, hexadecimal (sites, channels); read anew each time."""
-        return self.read_digests()
+        """sha256 of every plane's file, hexadecimal (sites, channels); read anew each time; of no site without files."""
+        return self.files.digests()
 
     def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
         """Control rows that enter the statistics, by the rule the service uses."""
@@ -156,9 +174,14 @@ def _moments(sites: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
-    """Mean and mean square of a plane, in double precision."""
-    pixels = plane.reshape(-1).astype(np.float64)
-    return float(pixels.mean()), float(pixels @ pixels) / pixels.size
+    """Mean and mean square of a plane, in double precision: exact for integers."""
+    pixels = plane.reshape(-1)
+    total = square = 0.0
+    for start in range(0, len(pixels), _CHUNK_PIXELS):  # which fit a processor's cache
+        part = pixels[start : start + _CHUNK_PIXELS].astype(np.float64)
+        total += float(part.sum())
+        square += float(part @ part)
+    return total / len(pixels), square / len(pixels)
 
 
 def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

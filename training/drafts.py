@@ -83,7 +83,8 @@ class StoredForm:
             1 if self.steps > 1 else 2
         ):
             raise ValueError("its planes are of a larger type than those of the plate's first site")
-        stored: NDArray[Any] = np.rint(field * np.float32(self.steps)).astype(self.dtype)
+        steps = field * np.float32(self.steps)
+        stored: NDArray[Any] = np.rint(steps, out=steps).astype(self.dtype)
         return stored
 
 

@@ -6,6 +6,7 @@ out of space goes on where it was. Files that cannot be used are collected, and 
 
 import errno
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -408,7 +409,7 @@ def _measured(site: PreparedSite, recipe: ImageRecipe) -> NDArray[np.float64]:
 
 
 def _mean_std(plane: Plane) -> tuple[float, float]:
-    pixels = plane.reshape(-1).astype(np.float64)
-    mean = float(pixels.mean())
-    pixels -= mean
-    return mean, float(np.sqrt(pixels @ pixels / pixels.size))
+    offset = plane.flat[0]  # so that large floats lose nothing in their squares
+    mean, square = plane_moments(plane - offset if plane.dtype.kind == "f" else plane)
+    shift = float(offset) if plane.dtype.kind == "f" else 0.0
+    return mean + shift, math.sqrt(max(0.0, square - mean**2))

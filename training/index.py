@@ -159,12 +159,6 @@ def checked(index: pd.DataFrame) -> pd.DataFrame:
     return index.sort_values(KEYS, ignore_index=True)
 
 
-def plates_without_controls(index: pd.DataFrame) -> list[str]:
-    """Name the plates that have no control site."""
-    controlled = set(index.loc[index["role"] == Role.CONTROL.value, "Metadata_Plate"])
-    return [str(plate) for plate in index["Metadata_Plate"].unique() if plate not in controlled]
-
-
 def write_index(index: pd.DataFrame, path: Path) -> None:
     """Write an index as Parquet or CSV, by the file's ending; paths below its folder become relative to it."""
     path.parent.mkdir(parents=True, exist_ok=True)

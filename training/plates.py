@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from model.layout import Role
 from model.scale import BatchScale
 from model.statistics import canonical_json
 from training.dataset import NO_LABEL, PlateSites
+from training.index import path_column
 
 FORMAT_VERSION = 1
 RECIPE = "recipe.json"
@@ -147,6 +148,28 @@ class StoredImages:
 def _map(path: Path, _inode: int, _mtime_ns: int) -> NDArray[Any]:
     mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """What a sites table says of the files that planes were read from; read when it is asked for."""
+
+    sites: Path
+    channels: tuple[str, ...]
+
+    def digests(self) -> NDArray[np.str_]:
+        """sha256 of each, hexadecimal (sites, channels)."""
+        table = pq.read_table(self.sites, columns=[sha256_column(channel) for channel in self.channels])
+        return np.stack([np.array(column.to_pylist(), np.str_) for column in table.columns], axis=1)
+
+    def places(self, rows: Sequence[int], channels: Sequence[int]) -> list[str]:
+        """Site and path or URL of planes, each of a row and a channel's number."""
+        names = [path_column(channel) for channel in self.channels]
+        table = pq.read_table(self.sites, columns=["Metadata_Site", *names]).to_pandas()
+        return [
+            f"site {table['Metadata_Site'].iloc[row]} {table[names[channel]].iloc[row]}"
+            for row, channel in zip(rows, channels, strict=True)
+        ]
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -298,14 +321,8 @@ def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe) -> 
         scale=None if record.scale is None else BatchScale.from_json(record.scale),
         steps=record.steps,
         site_moments=values[..., 2:],
-        read_digests=partial(read_digests, files.sites, recipe.channels),
+        files=StoredFiles(files.sites, recipe.channels),
     )
-
-
-def read_digests(sites: Path, channels: Sequence[str]) -> NDArray[np.str_]:
-    """Read the sha256 of every plane of a sites table: (sites, channels)."""
-    table = pq.read_table(sites, columns=[sha256_column(channel) for channel in channels])
-    return np.stack([np.array(column.to_pylist(), np.str_) for column in table.columns], axis=1)
 
 
 def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:

@@ -51,7 +51,7 @@ from training.progress import (
     require_weights,
     sweep,
 )
-from training.splits import Split, split_by_batch
+from training.splits import Split, check_split, read_split, refuse_repeated_images, split_by_batch
 
 RUN = "run.json"
 _HOW = frozenset({"accelerator", "devices", "num_nodes", "accumulate", "loader_workers", "steps"})
@@ -65,7 +65,8 @@ log = logging.getLogger("anchorwell.training")
 class TrainingConfig:
     """Everything a run depends on but its plates' pixels.
 
-    ``plates`` is a folder that was fetched, with its recipe. ``steps`` optimiser steps at most, validated every
+    ``plates`` is a folder that was fetched, with its recipe. ``split`` is a file of purposes (see ``training.splits``);
+    without it whole batches, and ``test_lab``, are held out by rule. ``steps`` optimiser steps at most, validated every
     ``validate_every``; training stops when the validation loss has not fallen for ``patience`` validations. ``crop`` is the
     side of the random crops trained on (``size`` by default; smaller ones train faster), ``size`` that of the centre crops
     validated on and served. ``schedule`` ``constant`` is the paper's; ``cosine`` decays to a hundredth, for short budgets.
@@ -81,6 +82,7 @@ class TrainingConfig:
     context: str = "controls"
     stop_gradient: bool = False
     test_lab: str | None = None
+    split: str | None = None
     depth: Literal[18, 34, 50] = 50
     width: int = 64
     antialiased: bool = True
@@ -282,17 +284,33 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
 
     Raises:
         LayoutError: they cannot be split or have no such classes. RunError: nothing was fetched, or smaller fields.
+        LeakError: the split lets training see what it is tested on.
     """
     folder = Path(config.plates)
     recipe = replace(plates_recipe(folder), size=config.size)
     require_recipe(folder, recipe)
     unlabelled = open_plates(folder)
     _require_size(unlabelled, max(config.size, config.crop or 0))
-    split = split_by_batch(plate_table(unlabelled), config.test_lab)
+    split = _split(config, unlabelled)
     classes = _classes([unlabelled[name] for name in split.train], config.classes)
     plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
     mean, std = moments([plates[name] for name in split.train])
     return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
+
+
+def _split(config: TrainingConfig, plates: Mapping[str, PlateSites]) -> Split:
+    table = plate_table(plates)
+    if config.split is not None and config.test_lab is not None:
+        raise RunError("a split in a file says which lab is tested on: leave test_lab out")
+    split = split_by_batch(table, config.test_lab) if config.split is None else read_split(Path(config.split), table)
+    check_split(split, table)
+    repeated = refuse_repeated_images(split, plates)
+    if repeated:
+        log.warning("%d images are there several times:\n%s", len(repeated), "\n".join(map(str, repeated)))
+    bare = [plate for plate in split.purposes() if not plates[plate].controls.any()]
+    if bare:
+        log.warning("no negative controls on %s: only methods that need none can use them", ", ".join(bare))
+    return split
 
 
 def _require_size(plates: Mapping[str, PlateSites], size: int) -> None:
@@ -338,6 +356,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
         if trainer.is_global_zero and (path / RUN).is_file():
             require_same_run(Run.load(path).config, config, path, resume=resume)
         run, plates = prepare_run(config, path)
+        require_same_split(run)
         _require_context(run, plates)
         module = MetaTraining(run, plates)
         if stored is not None:
@@ -414,6 +433,22 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
         differences.append(f"devices x num_nodes x accumulate (it is {started.parts}, asked for is {asked.parts})")
     if differences:
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
+
+
+def require_same_split(run: Run) -> None:
+    """Check that a run that is gone on with still has the plates and purposes that it was started with.
+
+    Raises:
+        RunError: its folder of plates, or the file that splits them, was changed.
+    """
+    if (run.path / RUN).is_file():
+        started = Run.load(run.path).split.purposes()
+        now = run.split.purposes()
+        changed = sorted(plate for plate in started.keys() | now.keys() if started.get(plate) != now.get(plate))
+        if changed:
+            raise RunError(
+                f"{run.path} was started with other purposes of the plates {', '.join(changed)}: start another run"
+            )
 
 
 def _require_context(run: Run, plates: Mapping[str, PlateSites]) -> None:

@@ -11,6 +11,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import images
 from model.errors import (
     BlankImageError,
     ImageError,
@@ -393,3 +394,18 @@ def test_all_zero_cv8000_planes_are_refused_as_blank(shared_data):
         with pytest.raises(BlankImageError) as refused:
             decode_plane(path.read_bytes())
         assert well in refused.value.about(well=well, file=path.name).detail
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 50.0, 99.0, 99.9, 99.99, 99.9999, 100.0])
+@pytest.mark.parametrize("kind", ["gamma", "ties", "flat but one", "sorted", "floats"])
+def test_the_percentile_is_numpys_to_the_bit(share: float, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 2), (3, 5), (16, 16), (64, 61), (270, 270), (303, 301)):
+        plane = {
+            "gamma": rng.gamma(2, 300, (height, width)).astype(np.uint16),
+            "ties": rng.integers(0, 4, (height, width)),
+            "flat but one": np.arange(height * width).reshape(height, width) // (height * width - 1),
+            "sorted": np.arange(height * width).reshape(height, width),
+            "floats": rng.normal(size=(height, width)),
+        }[kind].astype(np.float32)
+        assert images._percentile(plane, share).tobytes() == np.float32(np.percentile(plane, share)).tobytes()

@@ -54,6 +54,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("train", "{out}/plates", "{out}/run", "--accelerator", "tpu"), "--accelerator is one of auto, cpu, gpu"),
         (("evaluate", "--out", "{out}/results"), "name runs to evaluate, or a grid file with seeds to train"),
         (("evaluate", "{out}/run", "--out", "{out}/results"), "run.json"),
+        (("index", "{out}", "--out", "{out}/i.csv", "--load-data", "x"), "--out ends in .parquet"),
+        (("index", "{out}", "--out", "{out}/i.parquet", "--load-data", "x"), "no plate.csv or plate.csv.gz in it"),
         (("export", "{out}/run", "."), "is not empty"),
         (("export", "{out}/run", "{out}/bundle"), "run.json"),
         (("report", "{out}", "--out", "{out}/report"), "has no cells.parquet"),

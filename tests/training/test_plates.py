@@ -1,5 +1,6 @@
 """Plates on disk: opened without being read, as they were fetched, or not at all."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -14,11 +15,11 @@ from model.images import ImageRecipe
 from training.dataset import NO_LABEL
 from training.plates import (
     PlateFiles,
+    StoredFiles,
     StoredImages,
     open_plates,
     plate_table,
     plates_recipe,
-    read_digests,
     require_recipe,
     verify_plates,
 )
@@ -52,9 +53,11 @@ def test_every_planes_digest_is_known(fetched: Path) -> None:
     assert plate.digests.shape == (25, 5)
     assert len(np.unique(plate.digests)) == 125
     assert all(len(digest) == 64 for digest in plate.digests.flat)
-    np.testing.assert_array_equal(
-        read_digests(PlateFiles(fetched, plate.plate).sites, CHANNELS[1:2])[:, 0], plate.digests[:, 1]
-    )
+    again = StoredFiles(PlateFiles(fetched, plate.plate).sites, CHANNELS[1:2]).digests()
+    np.testing.assert_array_equal(again[:, 0], plate.digests[:, 1])
+    (place,) = plate.files.places([3], [1])
+    assert place.startswith("site 1 ")
+    assert hashlib.sha256(Path(place.removeprefix("site 1 ")).read_bytes()).hexdigest() == plate.digests[3, 1]
 
 
 def test_images_are_sent_to_workers_by_path(fetched: Path) -> None:
