@@ -119,8 +119,8 @@ class NetworkAnswers:
 
     @property
     def uses_controls(self) -> bool:
-        """Whether the number of control wells matters."""
-        return self.way.uses_controls
+        """Whether the number of control wells matters: to statistics, or to how images are scaled."""
+        return self.way.uses_controls or self.trained.recipe.scaled_by_batch
 
     def scored(self, plate: PlateSites, rows: Rows) -> NDArray[np.bool_]:
         """All rows but the panel's: what its wells are is known, as of controls."""
@@ -150,8 +150,10 @@ class NetworkAnswers:
         if self.uses_controls:
             require_controls(plate)
         own = plate.control_rows[np.isin(plate.wells[plate.control_rows], controls)]
-        if self.trained.method.zscore and not len(own):
+        if (self.trained.method.zscore or self.trained.recipe.scaled_by_batch) and not len(own):
             return None
+        if self.trained.recipe.scaled_by_batch and len(own) < len(plate.control_rows):
+            plate = plate.scaled_by(plate.even_rows(own, MAX_CONTEXT_SITES))
         recipe = plate.zscore_recipe(self.trained.recipe, own) if self.trained.method.zscore else self.trained.recipe
         context = self._context(plate, own, sent)
         prior = self._prior(len(controls), len(context))

@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from model.bundle import recipe_json
-from model.errors import RunError
+from model.errors import NoControlsError, RunError
 from model.statistics import canonical_json
 from training.dataset import PlateSites, group_means
 from training.evaluate import (
@@ -40,15 +40,17 @@ from training.evaluate import (
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
 from training.plates import write_whole
-from training.progress import BEST
+from training.progress import BEST, LAST, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
-from training.train import RUN, Run, TrainingConfig, load_network, train
+from training.train import RUN, Run, TrainingConfig, load_network, require_same_run, train
 
 VERSION = 1
 """Of what a part holds and of how cells are drawn and scored: a change makes every part anew."""
 PARTS, ABOUT = "parts", "about.json"
 TABLES = ("cells", "predictions", "embeddings")
+
+_HOW = ("accelerator", "devices", "num_nodes", "loader_workers")
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -245,7 +247,12 @@ class FinishedRun:
         network = load_network(self.run).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return TrainedNetwork(
-            network.to(device), self.run.method, self.run.recipe, self.train_plates, self.validation_plates
+            network.to(device),
+            self.run.method,
+            self.run.recipe,
+            self.train_plates,
+            self.validation_plates,
+            panel_wells=self.run.config.shape.panel_wells,
         )
 
     @cached_property
@@ -267,7 +274,7 @@ class FinishedRun:
     def budget(self) -> dict[str, Any]:
         """What of its configuration must be equal for a fair comparison."""
         config = asdict(self.run.config)
-        apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", "accelerator", "loader_workers")
+        apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", *_HOW)
         images = self.run.config.shape.rows * self.run.config.shape.plates
         return {**{name: value for name, value in config.items() if name not in apart}, "images_per_step": images}
 
@@ -282,10 +289,26 @@ def train_missing(grid: Grid, tell: Tell) -> list[Run]:
     found = []
     for seed in grid.seeds:
         for name in dict.fromkeys(way.network for way in grid.ways):
-            folder = grid.runs / f"seed-{seed.seed}" / name
-            tell(f"seed {seed.seed}: {name}")
-            found.append(train(grid.config(seed, NETWORKS[name]), folder, resume=(folder / RUN).is_file(), quiet=True))
+            config, folder = grid.config(seed, NETWORKS[name]), grid.runs / f"seed-{seed.seed}" / name
+            try:
+                found.append(_finished(config, folder) or _trained(config, folder, tell))
+            except NoControlsError as error:
+                tell(f"seed {seed.seed}: {name} is not trained: {error.detail}")
     return found
+
+
+def _finished(config: TrainingConfig, folder: Path) -> Run | None:
+    """Return a run that has had all its steps."""
+    if not (folder / RUN).is_file() or not (folder / LAST).is_file() or not (folder / BEST).is_file():
+        return None
+    run = Run.load(folder)
+    require_same_run(run.config, config, folder, resume=True)
+    return run if int(read_checkpoint(folder / LAST, ("global_step",))["global_step"]) >= config.steps else None
+
+
+def _trained(config: TrainingConfig, folder: Path, tell: Tell) -> Run:
+    tell(f"training {folder}")
+    return train(config, folder, resume=(folder / RUN).is_file(), quiet=True)
 
 
 def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
@@ -342,13 +365,18 @@ class Task:
 
     def digest(self, kind: str, cell: Cell, draws: Draws) -> str:
         """Name what there is of the task in a cell by all that it depends on."""
-        weights = None if isinstance(self.subject, Null) else [asdict(self.subject), self.run.checkpoint]
+        weights = (
+            None
+            if isinstance(self.subject, Null)
+            else [asdict(self.subject), self.run.checkpoint, self.run.run.config.shape.panel_wells]
+        )
         drawn = [cell.controls, cell.query, str(cell.alpha), asdict(draws)]
         return _sha256([VERSION, kind, self.seed, self.named, weights, drawn, self.run.content])
 
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
         """Return the cells that are not the same as another: the number of controls matters only to what uses them."""
-        return [cell for cell in asked if cell.controls == ALL or self.subject.uses_controls]
+        uses = self.subject.uses_controls or (isinstance(self.subject, Way) and self.run.run.recipe.scaled_by_batch)
+        return [cell for cell in asked if cell.controls == ALL or uses]
 
 
 def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell) -> list[Task]:

@@ -15,8 +15,9 @@ from model.errors import RunError
 from tests.conftest import ROOT
 from training.grid import Axes, FinishedRun, Grid, evaluate_grid, overview, read_grid, tasks_of
 from training.methods import NETWORKS, WAYS
+from training.progress import BEST
 from training.queries import ALL, DEFAULT, Cell
-from training.train import BEST, Run, TrainingConfig
+from training.train import Run, TrainingConfig
 
 COLUMNS = {
     "method", "context", "setting", "seed", "lab", "batch", "plate", "controls", "query", "alpha", "blended", "images",
