@@ -9,6 +9,7 @@ tvn               typical variation normalisation (Ando et al. 2017): scale and 
                   centred on its controls and whitened by (covariance of its controls + 0.5 I)^(-1/2)
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,7 +325,14 @@ def _tables(
 
 
 def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_batches: Sequence[str] = ()) -> pd.DataFrame:
-    """Evaluate a table's embeddings into the results folder ``out``, beside what lies there; returns the cells."""
+    """Evaluate a table's embeddings into the results folder ``out``, beside what lies there; returns the cells.
+
+    Raises:
+        ValueError: a name that is no part of a file's name.
+        LayoutError, NoControlsError: see ``read_wells`` and ``evaluate_embeddings``.
+    """
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"an embedding's name has letters, digits, dots, dashes and underscores, not {name!r}")
     tables = [evaluate_embeddings(wells) for wells in read_wells(path, name, columns, train_batches)]
     cells = pd.concat([found for found, _ in tables], ignore_index=True)
     predictions = pd.concat([found for _, found in tables], ignore_index=True)

@@ -45,6 +45,7 @@ CURVES = {
     "alpha": ("Label shift", "label shift (Dirichlet alpha)"),
     "query_wells": ("Query size", "treated wells sent together (L)"),
 }
+_BEHIND = "plates, batches, labs"
 _METRIC_NAMES = {
     "image_accuracy": "per image",
     "well_accuracy": "per well",
@@ -90,7 +91,7 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
         worst = min(batches, key=lambda name: batches[name])
         figures.append({"worst_batch_accuracy": batches[worst]})
         found = {name: value for figure in figures for name, value in figure.items()}
-        rows.append({**place, **found, "worst_batch": worst, "batches": len(batches)})
+        rows.append({**place, **found, "worst_batch": worst, "behind": _behind(part)})
     return pd.DataFrame(rows)
 
 
@@ -107,7 +108,7 @@ def gaps(results: Results, resamples: Resamples) -> pd.DataFrame:
         away = _same_plates(unadapted[unadapted["setting"] == place["setting"]], part)
         if place["setting"] == "in_domain" or (place["method"], place["context"]) == UNADAPTED or away.empty:
             continue
-        row: dict[str, object] = {**place}
+        row: dict[str, object] = {**place, "behind": _behind(away)}
         for metric, unit in (("well_accuracy", "well"), ("image_accuracy", "image")):
             erm = resamples.mean(away, metric)
             gain, loss = resamples.mean(_same_plates(part, away), metric) - erm, resamples.mean(at_home, metric) - erm
@@ -305,13 +306,13 @@ def _results_section(results: Results, resamples: Resamples, out: Path) -> str:
     for setting in results.settings:
         rows = [
             [
-                _named(row), *(_printed(row, m) for m in METRICS[:3]),
-                f"{row['worst_batch_accuracy']:.3f} {row['worst_batch']} (of {row['batches']})",
+                _named(row), row["behind"], *(_printed(row, m) for m in METRICS[:3]),
+                f"{row['worst_batch_accuracy']:.3f} {row['worst_batch']}",
                 *(_before_after(row, metric) for metric in METRICS[3:]),
             ]
             for _, row in found[found["setting"] == setting].iterrows()
         ]  # fmt: skip
-        titles = ["method", "per image", "per well", "macro-F1", "worst batch, per well", "NLL", "ECE", "Brier"]
+        titles = ["method", _BEHIND, "per image", "per well", "macro-F1", "worst batch, per well", "NLL", "ECE", "Brier"]
         if rows:
             parts.append(f"### {SETTINGS[setting].capitalize()}\n\n{_markdown(titles, rows)}")
     parts.append("NLL, ECE and Brier score: before temperature (T = 1) → after. Nulls know nothing of morphology.")
@@ -324,7 +325,7 @@ def _gap_section(results: Results, resamples: Resamples) -> str:
         return ""
     rows = [
         [
-            _named(row), SETTINGS[row["setting"]],
+            _named(row), SETTINGS[row["setting"]], row["behind"],
             _printed(row, "well_gain", signed=True), _printed(row, "well_share"), _printed(row, "image_share"),
         ]
         for _, row in found.iterrows()
@@ -333,7 +334,7 @@ def _gap_section(results: Results, resamples: Resamples) -> str:
         f"{SETTINGS[row['setting']]} {_printed(row, 'well_loss')} per well"
         for _, row in found.drop_duplicates("setting").iterrows()
     ]
-    titles = ["method", "setting", "gain per well over unadapted ERM", "share closed, per well", "share closed, per image"]
+    titles = ["method", "setting", _BEHIND, "gain per well over unadapted ERM", "share closed, per well", "per image"]
     told = (
         f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. Share closed = (method - ERM) / (ERM in domain - "
         "ERM): above 1 a method does better there than ERM does at home; empty where ERM loses nothing."
@@ -461,6 +462,12 @@ def _same_plates(rows: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Rows whose plate has a row in ``other`` too."""
     there = set(places_of(other))
     return rows.loc[[place in there for place in zip(rows["lab"], rows["batch"], rows["plate"], strict=True)]]
+
+
+def _behind(rows: pd.DataFrame) -> str:
+    """Numbers of plates, batches and labs."""
+    places = places_of(rows)
+    return ", ".join(str(len({place[:levels] for place in places})) for levels in (3, 2, 1))
 
 
 def _named(row: pd.Series) -> str:

@@ -210,6 +210,11 @@ def test_batches_that_are_not_there_cannot_be_trained_on(tmp_path: Path) -> None
         read(one_network(), tmp_path, train_batches=("B0", "B77"))
 
 
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not '../dino'"):
+        write_baselines(tmp_path / "table.parquet", tmp_path, "../dino", COLUMNS)
+
+
 def test_shares_of_variance_tell_batches_from_classes() -> None:
     table = made_up.embeddings(each=10)
     test = table[table["Metadata_setting"] != "train"]

@@ -40,6 +40,7 @@ def test_every_metric_is_the_mean_over_plates_and_seeds(results: Results) -> Non
                 assert row[metric] == pytest.approx(rows[metric].mean()), (way, setting, metric)
             assert row["well_accuracy_low"] < row["well_accuracy"] < row["well_accuracy_high"]
             batches = rows.groupby("batch")["well_accuracy"].mean()
+            assert row["behind"] == ("9, 3, 1" if setting == "new_lab" else "18, 6, 2")
             assert row["worst_batch_accuracy"] == pytest.approx(batches.min())
             assert row["worst_batch"].endswith(f"/{batches.idxmin()}")
 
