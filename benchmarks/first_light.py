@@ -43,7 +43,7 @@ METRICS = ["image_accuracy", "well_accuracy", "mixed_well_accuracy", "one_class_
 
 
 RECIPE = ImageRecipe(channels=CHANNELS, size=SIZE_PX, pixel_size_um=NETWORK_PIXEL_SIZE_UM)
-RECIPES = {"percentile": RECIPE, "raw": replace(RECIPE, scaling="fixed", full_scale=(CAMERA_MAX,) * len(CHANNELS))}
+RECIPES = {"percentile": RECIPE, "raw": replace(RECIPE, scaling="fixed-scale", full_scale=(CAMERA_MAX,) * len(CHANNELS))}
 
 
 def data(seed: int, workers: int) -> Path:
@@ -61,7 +61,7 @@ def data(seed: int, workers: int) -> Path:
 
 
 def configured(plates: Path, method: str, test_lab: str, seed: int, steps: int) -> TrainingConfig:
-    """Configure one run; ``erm-zscore-raw`` is erm-zscore without percentile scaling."""
+    """Configure one run; ``erm-zscore-raw`` is erm-zscore without percentile-8bit scaling."""
     folder = plates / ("raw" if method.endswith("-raw") else "percentile")
     config = small_config(folder, method.removesuffix("-raw"), steps=steps, seed=seed, test_lab=test_lab)
     return replace(config, size=SIZE_PX, crop=CROP_PX, validate_every=100)
@@ -79,7 +79,10 @@ def one_run(plates: Path, method: str, test_lab: str, seed: int, steps: int, thr
     run = train(config, folder, resume=(folder / RUN).is_file(), quiet=True)
     seconds = time.monotonic() - started
     found = evaluate(load_network(run), run.method, run.recipe, run.split, load_run_plates(run))
-    found.assign(method=method, seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
+    if method.endswith("-raw"):
+        found["method"] = method
+    found["method"] = found["method"].replace("adabn-controls", "erm")  # as figures have named it from the first
+    found.assign(seed=seed, test_lab=test_lab, train_seconds=seconds).to_csv(scores, index=False)
     return scores
 
 

@@ -113,7 +113,7 @@ def _context_notices(
             "send them again"
         )
     if adaptation is not None and manifest.context not in (CONTROLS, adaptation.context):
-        how = {SOURCE: " (AdaBN)", PANEL: _without_panel(batch)}.get(manifest.context, "")
+        how = {SOURCE: " (AdaBN)", PANEL: _without_panel(adaptation, batch)}.get(manifest.context, "")
         yield f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
     if adaptation is not None and adaptation.prior_weight is not None:
         yield (
@@ -129,8 +129,10 @@ def _context_notices(
         )
 
 
-def _without_panel(batch: BatchRecord) -> str:
-    return ": a blend is of controls alone" if batch.panel_wells else ": no panel is recorded (POST …/controls?role=panel)"
+def _without_panel(adaptation: Adaptation, batch: BatchRecord) -> str:
+    if not batch.panel_wells:
+        return ": no panel is recorded (POST …/controls?role=panel)"
+    return ": a blend is of controls alone" if adaptation.context == BLENDED else ": its panel could not be measured"
 
 
 def well_prediction(

@@ -176,6 +176,7 @@ def _scored_others(
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
     others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
+    plate = plate.scaled_by(context)
     norm = _normaliser(network, method, statistics_of(network, plate, recipe, context, prior))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)

@@ -5,34 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.context import choose_context
+from model.context import MAX_CONTEXT_SITES
 from model.errors import NoControlsError
 from model.images import ImageRecipe
-from model.layout import SiteKey
 from model.network import Given, ResNet
 from model.statistics import BatchNormStatistics, Prior
 from training.dataset import PlateSites
 from training.methods import Method, measured
 
-MAX_CONTEXT_SITES = 128
-
 
 def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
     """Control rows that enter the statistics, by the rule the service uses."""
     require_controls(plate)
-    return even_rows(plate, plate.control_rows, max_sites)
-
-
-def even_rows(plate: PlateSites, rows: NDArray[np.int64], max_sites: int) -> NDArray[np.int64]:
-    """At most ``max_sites`` of a plate's rows, evenly over wells, by the rule the service uses."""
-    seen: dict[str, int] = {}
-    keys: dict[SiteKey, int] = {}
-    for row in rows:
-        well = str(plate.wells[row])
-        seen[well] = seen.get(well, 0) + 1
-        keys[SiteKey(well, seen[well])] = int(row)
-    context = choose_context(keys, max_sites)
-    return np.array([keys[site] for site in context.used], np.int64)
+    return plate.context_rows(max_sites)
 
 
 def require_controls(plate: PlateSites) -> None:

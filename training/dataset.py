@@ -1,4 +1,4 @@
-"""A plate's sites as training reads them: planes at the network's pixel size, whole, scaled by the recipe, by row.
+"""A plate's sites as training reads them: planes prepared by a recipe, whole, by row, scaled when they are asked for.
 
 Knows nothing of files: ``training.plates`` opens what was fetched, and anything that gives images by rows will do.
 """
@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.images import ImageRecipe, centre_crop, normalise
+from model.context import MAX_CONTEXT_SITES, choose_context
+from model.errors import ContextError
+from model.images import ImageRecipe, PreparedImage, centre_crop, crop_corner, measure_scale, normalise, scale_pixels
+from model.layout import SiteKey
+from model.scale import BatchScale
 
 NO_LABEL = -1
-_UINT8_WHITE = 255.0
 _CHUNK_SITES = 64
 
 
@@ -37,11 +40,12 @@ def no_digests() -> NDArray[np.str_]:
 class PlateSites:
     """One plate's sites.
 
-    ``images`` (sites, channels, height, width); ``white`` (channels,) is the stored value that stands for 1, by default
-    255 for uint8 and 1 for floats. ``names`` (sites,) are the wells' labels, ``labels`` (sites,) class numbers, NO_LABEL
-    where the well has no class of those learned. ``intensities`` (sites, channels, 2): mean and standard deviation of the
-    raw planes, for the intensity null. ``pixel_moments`` (sites, channels, 2): mean and mean square of ``images``, counted
-    when they are needed where they were not stored. ``read_digests`` reads ``digests``.
+    ``images`` (sites, channels, height, width), prepared by ``recipe``, whose mean and std are not used here: uint8 for
+    percentile-8bit, else ``steps`` times grey levels. ``scale`` is the plate's own, for a recipe that has one. ``names``
+    (sites,) are the wells' labels, ``labels`` (sites,) class numbers, NO_LABEL where the well has no class of those learned.
+    ``intensities`` (sites, channels, 2): mean and standard deviation of the raw planes, for the intensity null.
+    ``site_moments`` (sites, channels, 2): mean and mean square of scaled pixels; without them they are counted when they are
+    asked for. ``read_digests`` reads ``digests``.
     """
 
     plate: str
@@ -53,8 +57,10 @@ class PlateSites:
     controls: NDArray[np.bool_]
     images: SiteImages
     intensities: NDArray[np.float32]
-    white: tuple[float, ...] = ()
-    pixel_moments: NDArray[np.float64] | None = None
+    recipe: ImageRecipe
+    scale: BatchScale | None = None
+    steps: float = 1.0
+    site_moments: NDArray[np.float64] | None = None
     read_digests: Callable[[], NDArray[np.str_]] = no_digests
 
     @property
@@ -72,33 +78,64 @@ class PlateSites:
         """sha256 of every plane's file, hexadecimal (sites, channels); read anew each time."""
         return self.read_digests()
 
+    def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
+        """Control rows that enter the statistics, by the rule the service uses."""
+        return self.even_rows(self.control_rows, max_sites)
+
+    def even_rows(self, rows: NDArray[np.int64], max_sites: int) -> NDArray[np.int64]:
+        """At most ``max_sites`` of some rows, evenly over wells, by the rule the service uses."""
+        seen: dict[str, int] = {}
+        keys: dict[SiteKey, int] = {}
+        for row in rows:
+            well = str(self.wells[row])
+            seen[well] = seen.get(well, 0) + 1
+            keys[SiteKey(well, seen[well])] = int(row)
+        context = choose_context(keys, max_sites)
+        return np.array([keys[site] for site in context.used], np.int64)
+
     def with_classes(self, classes: Sequence[str]) -> "PlateSites":
         """Return the plate with class numbers in the order of ``classes``; other labels get NO_LABEL."""
         number = {name: position for position, name in enumerate(classes)}
         return replace(self, labels=np.array([number.get(name, NO_LABEL) for name in self.names.tolist()], np.int64))
 
+    def scaled_by(self, rows: NDArray[np.int64] | None = None) -> "PlateSites":
+        """Return the plate at the scale that control rows give, as the service would scale it had it those alone.
+
+        Without rows it is at its own scale: that of its whole context.
+
+        Raises:
+            ContextError: they give none; names the plate.
+        """
+        if not self.recipe.scaled_by_batch:
+            return self
+        try:
+            chosen = self.images[self.context_rows() if rows is None else rows]
+            sites = [PreparedImage.of_planes(self._grey(site), self.recipe) for site in chosen]
+            return replace(self, scale=measure_scale(sites, self.recipe), site_moments=None)
+        except ContextError as error:
+            raise error.about(plate=self.plate) from None
+
     def unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows scaled to about 0…1: float32 (rows, channels, height, width)."""
         return self.scaled(self.images[rows])
 
-    def scaled(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        """Stored values (…, channels, height, width) scaled to about 0…1: float32."""
-        white = self._white(stored.dtype)
-        if white is None:
-            return stored.astype(np.float32, copy=False)
-        found: NDArray[np.float32] = stored.astype(np.float32) / white[:, None, None]
-        return found
+    def scaled(self, window: NDArray[Any], corner: tuple[int, int] = (0, 0)) -> NDArray[np.float32]:
+        """Scale a window (…, channels, height, width) of stored images to about 0…1; ``corner`` is its first pixel's."""
+        if self.recipe.scaling == "percentile-8bit":
+            return self._grey(window)
+        top, left = crop_corner(self.images.shape, self.recipe.size)
+        return scale_pixels(self._grey(window), self.recipe, self.scale, (corner[0] - top, corner[1] - left))
 
-    def _white(self, dtype: np.dtype[Any]) -> NDArray[np.float32] | None:
-        """The stored value that stands for 1: (channels,), or (1,) for all of them; None where nothing is to divide."""
-        if self.white:
-            return np.asarray(self.white, np.float32)
-        return np.asarray([_UINT8_WHITE], np.float32) if dtype == np.uint8 else None
+    def _grey(self, window: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored values as the recipe prepared them: 0…1, or grey levels."""
+        values: NDArray[np.float32] = window.astype(np.float32, copy=False)
+        steps = np.float32(255.0 if window.dtype == np.uint8 else self.steps)
+        return values if steps == 1 else values / steps
 
     def served(self, rows: NDArray[np.int64], recipe: ImageRecipe) -> NDArray[np.float32]:
         """Rows as the service prepares them: centre crop, normalised."""
-        sites = self.scaled(centre_crop(self.images[rows], recipe.size))
-        return np.stack([normalise(site, recipe) for site in sites])
+        sites = centre_crop(self.images[rows], recipe.size)
+        return normalise(self.scaled(sites, crop_corner(self.images.shape, recipe.size)), recipe)
 
     def zscore_recipe(self, recipe: ImageRecipe, rows: NDArray[np.int64] | None = None) -> ImageRecipe:
         """Return the recipe with mean and std per channel of this plate's controls (all, or ``rows``) instead."""
@@ -106,22 +143,20 @@ class PlateSites:
         mean, std = moments([controls], controls_only=True)
         return replace(recipe, mean=mean, std=std)
 
-    def unit_moments(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Mean and mean square of scaled pixels over rows, per channel: (channels, 2)."""
-        if self.pixel_moments is None:
-            counted: NDArray[np.float64] = pixel_moments(self.unit(part) for part in _chunks(rows)).mean(axis=0)
-            return counted
-        stored: NDArray[np.float64] = self.pixel_moments[rows].mean(axis=0)
-        white = self._white(self.images.dtype)
-        return stored if white is None else np.divide(stored, np.stack([white, white**2], axis=1))
+    def moments_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Mean and mean square of scaled pixels, per site and channel: (rows, channels, 2)."""
+        if self.site_moments is not None:
+            return self.site_moments[rows]
+        return np.concatenate([_moments(self.unit(part)) for part in _chunks(rows)])
 
 
-def pixel_moments(chunks: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
-    """Mean and mean square of every plane of chunks (sites, channels, height, width): (sites, channels, 2)."""
-    return np.concatenate([[[_plane_moments(plane) for plane in site] for site in chunk] for chunk in chunks])
+def _moments(sites: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean and mean square of every plane of (sites, channels, height, width): (sites, channels, 2)."""
+    return np.array([[plane_moments(plane) for plane in site] for site in sites])
 
 
-def _plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
+def plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
+    """Mean and mean square of a plane, in double precision."""
     pixels = plane.reshape(-1).astype(np.float64)
     return float(pixels.mean()), float(pixels @ pixels) / pixels.size
 
@@ -135,7 +170,7 @@ def moments(plates: Iterable[PlateSites], *, controls_only: bool = False) -> tup
     found = []
     for plate in plates:
         rows = plate.control_rows if controls_only else np.arange(len(plate.wells))
-        found.append(plate.unit_moments(rows))
+        found.append(plate.moments_of(rows).mean(axis=0))
     mean, square = np.mean(found, axis=0).T
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)

@@ -153,24 +153,27 @@ class Episodes(Dataset[list[Episode]]):
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
-_Input = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""Stored values (channels, height, width) -> network input (height, width, channels)."""
+_Input = Callable[[NDArray[Any], tuple[int, int]], NDArray[np.float32]]
+"""A window of stored values (channels, height, width) and its first pixel -> network input (height, width, channels)."""
 
 
 def _network_inputs(plates: Sequence[PlateSites], recipes: Sequence[ImageRecipe]) -> list[_Input]:
     """Say how each plate's stored values become network input; plates of one scale share their table."""
-    shared: dict[tuple[ImageRecipe, tuple[float, ...], str], _Input] = {}
+    shared: dict[tuple[Any, ...], _Input] = {}
     found = []
     for plate, recipe in zip(plates, recipes, strict=True):
-        key = (recipe, plate.white, plate.images.dtype.str)
+        if plate.images.dtype.kind != "u" or plate.recipe.scaled_by_batch:  # a table of 65,536 levels for every plate
+            found.append(_by_formula(plate, recipe))
+            continue
+        key = (recipe, plate.recipe, plate.steps, plate.images.dtype.str)
         if key not in shared:
-            shared[key] = _by_table(plate, recipe) if plate.images.dtype.kind == "u" else _by_formula(plate, recipe)
+            shared[key] = _by_table(plate, recipe)
         found.append(shared[key])
     return found
 
 
 def _by_formula(plate: PlateSites, recipe: ImageRecipe) -> _Input:
-    return lambda stored: normalise(plate.scaled(stored), recipe).transpose(1, 2, 0)
+    return lambda stored, corner: normalise(plate.scaled(stored, corner), recipe).transpose(1, 2, 0)
 
 
 def _by_table(plate: PlateSites, recipe: ImageRecipe) -> _Input:
@@ -180,7 +183,7 @@ def _by_table(plate: PlateSites, recipe: ImageRecipe) -> _Input:
     stored = np.broadcast_to(np.arange(levels).astype(dtype), (channels, 1, levels))
     table = normalise(plate.scaled(stored), recipe).reshape(-1)
     starts = levels * np.arange(channels)
-    return lambda stored: np.take(table, stored.transpose(1, 2, 0) + starts)
+    return lambda stored, _corner: np.take(table, stored.transpose(1, 2, 0) + starts)
 
 
 def _augmented(plate: PlateSites, rows: NDArray[np.int64], to_input: _Input, crop: int, rng: np.random.Generator) -> Tensor:
@@ -193,8 +196,9 @@ def _augmented(plate: PlateSites, rows: NDArray[np.int64], to_input: _Input, cro
     turns, flips = rng.integers(4, size=count), rng.random(count) < 0.5  # noqa: PLR2004
     images = np.empty((count, crop, crop, plate.images.shape[1]), np.float32)
     for at, (row, top, left) in enumerate(zip(rows, tops, lefts, strict=True)):
-        site = np.rot90(plate.images[row, :, top : top + crop, left : left + crop], int(turns[at]), axes=(1, 2))
-        images[at] = to_input(site[:, :, ::-1] if flips[at] else site)
+        window = to_input(plate.images[row, :, top : top + crop, left : left + crop], (int(top), int(left)))
+        turned = np.rot90(window, int(turns[at]))
+        images[at] = turned[:, ::-1] if flips[at] else turned
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from model.context import MAX_CONTEXT_SITES
 from model.errors import LayoutError
 from model.images import ImageRecipe
 from model.network import Normaliser, PerInstance, ResNet
@@ -21,9 +22,7 @@ from model.statistics import BatchNormStatistics, Prior
 from training.blending import blend_wells, measure_wells
 from training.calibrate import fit_temperature
 from training.contexts import (
-    MAX_CONTEXT_SITES,
     control_statistics,
-    even_rows,
     given,
     panel_rows,
     require_controls,
@@ -120,8 +119,8 @@ class NetworkAnswers:
 
     @property
     def uses_controls(self) -> bool:
-        """Whether the number of control wells matters."""
-        return self.way.uses_controls
+        """Whether the number of control wells matters: to statistics, or to how images are scaled."""
+        return self.way.uses_controls or self.trained.recipe.scaled_by_batch
 
     def scored(self, plate: PlateSites, rows: Rows) -> NDArray[np.bool_]:
         """All rows but the panel's: what its wells are is known, as of controls."""
@@ -151,8 +150,10 @@ class NetworkAnswers:
         if self.uses_controls:
             require_controls(plate)
         own = plate.control_rows[np.isin(plate.wells[plate.control_rows], controls)]
-        if self.trained.method.zscore and not len(own):
+        if (self.trained.method.zscore or self.trained.recipe.scaled_by_batch) and not len(own):
             return None
+        if self.trained.recipe.scaled_by_batch and len(own) < len(plate.control_rows):
+            plate = plate.scaled_by(plate.even_rows(own, MAX_CONTEXT_SITES))
         recipe = plate.zscore_recipe(self.trained.recipe, own) if self.trained.method.zscore else self.trained.recipe
         context = self._context(plate, own, sent)
         prior = self._prior(len(controls), len(context))
@@ -194,7 +195,7 @@ class NetworkAnswers:
         if not len(context):
             return None
         cap = MAX_QUERY_SITES if self.way.context in ("treated", "union") else MAX_CONTEXT_SITES
-        used = context if len(context) <= cap else even_rows(plate, context, cap)
+        used = context if len(context) <= cap else plate.even_rows(context, cap)
         return measured(trained.network, plate.served(used, recipe), prior)
 
 

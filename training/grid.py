@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from model.bundle import recipe_json
-from model.errors import RunError
+from model.errors import NoControlsError, RunError
 from model.statistics import canonical_json
 from training.dataset import PlateSites, group_means
 from training.evaluate import (
@@ -40,15 +40,17 @@ from training.evaluate import (
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
 from training.plates import write_whole
-from training.progress import BEST
+from training.progress import BEST, LAST, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
-from training.train import RUN, Run, TrainingConfig, load_network, train
+from training.train import RUN, Run, TrainingConfig, load_network, require_same_run, train
 
 VERSION = 1
 """Of what a part holds and of how cells are drawn and scored: a change makes every part anew."""
 PARTS, ABOUT = "parts", "about.json"
 TABLES = ("cells", "predictions", "embeddings")
+
+_HOW = ("accelerator", "devices", "num_nodes", "loader_workers")
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -85,6 +87,11 @@ class Axes(Asked):
         """Every combination."""
         return [Cell(*values) for values in itertools.product(self.controls, self.query_wells, self.alpha)]
 
+    @model_validator(mode="after")
+    def _check(self) -> "Axes":
+        self.cells()
+        return self
+
 
 ONE_AT_A_TIME = (
     Axes(controls=(0, 1, 2, 4, 8, 16)),
@@ -118,20 +125,26 @@ class Grid(Asked):
     draws: Draws = Draws()
     embeddings: tuple[str, ...] = ()
 
-    @property
-    def ways(self) -> tuple[Way, ...]:
-        """The ways asked for, in order.
-
-        Raises:
-            RunError: a name that is none.
-        """
+    @model_validator(mode="after")
+    def _check(self) -> "Grid":
         known = {way.name: way for way in WAYS}
         for name in self.methods:
             if name not in known:
-                raise RunError(f"no method {name!r}; the grid's methods are some of {', '.join(known)}")
+                raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}")
         for name in self.embeddings:
             if name not in self.methods or known[name].blended:
-                raise RunError(f"no embeddings of {name!r}: name some of the grid's methods that are not blended")
+                raise ValueError(f"no embeddings of {name!r}: name some of the grid's methods that are not blended")
+        seeds = [asked.seed for asked in self.seeds]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        if seeds and self.runs is None:
+            raise ValueError("there are seeds to train and no folder for their runs: give runs")
+        return self
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways asked for, in order."""
+        known = {way.name: way for way in WAYS}
         return tuple(known[name] for name in self.methods)
 
     @property
@@ -139,6 +152,19 @@ class Grid(Asked):
         """All cells, the default one first."""
         asked = {cell for axes in self.cells for cell in axes.cells()} - {DEFAULT}
         return (DEFAULT, *sorted(asked))
+
+    def only(self, seeds: Sequence[int] | None) -> "Grid":
+        """Return the grid with these of its seeds; None for all.
+
+        Raises:
+            RunError: it has no such seed.
+        """
+        if seeds is None:
+            return self
+        absent = sorted(set(seeds) - {asked.seed for asked in self.seeds})
+        if absent:
+            raise RunError(f"the grid has no seed {absent[0]}")
+        return self.model_copy(update={"seeds": tuple(asked for asked in self.seeds if asked.seed in seeds)})
 
     def config(self, seed: SeedAsked, method: Method) -> TrainingConfig:
         """Configure the training of one network.
@@ -172,7 +198,10 @@ def read_grid(path: Path) -> Grid:
 
 
 def _told(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    places = [".".join(map(str, item["loc"])) for item in error.errors()]
+    return "; ".join(
+        f"{place}: {item['msg']}" if place else item["msg"] for place, item in zip(places, error.errors(), strict=True)
+    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -218,7 +247,12 @@ class FinishedRun:
         network = load_network(self.run).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return TrainedNetwork(
-            network.to(device), self.run.method, self.run.recipe, self.train_plates, self.validation_plates
+            network.to(device),
+            self.run.method,
+            self.run.recipe,
+            self.train_plates,
+            self.validation_plates,
+            panel_wells=self.run.config.shape.panel_wells,
         )
 
     @cached_property
@@ -240,7 +274,7 @@ class FinishedRun:
     def budget(self) -> dict[str, Any]:
         """What of its configuration must be equal for a fair comparison."""
         config = asdict(self.run.config)
-        apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", "accelerator", "loader_workers")
+        apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", *_HOW)
         images = self.run.config.shape.rows * self.run.config.shape.plates
         return {**{name: value for name, value in config.items() if name not in apart}, "images_per_step": images}
 
@@ -249,17 +283,32 @@ def train_missing(grid: Grid, tell: Tell) -> list[Run]:
     """Train every network of the grid's ways for every seed, but those that have been.
 
     Raises:
-        RunError: there is nowhere to train to, or a run there was trained otherwise.
+        RunError: ``training`` is not a configuration, or a run there was trained otherwise.
     """
-    if grid.runs is None:
-        raise RunError("the grid has seeds to train and no folder for runs: give runs")
+    assert grid.runs is not None
     found = []
     for seed in grid.seeds:
         for name in dict.fromkeys(way.network for way in grid.ways):
-            folder = grid.runs / f"seed-{seed.seed}" / name
-            tell(f"seed {seed.seed}: {name}")
-            found.append(train(grid.config(seed, NETWORKS[name]), folder, resume=(folder / RUN).is_file(), quiet=True))
+            config, folder = grid.config(seed, NETWORKS[name]), grid.runs / f"seed-{seed.seed}" / name
+            try:
+                found.append(_finished(config, folder) or _trained(config, folder, tell))
+            except NoControlsError as error:
+                tell(f"seed {seed.seed}: {name} is not trained: {error.detail}")
     return found
+
+
+def _finished(config: TrainingConfig, folder: Path) -> Run | None:
+    """Return a run that has had all its steps."""
+    if not (folder / RUN).is_file() or not (folder / LAST).is_file() or not (folder / BEST).is_file():
+        return None
+    run = Run.load(folder)
+    require_same_run(run.config, config, folder, resume=True)
+    return run if int(read_checkpoint(folder / LAST, ("global_step",))["global_step"]) >= config.steps else None
+
+
+def _trained(config: TrainingConfig, folder: Path, tell: Tell) -> Run:
+    tell(f"training {folder}")
+    return train(config, folder, resume=(folder / RUN).is_file(), quiet=True)
 
 
 def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
@@ -316,13 +365,18 @@ class Task:
 
     def digest(self, kind: str, cell: Cell, draws: Draws) -> str:
         """Name what there is of the task in a cell by all that it depends on."""
-        weights = None if isinstance(self.subject, Null) else [asdict(self.subject), self.run.checkpoint]
+        weights = (
+            None
+            if isinstance(self.subject, Null)
+            else [asdict(self.subject), self.run.checkpoint, self.run.run.config.shape.panel_wells]
+        )
         drawn = [cell.controls, cell.query, str(cell.alpha), asdict(draws)]
         return _sha256([VERSION, kind, self.seed, self.named, weights, drawn, self.run.content])
 
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
         """Return the cells that are not the same as another: the number of controls matters only to what uses them."""
-        return [cell for cell in asked if cell.controls == ALL or self.subject.uses_controls]
+        uses = self.subject.uses_controls or (isinstance(self.subject, Way) and self.run.run.recipe.scaled_by_batch)
+        return [cell for cell in asked if cell.controls == ALL or uses]
 
 
 def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell) -> list[Task]:
@@ -414,7 +468,6 @@ def evaluate_grid(grid: Grid, runs: Sequence[Run], out: Path, *, tell: Tell, pro
     """
     if bool(runs) == bool(grid.seeds):
         raise RunError("name runs to evaluate, or a grid file with seeds to train (and not both)")
-    grid.ways  # noqa: B018 (a wrong name is told before anything is trained)
     seeds = by_seed(runs or train_missing(grid, tell))
     told: list[str] = []
 

@@ -2,7 +2,8 @@
 
 ``recipe.json`` says how all of them were prepared. Each plate has three files, named by its barcode:
 
-- ``<plate>.npy``: images (sites, channels, height, width), uint8 or uint16, whole fields at the network's pixel size;
+- ``<plate>.npy``: images (sites, channels, height, width), whole fields at the network's pixel size: uint8 for
+  percentile-8bit, else grey levels as uint16 (float32 where the planes are);
 - ``<plate>.parquet``: one row a site: the index's columns, sha256 of each plane's file, intensities, moments;
 - ``<plate>.json``: written last, with sizes and sha256 of the other two. Without it the plate is not there.
 
@@ -14,7 +15,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,57 +30,22 @@ from model.bundle import recipe_from_json, recipe_json
 from model.errors import RunError
 from model.images import ImageRecipe
 from model.layout import Role
+from model.scale import BatchScale
 from model.statistics import canonical_json
 from training.dataset import NO_LABEL, PlateSites
 
 FORMAT_VERSION = 1
 RECIPE = "recipe.json"
-KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
-_UINT8_STEPS, _UINT16_STEPS = 255, 65535
-_HEADROOM = 4
-
-
-# --- how pixels are stored -------------------------------------------------------------------------------------------
-
-
-def preparation(recipe: ImageRecipe) -> ImageRecipe:
-    """Return what of a recipe a folder of plates is prepared by: all but the training set's mean and std."""
-    return replace(recipe, mean=(), std=())
-
-
-def white_of(recipe: ImageRecipe) -> tuple[float, ...]:
-    """Return the stored value that stands for 1, per channel.
-
-    Percentile scaling gives 256 steps, which uint8 keeps. What keeps intensity is stored as uint16 counts; a full scale of
-    few counts is stored in finer steps, so that resampled pixels are not coarsened, with room for pixels beyond it.
-    """
-    if recipe.scaling == "percentile":
-        return (float(_UINT8_STEPS),) * len(recipe.channels)
-    assert recipe.full_scale is not None
-    return tuple(
-        full * max(1, int(_UINT16_STEPS / _HEADROOM / full)) if full <= _UINT8_STEPS else full for full in recipe.full_scale
-    )
-
-
-def stored_dtype(recipe: ImageRecipe) -> np.dtype[Any]:
-    """Return the type in which a recipe's pixels are stored."""
-    return np.dtype(np.uint8 if recipe.scaling == "percentile" else np.uint16)
-
-
-def to_stored(site: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[Any]:
-    """Store a scaled site (channels, height, width); ``PlateSites.unit`` is the way back."""
-    dtype = stored_dtype(recipe)
-    steps = site * np.asarray(white_of(recipe), np.float32)[:, None, None]
-    stored: NDArray[Any] = np.clip(np.rint(steps), 0, np.iinfo(dtype).max).astype(dtype)
-    return stored
-
-
-# --- the folder ------------------------------------------------------------------------------------------------------
+PLATE_KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
+MEASURED = ("intensity_mean", "intensity_std", "unit_mean", "unit_square")
+"""What is measured of a plane: mean and std as read, mean and mean square when scaled to about 0…1."""
+_OPEN_FILES = 64
+_UNFINISHED = ".partial"
 
 
 @dataclass(frozen=True)
 class PlateFiles:
-    """Where a plate's three files lie."""
+    """Where a plate's files lie."""
 
     folder: Path
     plate: str
@@ -101,18 +68,24 @@ class PlateFiles:
     @property
     def record(self) -> Path:
         """What makes the plate complete."""
-        return self.path(".json")
+        return self.path(".plate.json")
 
 
 @dataclass(frozen=True)
 class PlateRecord:
-    """What a plate's last file says: of which plate, by which recipe, of which rows of an index, and its files."""
+    """What a plate's last file says: of which plate, by which recipe, of which rows of an index, and its files.
+
+    ``steps`` are stored values per grey level. ``skipped`` are the sites left out, and why.
+    """
 
     plate: str
     lab: str
     batch: str
     recipe: str
     rows: str
+    steps: float
+    scale: dict[str, Any] | None
+    skipped: tuple[str, ...]
     images_bytes: int
     images_sha256: str
     sites_bytes: int
@@ -129,11 +102,11 @@ class PlateRecord:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT_VERSION:
             raise RunError(f"{path} has format {content.get('format')}; this version reads {FORMAT_VERSION}: fetch it again")
-        return cls(**content)
+        return cls(**{**content, "skipped": tuple(content["skipped"])})
 
 
 class StoredImages:
-    """A plate's pixels in their file, mapped anew for every reading: no file stays open, and workers are sent a path."""
+    """A plate's pixels in their file, mapped when they are asked for; workers are sent the path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,8 +120,8 @@ class StoredImages:
         return mapped.shape, mapped.dtype
 
     def _mapped(self) -> NDArray[Any]:
-        mapped: NDArray[Any] = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return mapped
+        found = self.path.stat()
+        return _map(self.path, found.st_ino, found.st_mtime_ns)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,7 +130,7 @@ class StoredImages:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint8 or uint16."""
+        """Of the file."""
         return self._header[1]
 
     def __len__(self) -> int:
@@ -170,14 +143,36 @@ class StoredImages:
         return np.asarray(self[:], dtype)
 
 
+@lru_cache(_OPEN_FILES)  # thousands of plates would be more open files than a process may have
+def _map(path: Path, _inode: int, _mtime_ns: int) -> NDArray[Any]:
+    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
 def sha256_column(channel: str) -> str:
     """Name the column of a sites table that holds a channel's digests."""
     return f"sha256_{channel}"
 
 
 def measured_columns(channel: str) -> list[str]:
-    """Name the columns of what was measured of a channel: mean and std of the raw plane, mean and mean square as stored."""
-    return [f"{name}_{channel}" for name in ("intensity_mean", "intensity_std", "stored_mean", "stored_square")]
+    """Name the columns of what was measured of a channel, in the order of ``MEASURED``."""
+    return [f"{name}_{channel}" for name in MEASURED]
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def preparation(recipe: ImageRecipe) -> ImageRecipe:
+    """Return what of a recipe a folder of plates is prepared by: all but the training set's mean and std."""
+    return replace(recipe, mean=(), std=())
+
+
+def recipe_name(recipe: ImageRecipe) -> str:
+    """Name a preparation: sha256 of its canonical JSON."""
+    return json_sha256(recipe_json(preparation(recipe)))
 
 
 def write_recipe(folder: Path, recipe: ImageRecipe) -> None:
@@ -186,24 +181,24 @@ def write_recipe(folder: Path, recipe: ImageRecipe) -> None:
     Raises:
         RunError: it says otherwise already; names what differs.
     """
-    path = folder / RECIPE
-    if path.is_file():
+    if (folder / RECIPE).is_file():
         require_recipe(folder, recipe)
         return
-    write_whole(path, json.dumps(recipe_json(preparation(recipe)), indent=2).encode() + b"\n")
+    write_whole(folder / RECIPE, json.dumps(recipe_json(preparation(recipe)), indent=2).encode() + b"\n")
 
 
-def require_recipe(folder: Path, recipe: ImageRecipe, *, but: frozenset[str] = frozenset()) -> None:
-    """Check that a folder was prepared by a recipe, ``but`` for some of its fields.
+def require_recipe(folder: Path, recipe: ImageRecipe) -> None:
+    """Check that a folder was prepared by a recipe; its size may be larger where no batch's scale hangs on it.
 
     Raises:
         RunError: it was not; names what differs.
     """
-    there, asked = asdict(plates_recipe(folder)), asdict(preparation(recipe))
+    stored = plates_recipe(folder)
+    there, asked = asdict(stored), asdict(preparation(recipe))
     differences = [
         f"{name} (it is {there[name]}, asked for is {asked[name]})"
         for name in there
-        if name not in but and there[name] != asked[name]
+        if there[name] != asked[name] and (name != "size" or stored.scaled_by_batch)
     ]
     if differences:
         raise RunError(f"{folder} was prepared with another {', another '.join(differences)}: name another folder")
@@ -222,9 +217,48 @@ def plates_recipe(folder: Path) -> ImageRecipe:
 
 
 def plate_records(folder: Path) -> dict[str, PlateRecord]:
-    """Return the records of the folder's plates, by name."""
-    found = [PlateRecord.load(path) for path in sorted(folder.glob("*.json")) if path.name != RECIPE]
+    """Return the records of the folder's complete plates, by name.
+
+    Raises:
+        RunError: a plate is of another version, or its files are not as long as they were; names all that are not.
+    """
+    found = [PlateRecord.load(path) for path in sorted(folder.glob("*.plate.json"))]
+    damaged = [str(path) for record in found for path, size in _files(folder, record) if _size(path) != size]
+    if damaged:
+        raise _damaged(damaged)
     return {record.plate: record for record in found}
+
+
+def verify_plates(folder: Path) -> int:
+    """Check the sha256 of every file of every complete plate; return how many plates there are.
+
+    Raises:
+        RunError: files are not as they were written; names all of them.
+    """
+    records = plate_records(folder)
+    damaged = [
+        str(path)
+        for record in records.values()
+        for (path, _), expected in zip(_files(folder, record), (record.images_sha256, record.sites_sha256), strict=True)
+        if file_sha256(path) != expected
+    ]
+    if damaged:
+        raise _damaged(damaged)
+    return len(records)
+
+
+def _files(folder: Path, record: PlateRecord) -> tuple[tuple[Path, int], tuple[Path, int]]:
+    files = PlateFiles(folder, record.plate)
+    return (files.images, record.images_bytes), (files.sites, record.sites_bytes)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _damaged(paths: Sequence[str]) -> RunError:
+    listed = "\n".join(paths)
+    return RunError(f"not as their plates' records say; delete those plates' .plate.json and fetch them again:\n{listed}")
 
 
 def open_plates(folder: Path, classes: Sequence[str] | None = None) -> dict[str, PlateSites]:
@@ -235,24 +269,22 @@ def open_plates(folder: Path, classes: Sequence[str] | None = None) -> dict[str,
         classes: labels in the order of the network's outputs; without them every label is NO_LABEL.
 
     Raises:
-        RunError: there are no plates, or they are of another version.
+        RunError: there are no plates, they are of another version, or files are damaged.
     """
     recipe = plates_recipe(folder)
     records = plate_records(folder)
     if not records:
         raise RunError(f"{folder} has no complete plate: fetch them with anchorwell-train fetch")
-    return {name: _open_plate(PlateFiles(folder, name), record, recipe, classes or ()) for name, record in records.items()}
+    opened = {name: _open_plate(PlateFiles(folder, name), record, recipe) for name, record in records.items()}
+    return opened if classes is None else {name: plate.with_classes(classes) for name, plate in opened.items()}
 
 
-def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe, classes: Sequence[str]) -> PlateSites:
-    for path, size in ((files.images, record.images_bytes), (files.sites, record.sites_bytes)):
-        if not path.is_file() or path.stat().st_size != size:
-            raise RunError(f"{path} is not as its record says ({size:,} bytes): delete {files.record.name} and fetch again")
+def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe) -> PlateSites:
     measured = [measured_columns(channel) for channel in recipe.channels]
     columns = ["Metadata_Well", "label", "role", *(name for names in measured for name in names)]
     sites = pq.read_table(files.sites, columns=columns).to_pandas()
-    values = np.stack([sites[names].to_numpy(np.float64) for names in measured], axis=1)  # (sites, channels, 4)
-    plate = PlateSites(
+    values = np.stack([sites[names].to_numpy(np.float64) for names in measured], axis=1)  # (sites, channels, MEASURED)
+    return PlateSites(
         plate=record.plate,
         lab=record.lab,
         batch=record.batch,
@@ -262,11 +294,12 @@ def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe, cla
         controls=(sites["role"] == Role.CONTROL.value).to_numpy(dtype=bool),
         images=StoredImages(files.images),
         intensities=values[..., :2].astype(np.float32),
-        white=white_of(recipe),
-        pixel_moments=values[..., 2:],
+        recipe=recipe,
+        scale=None if record.scale is None else BatchScale.from_json(record.scale),
+        steps=record.steps,
+        site_moments=values[..., 2:],
         read_digests=partial(read_digests, files.sites, recipe.channels),
     )
-    return plate.with_classes(classes)
 
 
 def read_digests(sites: Path, channels: Sequence[str]) -> NDArray[np.str_]:
@@ -277,7 +310,7 @@ def read_digests(sites: Path, channels: Sequence[str]) -> NDArray[np.str_]:
 
 def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:
     """Return one row a plate: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``."""
-    return pd.DataFrame([(plate.lab, plate.batch, plate.plate) for plate in plates.values()], columns=KEYS)
+    return pd.DataFrame([(plate.lab, plate.batch, plate.plate) for plate in plates.values()], columns=PLATE_KEYS)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -285,13 +318,18 @@ def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the machine stops."""
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial_path.open("wb") as file:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    with unfinished.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial_path.replace(path)
+    unfinished.replace(path)
     sync_folder(path.parent)
+
+
+def unfinished_files(path: Path) -> list[Path]:
+    """Return what calls that were killed left of a file."""
+    return list(path.parent.glob(f".{escape(path.name)}.*{_UNFINISHED}"))
 
 
 def sync_folder(folder: Path) -> None:

@@ -69,7 +69,7 @@ def control_draws(plate: PlateSites, count: int, draws: Draws) -> list[Wells]:
 
 
 def query_draws(plate: PlateSites, cell: Cell, draws: Draws) -> list[Wells]:
-    """Queries of L treated wells each; a single one of all wells where the cell asks for all.
+    """Queries of L treated wells each; a single one of all wells where the cell asks for all or these are all there are.
 
     Without label shift wells are dealt from a shuffled plate, none twice until all have been sent; a plate with fewer than L
     wells has no query. With label shift L stays what it is: the proportions of the plate's classes are drawn from a
@@ -79,7 +79,7 @@ def query_draws(plate: PlateSites, cell: Cell, draws: Draws) -> list[Wells]:
     """
     labels = dict(zip(plate.wells[plate.treated].tolist(), plate.labels[plate.treated].tolist(), strict=True))
     wells = np.array(sorted(labels), np.str_)
-    if cell.query == ALL:
+    if cell.query == ALL or (cell.query == len(wells) and not cell.shifted):
         return [wells] if len(wells) else []
     rng = _rng(plate, "query", cell.query, str(cell.alpha))
     if not cell.shifted:

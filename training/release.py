@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from model.bundle import SERVED_CONTEXTS, Bundle, Manifest, Parity
+from model.context import MAX_CONTEXT_SITES
 from training.calibrate import calibrate
-from training.contexts import MAX_CONTEXT_SITES, context_rows
+from training.contexts import context_rows
 from training.dataset import PlateSites
 from training.evaluate import evaluate, evaluate_nulls
 from training.export import export_bundle
@@ -26,7 +27,7 @@ def load_run_plates(run: Run) -> dict[str, PlateSites]:
         RunError: they are not there any more, or were prepared otherwise.
     """
     folder = Path(run.config.plates)
-    require_recipe(folder, run.recipe, but=frozenset({"size"}))
+    require_recipe(folder, run.recipe)
     return open_plates(folder, run.classes)
 
 

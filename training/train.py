@@ -38,7 +38,7 @@ from training.dataset import PlateSites, moments
 from training.episodes import Episode, Episodes, EpisodeShape, Share
 from training.evaluate import score_plate
 from training.methods import Method, make_method, training_loss
-from training.plates import open_plates, plate_table, plates_recipe, write_whole
+from training.plates import open_plates, plate_table, plates_recipe, require_recipe, write_whole
 from training.progress import (
     BEST,
     LAST,
@@ -285,6 +285,7 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
     """
     folder = Path(config.plates)
     recipe = replace(plates_recipe(folder), size=config.size)
+    require_recipe(folder, recipe)
     unlabelled = open_plates(folder)
     _require_size(unlabelled, max(config.size, config.crop or 0))
     split = split_by_batch(plate_table(unlabelled), config.test_lab)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from model.images import ImageRecipe
 from training.dataset import NO_LABEL, PlateSites
 
 
@@ -24,4 +25,5 @@ def made_up_plate(
         controls=labels == NO_LABEL,
         images=rng.integers(0, 255, size=(48 * sites, 2, size, size), dtype=np.uint8),
         intensities=intensities.astype(np.float32),
+        recipe=ImageRecipe(channels=("A", "B"), size=size),
     )

@@ -58,7 +58,7 @@ def test_an_episode_holds_controls_first_and_labels_of_the_treated(plates: list[
 
 def test_few_control_images_are_few_wells(plate: PlateSites) -> None:
     twice = replace(plate, **{  # two sites a well
-        name: np.concatenate([getattr(plate, name)] * 2) for name in ("wells", "names", "labels", "controls", "images")
+        name: np.concatenate([getattr(plate, name)[:]] * 2) for name in ("wells", "names", "labels", "controls", "images")
     })  # fmt: skip
     rows = _draw_wells(twice, 8, np.random.default_rng(0))
     assert len(set(rows)) == 8
@@ -69,7 +69,7 @@ def test_few_control_images_are_few_wells(plate: PlateSites) -> None:
 
 def test_the_panel_is_the_first_wells_of_every_class_by_name(plate: PlateSites) -> None:
     doubled = replace(plate, **{
-        name: np.concatenate([getattr(plate, name)] * 2) for name in ("names", "labels", "controls", "images")
+        name: np.concatenate([getattr(plate, name)[:]] * 2) for name in ("names", "labels", "controls", "images")
     }, wells=np.concatenate([np.char.add("P", np.char.lstrip(plate.wells, "ABCDEFGH")), plate.wells]))  # fmt: skip
     for wells_per_class in (1, 2):
         rows = panel_rows(doubled, wells_per_class)
@@ -128,12 +128,27 @@ def test_a_steps_plates_are_the_same_however_they_are_shared(plates: list[PlateS
     assert {len(mine) for mine in shared} == {4 * parts}
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_pixels_are_the_crops_turned_and_normalised_by_the_one_rule(plate: PlateSites, dtype: type) -> None:
+FIXED = ImageRecipe(channels=CHANNELS, size=64, scaling="fixed-scale", full_scale=(255.0, 510.0, 300.0, 255.0, 400.0))
+LIT = replace(FIXED, scaling="control-scale", illumination="controls")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps", "recipe"),
+    [
+        (np.uint8, 255.0, RECIPE),
+        (np.uint16, 1.0, FIXED),
+        (np.uint16, 256.0, FIXED),
+        (np.float32, 1.0, FIXED),
+        (np.uint16, 1.0, replace(LIT, illumination="none")),
+        (np.uint16, 1.0, LIT),
+    ],
+)
+def test_pixels_are_the_crops_turned_and_normalised_by_the_one_rule(
+    plate: PlateSites, dtype: type, steps: float, recipe: ImageRecipe
+) -> None:
     rng = np.random.default_rng(0)
-    stored = rng.integers(0, 256, (len(plate.wells), 5, 80, 72))
-    white = (255.0, 510.0, 300.0, 255.0, 400.0)
-    known = replace(plate, images=stored.astype(dtype), white=white, pixel_moments=None)
+    stored = rng.integers(0, 256, (len(plate.wells), 5, 80, 72)) * (256 if steps == 256 else 1)
+    known = replace(plate, images=stored.astype(dtype), recipe=recipe, steps=steps, site_moments=None).scaled_by()
     prepared = np.stack([normalise(site, RECIPE) for site in known.unit(np.arange(len(plate.wells)))])
     (episode, _) = episodes([known, known])[0]
     assert episode.images.is_contiguous(memory_format=torch.channels_last)

@@ -127,6 +127,20 @@ def test_zscored_inputs_are_those_of_the_given_control_wells():
     np.testing.assert_allclose(own.logits(PLATE, TREATED, some), expected, atol=1e-4)
 
 
+def test_images_scaled_by_controls_are_scaled_by_the_given_control_wells() -> None:
+    by_controls = ImageRecipe(channels=("A", "B"), size=64, scaling="control-scale", mean=(0.5, 0.5), std=(0.3, 0.3))
+    gain = np.linspace(1, 3, len(PLATE.wells), dtype=np.float32)[:, None, None, None]
+    plate = replace(PLATE, recipe=by_controls, images=PLATE.images[:] * gain).scaled_by()
+    erm = answers("erm")
+    own, some = replace(erm, trained=replace(erm.trained, recipe=by_controls)), CONTROLS[:2]
+    assert own.uses_controls
+    assert own.logits(plate, TREATED, CONTROLS[:0]) is None
+    images = plate.scaled_by(rows_of(some)).served(TREATED, by_controls)
+    expected, _ = classify(own.trained.network, images, Running(update=False))
+    np.testing.assert_allclose(own.logits(plate, TREATED, some), expected, atol=1e-4)
+    assert not np.allclose(own.logits(plate, TREATED, CONTROLS), expected, atol=1e-3)
+
+
 def test_the_panels_wells_are_measured_and_not_scored():
     own = answers("cs-arm-bn panel")
     panel = panel_rows(PLATE, 1)
