@@ -9,6 +9,7 @@ Run from the repository root: `python -m benchmarks.train_profile [--steps 12] [
 
 import argparse
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--networks", default=",".join(NETWORKS))
     arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bars: list[Bar] = []
     for name in arguments.networks.split(","):
         workload = NETWORKS[name]

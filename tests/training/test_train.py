@@ -125,3 +125,9 @@ def test_a_network_learns_in_bfloat16_with_statistics_in_float32(name: str) -> N
         logits, _ = network(images, norm)
     assert logits.dtype == torch.bfloat16
     assert {value.dtype for value in (*norm.means, *norm.variances, *network.buffers())} == {torch.float32}
+
+
+def test_a_loader_in_another_process_brings_the_same_steps(config: TrainingConfig, tmp_path: Path) -> None:
+    brief = replace(config, steps=3, validate_every=3)
+    inline, worker = (train(replace(brief, loader_workers=n), tmp_path / str(n), quiet=True) for n in (0, 1))
+    pd.testing.assert_frame_equal(pd.read_csv(inline.path / METRICS), pd.read_csv(worker.path / METRICS))
