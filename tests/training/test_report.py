@@ -10,10 +10,13 @@ import pytest
 
 from model.errors import LayoutError, RunError
 from tests.training import made_up
+from training.embeddings import Columns, write_baselines
+from training.grid import Axes, Grid, evaluate_grid
 from training.intervals import Resamples
 from training.metrics import share_of_gap_closed
 from training.report import calibration_by_batch, cannot_show, confusion, curve, gaps, reliability, scores, write_report
 from training.results import SETTINGS, Results, read_results
+from training.train import Run
 
 ERM, OURS = ("erm", "source"), ("cs-arm-bn", "controls")
 
@@ -183,6 +186,30 @@ def test_a_report_has_every_plot_and_nulls_in_every_table_of_methods(tmp_path: P
         assert "null: majority" in table, section
         assert ("erm (unadapted)" in table) is (section != "## Domain gap"), section
     assert "18 plates, 6 batches, 2 labs, 2 seeds" in text
+
+
+def test_a_grids_tables_are_reported_as_they_are(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    few = Axes(controls=(0, 1)), Axes(query_wells=(3,), alpha=(math.inf, 0))
+    methods = ("erm", "adabn-treated", "cs-arm-bn controls", "cs-arm-bn controls blended")
+    grid = Grid(methods=methods, cells=few, embeddings=("cs-arm-bn controls",))
+    cells = evaluate_grid(grid, [run, erm_run], tmp_path, tell=lambda _: None, progress=lambda _done, _total: None)
+    write_baselines(tmp_path / "embeddings.parquet", tmp_path, "", Columns())
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    assert text.startswith("# Evaluation on simulated plates")
+    new_batch = text.split("### New batches")[1].split("\n#")[0]
+    for method in (
+        "erm (unadapted)",
+        "adabn-treated",
+        "cs-arm-bn (controls)",
+        "tvn (cs-arm-bn controls)",
+        "null: intensity",
+    ):
+        assert f"| {method} |" in new_batch
+    ours = whole(cells, OURS, "new_batch")["well_accuracy"].mean()
+    assert f"| {ours:.3f} (" in new_batch
+    assert "| cs-arm-bn (controls), blended |" in text.split("## Control wells")[1]
+    assert "one class" in text.split("## Label shift")[1]
+    assert (tmp_path / "report" / "embedding.png").is_file()
 
 
 def test_cells_alone_are_reported_and_cost_beside_them(tmp_path: Path) -> None:
