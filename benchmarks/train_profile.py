@@ -66,7 +66,7 @@ def simulated_plate(number: int, treated: int = 64, controls: int = 32) -> Plate
         names=np.where(is_control, "DMSO", np.char.add("class", (np.arange(count) % CLASSES).astype(str))),
         labels=np.where(is_control, NO_LABEL, np.arange(count) % CLASSES).astype(np.int64), controls=is_control,
         images=rng.integers(0, 256, (count, CHANNELS, FIELD_PX, FIELD_PX), dtype=np.uint8),
-        intensities=np.zeros((count, CHANNELS, 2), np.float32),
+        intensities=np.zeros((count, CHANNELS, 2), np.float32), recipe=RECIPE,
     )  # fmt: skip
 
 
