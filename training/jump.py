@@ -20,10 +20,9 @@ from model.errors import MissingChannelError, WellNameError
 from model.layout import Role, parse_well
 from training.index import KEYS, RESOLUTION, path_column, plane_places, write_index_of
 from training.objects import Objects, is_remote
+from training.simulate import NEGATIVE_CONTROL
 from training.tables import ROW, Problem, Problems, Table, looked_up, read_table
 
-NEGATIVE_CONTROL = "JCP2022_033924"
-"""DMSO."""
 POSITIVE_CONTROLS: Mapping[str, tuple[str, str]] = {
     "JCP2022_012818": ("TC-S-7004", "DYRK1A/B"),
     "JCP2022_025848": ("dexamethasone", "glucocorticoid receptor"),

@@ -31,6 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
+METADATA = "metadata"
+NEGATIVE_CONTROL = "JCP2022_033924"
+"""DMSO, as JUMP names it."""
 SCENE_MARGIN_PX = 12  # each side; more than three times the widest in-focus blur
 INACTIVE_WELLS_PER_COMPOUND = 4
 POTENCY_SPREAD = 0.08  # standard deviation between the wells of one compound, natural log
@@ -238,6 +241,7 @@ def simulate(plan: SimulationPlan, out: str | Path, workers: int = 1, progress: 
     for plate in plates:
         (out / plate.folder / "images").mkdir(parents=True, exist_ok=True)
         _write_tables(plan, out, plate)
+    _write_metadata(plan, out / METADATA, plates)
     for done in _run(jobs, workers):
         if progress is not None:
             progress(done * plan.sites, len(jobs) * plan.sites)
@@ -281,6 +285,25 @@ def _write_tables(plan: SimulationPlan, out: Path, plate: PlateBatch) -> None:
     _write_csv(folder / "load_data.csv", [_site_row(plan, plate, w, s + 1) for w in wells for s in range(plan.sites)])
     rows = [{"well": w.name, "compound": w.compound, "label": w.label, "role": w.role.value} for w in wells]
     _write_csv(folder / "platemap.csv", rows)
+
+
+def _write_metadata(plan: SimulationPlan, folder: Path, plates: Iterable[PlateBatch]) -> None:
+    """Write the tables that JUMP publishes of its plates, wells and controls, and one of every compound's class."""
+    folder.mkdir(exist_ok=True)
+    place = {plate.name: {"Metadata_Source": plate.source, "Metadata_Plate": plate.name} for plate in plates}
+    rows = [{**place[plate.name], "Metadata_Batch": plate.batch_name, "Metadata_PlateType": "COMPOUND"} for plate in plates]
+    _write_csv(folder / "plate.csv", rows)
+    wells = [(plate, well) for plate in plates for well in plate_wells(plan, plate)]
+    names = {"DMSO": NEGATIVE_CONTROL}
+    compounds = [
+        {**place[plate.name], "Metadata_Well": well.name, "Metadata_JCP2022": names.get(well.compound, well.compound)}
+        for plate, well in wells
+    ]
+    _write_csv(folder / "well.csv", compounds)
+    control = {"Metadata_JCP2022": NEGATIVE_CONTROL, "Metadata_pert_type": "negcon", "Metadata_Name": "DMSO"}
+    _write_csv(folder / "perturbation_control.csv", [control])
+    labels = {well.compound: well.label for _, well in wells if well.role is Role.TREATED}
+    _write_csv(folder / "moa.csv", [{"Metadata_JCP2022": name, "label": label} for name, label in sorted(labels.items())])
 
 
 def _site_row(plan: SimulationPlan, plate: PlateBatch, well: SimulatedWell, site: int) -> dict[str, str]:

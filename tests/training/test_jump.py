@@ -11,10 +11,10 @@ import pytest
 from model.errors import LayoutError
 from model.layout import well_name
 from tests.service.s3 import s3
-from training.index import read_index
-from training.jump import NEGATIVE_CONTROL, POSITIVE_CONTROLS, Selection, write_jump_index
+from training.index import KEYS, index_tree, path_column, read_index
+from training.jump import POSITIVE_CONTROLS, Selection, write_jump_index
 from training.objects import ObjectAccess, Objects
-from training.simulate import CHANNELS
+from training.simulate import CHANNELS, NEGATIVE_CONTROL, SimulationPlan, simulate
 from training.tables import Problem
 
 CONTROLS = "Metadata_JCP2022,Metadata_pert_type,Metadata_Name,Metadata_modality\nJCP2022_999999,empty,Empty,any\n" + "".join(
@@ -198,6 +198,19 @@ def test_relative_paths_are_relative_to_their_table(folder: Path) -> None:
     rows.to_csv(path, index=False)
     index, _ = indexed(folder, Selection(plates=("P1",)))
     assert index["Path_DNA"].iloc[0] == str(folder / "load" / "source_3" / "B1" / "images" / "A01_1_DNA.tiff")
+
+
+def test_simulated_plates_by_jumps_tables_are_those_of_the_folder_tree(tmp_path: Path) -> None:
+    plan = SimulationPlan(labs=1, batches=1, plates=1, sites=1, size_px=48, wells_per_class=1, inactive_wells=1)
+    simulate(plan, tmp_path / "plates")
+    metadata, out = tmp_path / "plates" / "metadata", tmp_path / "jump.parquet"
+    labels = metadata / "moa.csv"
+    write_jump_index(metadata, [str(tmp_path / "plates")], CHANNELS, labels, EVERYTHING, Objects(ObjectAccess()), out)
+    same = [*KEYS, "role", "pixel_size_um", *(path_column(channel) for channel in CHANNELS)]
+    jump, tree = read_index(out), index_tree(tmp_path / "plates", CHANNELS)
+    pd.testing.assert_frame_equal(jump[same], tree[same])
+    treated = jump["role"] == "treated"
+    pd.testing.assert_series_equal(jump.loc[treated, "label"], tree.loc[treated, "label"])
 
 
 def test_pixel_sizes_that_load_data_lacks_are_the_microscopes(folder: Path) -> None:

@@ -282,3 +282,20 @@ def test_images_are_uint16_of_the_size_asked_for_and_rarely_saturated(plate):
     assert images.dtype == np.uint16
     assert (images == np.iinfo(np.uint16).max).mean() < 1e-3
     assert images.max() > 4095
+
+
+def test_jumps_tables_of_the_simulation_tell_what_the_plate_maps_tell(tmp_path):
+    simulate(replace(SMALL, labs=2), tmp_path)
+    plates = rows(tmp_path / "metadata" / "plate.csv")
+    assert [row["Metadata_Plate"] for row in plates] == ["SIM01B01P01", "SIM02B01P01"]
+    labels = {row["Metadata_JCP2022"]: row["label"] for row in rows(tmp_path / "metadata" / "moa.csv")}
+    controls = {row["Metadata_JCP2022"] for row in rows(tmp_path / "metadata" / "perturbation_control.csv")}
+    told = {
+        (row["Metadata_Plate"], row["Metadata_Well"]): labels.get(row["Metadata_JCP2022"], "DMSO")
+        for row in rows(tmp_path / "metadata" / "well.csv")
+        if row["Metadata_JCP2022"] in {*labels, *controls}
+    }
+    for plate in plates:
+        folder = Path(plate["Metadata_Source"]) / plate["Metadata_Batch"] / plate["Metadata_Plate"]
+        mapped = {row["well"]: row["label"] for row in rows(tmp_path / folder / "platemap.csv")}
+        assert mapped == {well: label for (name, well), label in told.items() if name == plate["Metadata_Plate"]}
