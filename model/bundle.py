@@ -2,6 +2,9 @@
 
 ``manifest.json`` says what the weights were trained for and carries the sha256 of every other file; the bundle's digest
 is the sha256 of the manifest's canonical JSON, so it names weights, graphs, recipe, classes and calibration at once.
+
+One pair of graphs holds all members (several networks whose probabilities are averaged; a single one is one member):
+``classify.onnx`` gives logits (sites, members, classes); statistics and embeddings are the members', one after the other.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
 from model.statistics import BN_EPSILON, BatchNormStatistics, TrainingStatistics, canonical_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CLASSIFY = "classify.onnx"
 MEASURE = "measure.onnx"
@@ -44,9 +47,10 @@ SERVED_CONTEXTS = ("controls", "union", "source")
 class Manifest:
     """What a bundle is.
 
-    ``context`` is the one its network was meta-trained for (``source`` for an ERM network); ``features`` the length of
-    its statistics; ``minimum_control_wells`` the fewest that adapt a batch; ``max_context_sites`` the most sites that are
-    measured in one pass; ``network`` and ``training`` are provenance.
+    ``context`` is the one its networks were meta-trained for (``source`` for ERM ones); ``members`` how many there are;
+    ``features`` the length of their statistics and ``embedding_dim`` that of an embedding, over all members;
+    ``minimum_control_wells`` the fewest that adapt a batch; ``max_context_sites`` the most sites that are measured in one
+    pass; ``network`` (each member's) and ``training`` are provenance.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Manifest:
     embedding_dim: int
     minimum_control_wells: int
     max_context_sites: int
+    members: int = 1
     temperature: float = 1.0
     network: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -97,7 +102,10 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up."""
+    """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up.
+
+    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes).
+    """
 
     images: NDArray[np.float32]
     bn_mean: NDArray[np.float32]
@@ -116,7 +124,13 @@ class Parity:
     def of(
         cls, golden: Golden, mean: NDArray[np.float32], variance: NDArray[np.float32], logits: NDArray[np.float32]
     ) -> "Parity":
-        """Compare measured statistics, (features,) each, and logits with the golden ones."""
+        """Compare measured statistics, (features,) each, and logits with the golden ones.
+
+        Raises:
+            BundleError: the logits have another shape: of another number of members or classes.
+        """
+        if logits.shape != golden.logits.shape:
+            raise BundleError(f"the graph gives logits of shape {logits.shape}; the golden ones have {golden.logits.shape}")
         deviation = np.sqrt(golden.bn_var + BN_EPSILON)
         shift = np.abs(mean - golden.bn_mean) / deviation
         stretch = np.abs(np.sqrt(variance + BN_EPSILON) - deviation) / deviation

@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        """Logits (sites, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
+        """Logits (sites, members, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
         ...
 
 

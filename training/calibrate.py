@@ -4,7 +4,7 @@ Thresholds are cross-fitted: the distances that set them are measured, on plates
 was fitted without the batch they come from; and a control well is scored against statistics and a centre it is no part of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +14,10 @@ from sklearn.covariance import LedoitWolf
 
 from model.errors import LayoutError
 from model.images import ImageRecipe
-from model.network import Normaliser, ResNet, Running
-from model.predictions import EmbeddingReference, softmax
+from model.network import Ensemble, Normaliser, Running
+from model.predictions import EmbeddingReference, well_probabilities
 from model.statistics import BatchNormStatistics, TrainingStatistics, summarise_training
-from training.contexts import control_statistics, given, source_statistics, statistics_of
+from training.contexts import control_statistics, ensemble_source, given, statistics_of
 from training.dataset import NO_LABEL, PlateSites, group_means
 from training.methods import Method, classify
 
@@ -41,8 +41,9 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class _Wells:
-    """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls; site logits.
+    """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls.
 
+    ``site_logits`` are (sites, members, classes), ``site_wells`` (sites,) number each site's well.
     ``left_out`` holds, of a held-out plate and for several numbers of control wells, the differences (wells, dim) of other
     control wells from the centre of those, under the statistics of those.
     """
@@ -68,12 +69,26 @@ class _Wells:
 
 
 def calibrate(
-    network: ResNet, method: Method, recipe: ImageRecipe, train: Sequence[PlateSites], held_out: Sequence[PlateSites]
+    network: Ensemble,
+    method: Method,
+    recipe: ImageRecipe,
+    train: Sequence[PlateSites],
+    held_out: Sequence[PlateSites],
+    trained_on: Sequence[Collection[str]],
 ) -> Calibration:
-    """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds)."""
+    """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds).
+
+    Args:
+        network: the trained members.
+        method: how they were trained.
+        recipe: how plates are prepared.
+        train: plates that any member was trained on.
+        held_out: plates of batches that no member was trained on.
+        trained_on: of each member, the names of the training plates that it was trained on.
+    """
     statistics = [control_statistics(network, plate, recipe) for plate in train]
     held_out_statistics = [control_statistics(network, plate, recipe) for plate in held_out]
-    source = source_statistics(network, method, statistics)
+    source = ensemble_source(network, method, [plate.plate for plate in train], statistics, trained_on)
     described = summarise_training(statistics, source, held_out_statistics)
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
     distances = leave_one_lab_out(statistics, labs[0], held_out_statistics, labs[1])
@@ -115,7 +130,7 @@ def leave_one_lab_out(
 
 
 def _wells(
-    network: ResNet,
+    network: Ensemble,
     method: Method,
     plate: PlateSites,
     recipe: ImageRecipe,
@@ -138,11 +153,11 @@ def _wells(
     )
 
 
-def _normaliser(network: ResNet, method: Method, statistics: BatchNormStatistics) -> Normaliser:
+def _normaliser(network: Ensemble, method: Method, statistics: BatchNormStatistics) -> Normaliser:
     return Running(update=False) if method.context == "source" else given(network, statistics)
 
 
-def _left_out_controls(network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe) -> dict[int, Float]:
+def _left_out_controls(network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe) -> dict[int, Float]:
     """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
     rng = np.random.default_rng(0)
     wells = np.unique(plate.wells[plate.control_rows])
@@ -156,7 +171,7 @@ def _left_out_controls(network: ResNet, method: Method, plate: PlateSites, recip
 
 
 def _scored_others(
-    network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe, wells: NDArray[np.str_], count: int
+    network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe, wells: NDArray[np.str_], count: int
 ) -> Float:
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
@@ -231,10 +246,9 @@ def fit_temperature(plates: Sequence[_Wells]) -> float:
     def nll(log_temperature: float) -> float:
         losses = []
         for plate in plates:
-            probabilities = softmax(plate.site_logits, float(np.exp(log_temperature)))
-            wells = np.flatnonzero(~plate.controls)
-            means = group_means(probabilities, plate.site_wells, len(plate.labels))[wells]
-            losses.append(-np.log(np.maximum(means[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
+            temperature, wells = float(np.exp(log_temperature)), np.flatnonzero(~plate.controls)
+            called = well_probabilities(plate.site_logits, plate.site_wells, len(plate.labels), temperature)[wells]
+            losses.append(-np.log(np.maximum(called[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 
     found = minimize_scalar(nll, bounds=(np.log(0.2), np.log(5.0)), method="bounded")

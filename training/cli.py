@@ -162,18 +162,18 @@ def _check_choices(config: "TrainingConfig") -> None:
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    runs: Annotated[list[Path], typer.Argument(help="A run directory; several make an ensemble.")],
     out: Annotated[Path, typer.Argument(help="Bundle directory to write.")],
     *,
     name: Annotated[str | None, typer.Option(help="The bundle's name; the directory's by default.")] = None,
     minimum_control_wells: Annotated[int, typer.Option(help="Fewest control wells that adapt a batch.")] = 4,
 ) -> None:
-    """Export a run as a bundle, refused unless ONNX agrees with torch."""
+    """Export a run, or several as one ensemble, as a bundle; refused unless ONNX agrees with torch."""
     from training.release import release  # noqa: PLC0415 (torch)
 
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: name another directory, so that no bundle is written over")
-    bundle, parity = release(run, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
+    bundle, parity = release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
     typer.echo(
         f"bundle {bundle.digest[:12]}: {out}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
         f"deviations, logits {parity.logits:.1e}"

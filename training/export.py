@@ -1,13 +1,14 @@
-"""A trained network → a bundle, refused unless ONNX agrees with torch.
+"""A trained network, or several as one ensemble → a bundle, refused unless ONNX agrees with torch.
 
-Both graphs share ``weights.bin``: an initialiser with the same bytes is stored once. Statistics are compared with a float64
-torch pass, logits with a float32 one.
+One pair of graphs holds every member. Both share ``weights.bin``: an initialiser with the same bytes is stored once.
+Statistics are compared with a float64 torch pass, logits with a float32 one.
 """
 
 import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from model.bundle import (
     Parity,
     finish_bundle,
 )
-from model.network import FromContext, Given, ResNet
+from model.network import Ensemble, FromContext, Given, Network
 from model.predictions import EmbeddingReference
 from model.statistics import TrainingStatistics
 
@@ -46,7 +47,7 @@ _INLINE_BYTES = 1024
 class Classify(nn.Module):
     """images (sites, channels, height, width), bn_mean, bn_var (features,) → logits, embedding."""
 
-    def __init__(self, network: ResNet) -> None:
+    def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
 
@@ -59,7 +60,7 @@ class Classify(nn.Module):
 class Measure(nn.Module):
     """images (sites, channels, height, width) → bn_mean, bn_var (features,), in one pass over all of them."""
 
-    def __init__(self, network: ResNet) -> None:
+    def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
 
@@ -71,7 +72,7 @@ class Measure(nn.Module):
 
 
 def export_bundle(
-    network: ResNet,
+    network: Ensemble,
     path: Path,
     manifest: Manifest,
     training_statistics: TrainingStatistics,
@@ -81,7 +82,7 @@ def export_bundle(
     """Write a bundle directory and check it against torch.
 
     Args:
-        network: the trained network; its running statistics are not used.
+        network: the trained members; their running statistics are not used.
         path: a directory, made if missing.
         manifest: complete but for ``files``.
         training_statistics: what the training plates look like.
@@ -99,7 +100,7 @@ def export_bundle(
     return finish_bundle(path, manifest, training_statistics, embedding_reference, golden), parity
 
 
-def write_graphs(network: ResNet, path: Path, example: NDArray[np.float32]) -> None:
+def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) -> None:
     """Export both graphs with a dynamic number of sites and one shared weights file."""
     images = torch.from_numpy(example)
     sites = torch.export.Dim("sites", min=1)
@@ -169,7 +170,7 @@ def _move_out(tensor: onnx.TensorProto, weights: Any, offsets: dict[str, int]) -
         tensor.external_data.add(key=key, value=value)
 
 
-def make_golden(network: ResNet, images: NDArray[np.float32]) -> Golden:
+def make_golden(network: Ensemble, images: NDArray[np.float32]) -> Golden:
     """Statistics of the images as one context (float64) and their logits under them (float32)."""
     mean, variance = measure_float64(network, images)
     with torch.no_grad():
@@ -183,10 +184,9 @@ def make_golden(network: ResNet, images: NDArray[np.float32]) -> Golden:
     )
 
 
-def measure_float64(network: ResNet, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def measure_float64(network: Network, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and biased variance, (features,) each, from one float64 pass over the whole context."""
-    twin = ResNet(network.spec).double()
-    twin.load_state_dict(network.state_dict())
+    twin = deepcopy(network).double()
     norm = FromContext()
     with torch.no_grad():
         twin(torch.from_numpy(images).double(), norm)

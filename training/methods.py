@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from model.network import FromContext, Given, Normaliser, PerInstance, ResNet, Running
+from model.network import FromContext, Given, Network, Normaliser, PerInstance, ResNet, Running
 from training.episodes import Episode
 
 MethodName = Literal["erm", "erm-zscore", "instancenorm", "arm-bn", "cs-arm-bn"]
@@ -91,7 +91,7 @@ def _episode_normaliser(method: Method, episode: Episode) -> Normaliser:
 
 
 @torch.no_grad()
-def measured(network: ResNet, images: NDArray[np.float32]) -> Given:
+def measured(network: Network, images: NDArray[np.float32]) -> Given:
     """Statistics of images (rows, channels, size, size) as one context, in one pass."""
     norm = FromContext()
     network(_tensor(network, images), norm)
@@ -99,7 +99,7 @@ def measured(network: ResNet, images: NDArray[np.float32]) -> Given:
 
 
 def plate_normaliser(
-    network: ResNet, context: Context, controls: NDArray[np.float32], treated: NDArray[np.float32]
+    network: Network, context: Context, controls: NDArray[np.float32], treated: NDArray[np.float32]
 ) -> Normaliser:
     """Where the statistics for classifying ``treated`` come from, both (rows, channels, size, size)."""
     if context == "source":
@@ -115,13 +115,13 @@ def plate_normaliser(
 
 @torch.no_grad()
 def classify(
-    network: ResNet, images: NDArray[np.float32], norm: Normaliser
+    network: Network, images: NDArray[np.float32], norm: Normaliser
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits (rows, classes) and embeddings (rows, dim) of images, in chunks."""
+    """Logits (rows, classes; of an ensemble rows, members, classes) and embeddings (rows, dim) of images, in chunks."""
     parts = [network(_tensor(network, images[at : at + _CHUNK]), norm) for at in range(0, len(images), _CHUNK)]
     logits = torch.cat([logits for logits, _ in parts]).cpu().numpy()
     return logits, torch.cat([embedding for _, embedding in parts]).cpu().numpy()
 
 
-def _tensor(network: ResNet, images: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(images).to(network.conv1.weight.device)
+def _tensor(network: Network, images: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(images).to(next(network.parameters()).device)

@@ -69,7 +69,7 @@ def test_a_file_that_is_not_the_manifests_is_named(name, how, path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "format 2"),
+        ({"format_version": 1}, "format 1"),
         ({"extra": 1}, "unknown fields: extra"),
         ({"context": "treated"}, "not served"),
         ({"recipe": {"size": 8}}, "malformed"),

@@ -22,7 +22,7 @@ File = tuple[str, tuple[str, bytes, str]]
 
 
 class FakeEngine:
-    """Statistics are each channel's mean and variance; logits and embedding are a site's mean, standardised by them."""
+    """Statistics are each channel's mean and variance; one member's logits and embedding are a site's mean, standardised."""
 
     provider = "CPUExecutionProvider"
     precision = "fp32"
@@ -38,7 +38,7 @@ class FakeEngine:
     def classify(self, images, statistics):
         means = images.astype(np.float64).mean(axis=(2, 3))
         scores = (means - statistics.mean) / np.sqrt(statistics.variance + BN_EPSILON)
-        return scores.astype(np.float32), scores.astype(np.float32)
+        return scores[:, None].astype(np.float32), scores.astype(np.float32)
 
 
 def fake_bundle(path: Path, **changes) -> Bundle:
