@@ -25,6 +25,7 @@ AnchorwellError                  everything below
 │   ├── NoControlsError          no control site at all
 │   └── TooFewControlsError      fewer control wells than the bundle's minimum
 ├── RunError                     a training run that cannot be made or gone on with there
+├── CheckpointError              a file that is no checkpoint of the published layout
 └── BundleError                  the exported directory is not what its manifest says
 """
 
@@ -142,6 +143,10 @@ class TooFewControlsError(ContextError):
 
 class RunError(AnchorwellError):
     """A training run that cannot be made or gone on with there."""
+
+
+class CheckpointError(AnchorwellError):
+    """A file that is no checkpoint of the published layout."""
 
 
 class BundleError(AnchorwellError):

@@ -20,7 +20,8 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from model.statistics import BN_EPSILON
 
 EPS = BN_EPSILON
-_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Blocks of each of the four stages, by depth."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class ResNet(nn.Module):
         self.bn1 = BatchNorm(spec.width)
         blocks: list[nn.Module] = []
         inputs = spec.width
-        for stage, count in enumerate(_STAGES[spec.depth]):
+        for stage, count in enumerate(STAGES[spec.depth]):
             width = spec.width * 2**stage
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1

@@ -68,6 +68,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
+        options.enable_mem_reuse = bundle.manifest.members == 1  # else buffers are held from one member's pass for the next
         self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES])
         self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
         self._observer = observer

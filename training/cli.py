@@ -1,4 +1,4 @@
-"""``anchorwell-train``: simulate, index, train, export, evaluate, report.
+"""``anchorwell-train``: simulate, index, train, export, import-checkpoint, evaluate, report.
 
 Each command imports what it needs when it runs: ``simulate`` works without torch.
 """
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.errors import AnchorwellError, LayoutError, RunError
+from model.images import ImageRecipe
 from training.simulate import CHANNELS, SimulationPlan, simulate
 
 if TYPE_CHECKING:
+    from model.bundle import Bundle, Parity
     from training.train import TrainingConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -171,11 +173,66 @@ def export_command(
     """Export a run, or several as one ensemble, as a bundle; refused unless ONNX agrees with torch."""
     from training.release import release  # noqa: PLC0415 (torch)
 
+    _require_empty(out)
+    _tell_bundle(*release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells))
+
+
+@app.command("import-checkpoint")
+def import_checkpoint_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of published checkpoints, one file a fold.")],
+    *,
+    classes: Annotated[str, typer.Option(help="Names of the network's outputs, in their order, commas.")],
+    calibration: Annotated[Path, typer.Option(help="An index of labelled plates that no fold was trained on.")],
+    out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    name: Annotated[str | None, typer.Option(help="The bundle's name; the directory's by default.")] = None,
+    context: Annotated[str, typer.Option(help="What the network was trained with: controls, union or source.")] = "controls",
+    minimum_control_wells: Annotated[int, typer.Option(help="Fewest control wells that adapt a batch.")] = 4,
+    channels: Annotated[
+        str | None, typer.Option(help="Channels, in the network's order; the published ones by default.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean per channel after scaling; the published ones by default.")] = None,
+    std: Annotated[str | None, typer.Option(help="Deviation per channel; the published ones by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Network input, pixels; 256 by default, 224 or more.")] = None,
+    shrink: Annotated[int | None, typer.Option(help="Take every n-th pixel; 2 by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+) -> None:
+    """Turn checkpoints that others publish for this method into a bundle, calibrated on plates of your own."""
+    from training import checkpoints  # noqa: PLC0415 (torch)
+    from training.dataset import load_plates  # noqa: PLC0415 (pandas)
+    from training.index import read_index  # noqa: PLC0415 (pandas)
+    from training.methods import make_method  # noqa: PLC0415 (torch)
+
+    _require_empty(out)
+    names = _split(classes)
+    recipe = ImageRecipe(
+        channels=_split(channels) if channels else checkpoints.CHANNELS,
+        size=size or checkpoints.SIZE,
+        shrink=shrink or checkpoints.SHRINK,
+        mean=tuple(map(float, _split(mean))) if mean else checkpoints.MEAN,
+        std=tuple(map(float, _split(std))) if std else checkpoints.STD,
+    )
+    method = make_method("erm") if context == "source" else make_method("cs-arm-bn", context)
+    plates = load_plates(read_index(calibration), recipe, names, workers=workers)
+    bundle, parity = checkpoints.import_checkpoints(
+        folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
+        minimum_control_wells=minimum_control_wells,
+    )  # fmt: skip
+    typer.echo(f"members: {', '.join(str(member['file']) for member in bundle.manifest.training['members'])}")
+    _tell_bundle(bundle, parity)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _require_empty(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: name another directory, so that no bundle is written over")
-    bundle, parity = release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
+
+
+def _tell_bundle(bundle: "Bundle", parity: "Parity") -> None:
     typer.echo(
-        f"bundle {bundle.digest[:12]}: {out}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
+        f"bundle {bundle.digest[:12]}: {bundle.path}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
         f"deviations, logits {parity.logits:.1e}"
     )
 

@@ -9,21 +9,11 @@ import onnxruntime
 import pytest
 import torch
 
-from model.bundle import (
-    CLASSIFY,
-    INPUT_IMAGES,
-    INPUT_MEAN,
-    INPUT_VARIANCE,
-    MEASURE,
-    OUTPUT_EMBEDDING,
-    OUTPUT_LOGITS,
-    OUTPUT_MEAN,
-    OUTPUT_VARIANCE,
-    WEIGHTS,
-    Bundle,
-)
+from model.bundle import CLASSIFY, INPUT_IMAGES, MEASURE, OUTPUT_MEAN, OUTPUT_VARIANCE, WEIGHTS, Bundle, Parity
 from model.errors import BundleError
 from model.network import EPS, Ensemble, FromContext, Given
+from model.statistics import BatchNormStatistics
+from service.engine import OnnxEngine, replay
 from training.contexts import control_statistics, mean_moments
 from training.export import check_parity, make_golden, measure_float64
 from training.release import load_run_plates, release
@@ -88,12 +78,9 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
 ) -> None:
     networks = [load_network(run), load_network(second_run)]
     images = np.random.default_rng(3).normal(size=(6, 5, 64, 64)).astype(np.float32) * 2 + 1
-    measure, classify = (
-        onnxruntime.InferenceSession(pair.path / graph, providers=["CPUExecutionProvider"]) for graph in (MEASURE, CLASSIFY)
-    )
-    mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images})
-    feeds = {INPUT_IMAGES: images, INPUT_MEAN: mean, INPUT_VARIANCE: variance}
-    logits, embeddings = classify.run([OUTPUT_LOGITS, OUTPUT_EMBEDDING], feeds)
+    engine = OnnxEngine(pair, "cpu", 1)
+    mean, variance = engine.measure(images)
+    logits, embeddings = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
     assert logits.shape == (6, 2, len(run.classes))
     features, dim = bundle.manifest.features, bundle.manifest.embedding_dim
     assert (pair.manifest.members, pair.manifest.features, pair.manifest.embedding_dim) == (2, 2 * features, 2 * dim)
@@ -106,6 +93,14 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
         np.testing.assert_allclose(mean[own], norm.statistics()[0].numpy(), rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(logits[:, number], expected.numpy(), rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(embeddings[:, number * dim : (number + 1) * dim], embedding.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_pair_is_replayed_and_a_replay_of_one_member_is_not_taken_for_it(pair: Bundle) -> None:
+    engine = OnnxEngine(pair, "cpu", 1)
+    replay(engine, pair)
+    golden = pair.golden
+    with pytest.raises(BundleError, match=r"shape \(4, 1, 8\); the golden ones have \(4, 2, 8\)"):
+        Parity.of(golden, golden.bn_mean, golden.bn_var, golden.logits[:, :1])
 
 
 def test_an_ensembles_weights_are_stored_once_and_its_runs_are_told(run: Run, second_run: Run, pair: Bundle) -> None:
