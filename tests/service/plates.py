@@ -22,13 +22,17 @@ File = tuple[str, tuple[str, bytes, str]]
 
 
 class FakeEngine:
-    """Statistics are each channel's mean and variance; one member's logits and embedding are a site's mean, standardised."""
+    """Statistics are each channel's mean and variance; logits and embedding are a site's mean, standardised by them.
+
+    A second member's logits are twice the first's, a third's three times.
+    """
 
     provider = "CPUExecutionProvider"
     precision = "fp32"
 
-    def __init__(self) -> None:
+    def __init__(self, members: int = 1) -> None:
         self.passes = 0
+        self.members = members
 
     def measure(self, images):
         self.passes += 1
@@ -38,7 +42,8 @@ class FakeEngine:
     def classify(self, images, statistics):
         means = images.astype(np.float64).mean(axis=(2, 3))
         scores = (means - statistics.mean) / np.sqrt(statistics.variance + BN_EPSILON)
-        return scores[:, None].astype(np.float32), scores.astype(np.float32)
+        logits = np.stack([scores * (1 + member) for member in range(self.members)], axis=1)
+        return logits.astype(np.float32), scores.astype(np.float32)
 
 
 def fake_bundle(path: Path, **changes) -> Bundle:
@@ -64,7 +69,7 @@ def fake_bundle(path: Path, **changes) -> Bundle:
         for step in (0.0, 0.05, 0.1, 0.15)
     ]
     images = np.random.default_rng(1).random((4, 3, SIZE, SIZE), np.float32)
-    engine = FakeEngine()
+    engine = FakeEngine(changes.get("members", 1))
     mean, variance = engine.measure(images)
     logits, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=4, wells=4))
     return finish_bundle(

@@ -18,12 +18,17 @@ from torch import nn
 from model.bundle import Bundle
 from model.errors import CheckpointError, LayoutError
 from model.images import ImageRecipe
+from model.network import Ensemble, FromContext
 from model.predictions import site_probabilities
 from model.statistics import BatchNormStatistics
 from service.engine import OnnxEngine, replay
+from training.calibrate import calibrate_unseen
 from training.checkpoints import CHANNELS, MEAN, STD, import_checkpoints, read_networks
+from training.contexts import given
 from training.dataset import PlateSites
-from training.methods import make_method
+from training.methods import classify, make_method
+
+pytestmark = pytest.mark.timeout(900)  # two ResNet-50s take torch's exporter a minute, and more on a busy machine
 
 CLASSES = ("alpha", "beta")
 WIDTH, SIZE = 4, 256
@@ -126,6 +131,7 @@ def saved(folder: Path, *networks: PublishedNetwork, wrapped: bool = False) -> P
 
 
 def imported(folder: Path, plates: list[PlateSites], out: Path, context: str = "controls") -> Bundle:
+    """Import with whatever is published as it is."""
     method = make_method("erm") if context == "source" else make_method("cs-arm-bn", context)
     bundle, _ = import_checkpoints(
         folder, plates, out, name="published", classes=CLASSES, recipe=RECIPE, method=method, minimum_control_wells=4
@@ -165,12 +171,15 @@ def test_every_member_answers_as_the_published_network_does_in_train_mode(
     np.testing.assert_allclose(site_probabilities(found), averaged, atol=1e-3)
 
 
-def test_one_wrapped_checkpoint_of_another_width_is_a_bundle_of_one(plates: list[PlateSites], tmp_path: Path) -> None:
-    network = PublishedNetwork(seed=3, width=2)
-    bundle = imported(saved(tmp_path / "one", network, wrapped=True), plates, tmp_path / "bundle")
+@torch.no_grad()
+def test_a_wrapped_checkpoint_of_another_width_is_read_as_well(plates: list[PlateSites], tmp_path: Path) -> None:
+    published = PublishedNetwork(seed=3, width=2)
+    networks = read_networks(saved(tmp_path / "one", published, wrapped=True), classes=2, channels=5)
+    (network,) = networks.values()
     images = plates[0].served(np.arange(5), RECIPE)
-    np.testing.assert_allclose(served(bundle, images)[:, 0], network.answers(images), rtol=0, atol=1e-3)
-    assert (bundle.manifest.members, bundle.manifest.network["width"]) == (1, 2)
+    found, _ = network(torch.from_numpy(images), FromContext())
+    np.testing.assert_allclose(found.numpy(), published.answers(images), rtol=0, atol=1e-3)
+    assert network.spec.width == 2
 
 
 def test_the_bundle_says_what_was_imported_and_calibrated_on(pair: Bundle) -> None:
@@ -191,16 +200,17 @@ def test_distances_are_of_plates_held_against_the_others(pair: Bundle) -> None:
 
 
 def test_a_conventional_network_is_served_with_its_own_running_statistics(plates: list[PlateSites], tmp_path: Path) -> None:
-    network = PublishedNetwork(seed=4)
+    published = PublishedNetwork(seed=4)
     with pytest.raises(CheckpointError, match=r"fold_0.pt has no running statistics"):
-        imported(saved(tmp_path / "untrained", network), plates, tmp_path / "bundle", "source")
-    network.answers(plates[0].served(np.arange(9), RECIPE))
-    bundle = imported(saved(tmp_path / "trained", network), plates, tmp_path / "bundle", "source")
-    assert (bundle.manifest.method, bundle.manifest.context) == ("erm", "source")
+        imported(saved(tmp_path / "untrained", published), plates, tmp_path / "bundle", "source")
+    published.answers(plates[0].served(np.arange(9), RECIPE))
+    (network,) = read_networks(saved(tmp_path / "trained", published), classes=2, channels=5).values()
+    ensemble = Ensemble([network])
+    source = calibrate_unseen(ensemble, make_method("erm"), RECIPE, plates, CLASSES).training_statistics.source
     images = plates[2].served(np.arange(4), RECIPE)
-    found, _ = OnnxEngine(bundle, "cpu", 1).classify(images, bundle.training_statistics.source)
+    found, _ = classify(ensemble, images, given(ensemble, source))
     with torch.no_grad():
-        expected = network.eval()(torch.from_numpy(images)).numpy()
+        expected = published.eval()(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4, atol=1e-3)
 
 
