@@ -113,7 +113,7 @@ def calibrate_unseen(
     """Calibrate on plates that no member was trained on, where the training plates are not known.
 
     What is fitted on plates is measured on others: distances of plates, and of wells from centres and in projections, are
-    those of each batch under what the other batches gave (each plate, where there are fewer than three batches).
+    those of each batch under what the other batches gave (of each plate under the others, where batches are too few).
 
     Raises:
         LayoutError: fewer than three plates, or too few that have a class, to leave one out.
