@@ -133,9 +133,9 @@ def ask(plate: Plate, client: AnchorwellClient, erm_client: AnchorwellClient, cl
     with clock.stage("classify, adapted") as tell:
         adapted = client.predict(plate.name, plate.treated, pixel_size_um=size, progress=tell)
     with clock.stage("classify, source") as tell:
-        source = client.predict(plate.name, plate.treated, pixel_size_um=size, source=True, progress=tell)
+        source = client.predict(plate.name, plate.treated, pixel_size_um=size, context="source", progress=tell)
     with clock.stage("classify, ERM") as tell:
-        unadapted = erm_client.predict(plate.name, plate.treated, pixel_size_um=size, source=True, progress=tell)
+        unadapted = erm_client.predict(plate.name, plate.treated, pixel_size_um=size, context="source", progress=tell)
     with clock.stage("the same, AdaBN") as tell:
         erm_client.adapt(plate.name, plate.controls, pixel_size_um=size)
         adabn = erm_client.predict(plate.name, plate.treated, pixel_size_um=size, progress=tell)

@@ -34,13 +34,17 @@ GOLDEN = "golden.npz"
 FILES = (CLASSIFY, MEASURE, WEIGHTS, TRAINING_STATISTICS, GOLDEN)
 
 INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE = "images", "bn_mean", "bn_var"
+INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT = "prior_mean", "prior_var", "prior_weight"
 OUTPUT_LOGITS, OUTPUT_EMBEDDING = "logits", "embedding"
 OUTPUT_MEAN, OUTPUT_VARIANCE = "bn_mean", "bn_var"
 
 STATISTICS_TOLERANCE_SD = 1e-4
 LOGITS_TOLERANCE = 1e-3
 
-SERVED_CONTEXTS = ("controls", "union", "source")
+GOLDEN_WELLS = 1
+"""Control wells that the golden images count as when they are blended."""
+
+SERVED_CONTEXTS = ("controls", "union", "panel", "source")
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,28 @@ class Manifest:
 class Golden:
     """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up.
 
-    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes).
+    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes). ``blended_mean`` and ``blended_var``
+    are the statistics blended as those of ``GOLDEN_WELLS`` control wells.
     """
 
     images: NDArray[np.float32]
     bn_mean: NDArray[np.float32]
     bn_var: NDArray[np.float32]
+    blended_mean: NDArray[np.float32]
+    blended_var: NDArray[np.float32]
     logits: NDArray[np.float32]
+
+
+Moments = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Mean and variance, (features,) each."""
+
+
+def _difference(found: Moments, expected: Moments) -> float:
+    """Largest difference of any feature's mean or standard deviation, in standard deviations; NaN when one is no number."""
+    deviation = np.sqrt(expected[1] + BN_EPSILON)
+    shift = np.abs(found[0] - expected[0]) / deviation
+    stretch = np.abs(np.sqrt(found[1] + BN_EPSILON) - deviation) / deviation
+    return float(np.maximum(shift, stretch).max())
 
 
 @dataclass(frozen=True)
@@ -121,22 +140,19 @@ class Parity:
     logits: float
 
     @classmethod
-    def of(
-        cls, golden: Golden, mean: NDArray[np.float32], variance: NDArray[np.float32], logits: NDArray[np.float32]
-    ) -> "Parity":
-        """Compare measured statistics, (features,) each, and logits with the golden ones.
+    def of(cls, golden: Golden, plain: Moments, blend: Moments, logits: NDArray[np.float32]) -> "Parity":
+        """Compare measured statistics (mean, variance), plain and blended, and logits with the golden ones.
 
         Raises:
             BundleError: the logits have another shape: of another number of members or classes.
         """
         if logits.shape != golden.logits.shape:
             raise BundleError(f"the graph gives logits of shape {logits.shape}; the golden ones have {golden.logits.shape}")
-        deviation = np.sqrt(golden.bn_var + BN_EPSILON)
-        shift = np.abs(mean - golden.bn_mean) / deviation
-        stretch = np.abs(np.sqrt(variance + BN_EPSILON) - deviation) / deviation
-        return cls(
-            statistics_sd=float(np.maximum(shift.max(), stretch.max())), logits=float(np.abs(logits - golden.logits).max())
-        )
+        differences = [
+            _difference(plain, (golden.bn_mean, golden.bn_var)),
+            _difference(blend, (golden.blended_mean, golden.blended_var)),
+        ]
+        return cls(statistics_sd=float(np.max(differences)), logits=float(np.abs(logits - golden.logits).max()))
 
     def require(self, where: str) -> None:
         """Check the tolerances that a bundle promises.
@@ -163,7 +179,7 @@ class Bundle:
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
         "source_mean", "source_variance", "source_sites", "source_wells",
-        "mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances",
+        "mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances", "blend_wells",
         "projection", "class_centres", "control_wells", "control_distances", "class_distance",
     )  # fmt: skip
 
@@ -204,8 +220,8 @@ class Bundle:
             sites=int(arrays["source_sites"]),
             wells=int(arrays["source_wells"]),
         )
-        names = ("mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread", "held_out_distances")
-        return TrainingStatistics(source=source, **{name: arrays[name] for name in names})
+        own = {item.name: arrays[item.name] for item in fields(TrainingStatistics) if item.name != "source"}
+        return TrainingStatistics(source=source, **own)
 
     @cached_property
     def embedding_reference(self) -> EmbeddingReference:

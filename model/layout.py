@@ -42,10 +42,14 @@ PIXEL_SIZE_DECIMALS = 6
 
 
 class Role(StrEnum):
-    """What a well is for: a negative control, or anything with a perturbation (positive controls too)."""
+    """What a well is for: a negative control, or anything with a perturbation (positive controls too).
+
+    The panel's are treated wells that enter a plate's statistics beside its controls; no plate map tells them.
+    """
 
     CONTROL = "control"
     TREATED = "treated"
+    PANEL = "panel"
 
 
 @dataclass(frozen=True, order=True)

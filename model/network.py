@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from model.statistics import BN_EPSILON
+from model.statistics import BN_EPSILON, blended
 
 EPS = BN_EPSILON
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -56,33 +56,101 @@ class Normaliser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PriorTensors:
+    """What each layer's measured statistics are blended with: mean, variance and weight, (features,) each."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+
+
 class FromContext:
     """Statistics of the rows ``context`` (a slice; all rows when None), normalising every row; gradients flow through.
 
-    Records each layer's mean and population variance; ``statistics()`` returns them concatenated.
+    With a ``prior`` each layer normalises by the blend of both, so that later layers are measured on inputs normalised so.
+    Records each layer's mean and population variance, blended if they are; ``statistics()`` returns them concatenated.
     """
 
-    def __init__(self, context: slice | None = None, *, stop_gradient: bool = False) -> None:
+    def __init__(
+        self, context: slice | None = None, *, stop_gradient: bool = False, prior: PriorTensors | None = None
+    ) -> None:
         self.context = context if context is not None else slice(None)
         self.stop_gradient = stop_gradient
+        self.prior = prior
         self.means: list[Tensor] = []
         self.variances: list[Tensor] = []
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        fused = torch.is_grad_enabled() and not self.stop_gradient and self.prior is None
+        if fused and x.device.type in ("cpu", "cuda"):
+            normalised, mean, variance = _ByContext.apply(x, layer.weight, layer.bias, self.context)  # type: ignore[no-untyped-call]
+            self.means.append(mean)
+            self.variances.append(variance)
+            return normalised  # type: ignore[no-any-return]
         rows = x[self.context]
-        mean = rows.mean(dim=(0, 2, 3))
+        mean = rows.mean(dim=(0, 2, 3), dtype=_exact(x.dtype))
         variance = (rows - mean[:, None, None]).square().mean(dim=(0, 2, 3))
         if self.stop_gradient:
             mean, variance = mean.detach(), variance.detach()
+        if self.prior is not None:
+            at, prior = layer.place, self.prior
+            mean, variance = blended(mean, variance, prior.mean[at], prior.variance[at], prior.weight[at])
         self.means.append(mean)
         self.variances.append(variance)
-        # Written out: F.batch_norm has no gradient for the statistics it is given.
+        # F.batch_norm has no gradient for the statistics it is given.
         scale = layer.weight * torch.rsqrt(variance + EPS)
-        return x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        written_out: Tensor = x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        return written_out.to(x.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all layers, (features,) each."""
         return torch.cat(self.means), torch.cat(self.variances)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics of values of a type are computed in: float32 for bfloat16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _ByContext(torch.autograd.Function):
+    """What ``FromContext`` computes, for training: torch's fused kernels, and ``x`` alone kept for the way back.
+
+    With n context elements a feature, z the normalised input, and sums over ALL rows, the gradient of x is that of given
+    statistics, less scale / n * (sum(g) + z * sum(g * z)) on the context rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, context: slice) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x[context]
+        running = [torch.zeros_like(weight, dtype=_exact(x.dtype)) for _ in range(2)]  # their type is the statistics' type
+        mean, variance = torch.ops.aten.batch_norm_update_stats(rows, *running, 0.0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.context, ctx.elements = context, rows.numel() // rows.shape[1]
+        ctx.set_materialize_grads(False)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=EPS), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, of_mean: Tensor | None, of_variance: Tensor | None) -> tuple[Any, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, EPS, [True, True, True]
+        )
+        deviation = torch.rsqrt(variance + EPS)
+        to_mean = -weight * deviation * of_bias
+        to_variance = -0.5 * weight * deviation.square() * of_weight
+        if of_mean is not None:
+            to_mean = to_mean + of_mean
+        if of_variance is not None:
+            to_variance = to_variance + of_variance
+        slope = 2 * to_variance / ctx.elements
+        offset = to_mean / ctx.elements - slope * mean
+        share = torch.addcmul(offset[:, None, None], x[ctx.context], slope[:, None, None])
+        of_x[ctx.context].add_(share)
+        return of_x, of_weight, of_bias, None
 
 
 class Given:
@@ -93,7 +161,7 @@ class Given:
         self.variance = variance
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
-        at = slice(layer.offset, layer.offset + layer.features)
+        at = layer.place
         return F.batch_norm(x, self.mean[at], self.variance[at], layer.weight, layer.bias, training=False, eps=EPS)
 
 
@@ -138,6 +206,11 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
+
+    @property
+    def place(self) -> slice:
+        """Where its features lie in the concatenated statistics."""
+        return slice(self.offset, self.offset + self.features)
 
     def forward(self, x: Tensor, norm: Normaliser) -> Tensor:
         """Normalise as ``norm`` says."""
@@ -278,10 +351,14 @@ class ResNet(nn.Module):
             self._map(self.conv1.weight.new_zeros(1, self.spec.channels, 64, 64), number)
         return following
 
+    @property
+    def layers(self) -> list[BatchNorm]:
+        """The BN layers in the order of the concatenated statistics."""
+        return sorted((m for m in self.modules() if isinstance(m, BatchNorm)), key=lambda layer: layer.offset)
+
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Concatenate the running (ERM) mean and variance of all layers, (features,) each."""
-        layers = sorted((m for m in self.modules() if isinstance(m, BatchNorm)), key=lambda layer: layer.offset)
-        return torch.cat([m.running_mean for m in layers]), torch.cat([m.running_var for m in layers])
+        return torch.cat([m.running_mean for m in self.layers]), torch.cat([m.running_var for m in self.layers])
 
 
 class Ensemble(nn.Module):
@@ -324,6 +401,11 @@ class Ensemble(nn.Module):
     def networks(self) -> list[ResNet]:
         """The members, whose BN layers are numbered through."""
         return [cast("ResNet", member) for member in self.members]
+
+    @property
+    def layers(self) -> list[BatchNorm]:
+        """The members' BN layers in the order of the concatenated statistics."""
+        return [layer for network in self.networks for layer in network.layers]
 
     def _input(self, images: Tensor, number: int) -> Tensor:
         if self.shifts is None or self.scales is None:

@@ -88,8 +88,14 @@ def well_probabilities(
         count: how many wells.
         temperature: the class temperature.
     """
-    by_site = site_probabilities(logits, temperature)
-    return np.stack([by_site[wells == well].mean(axis=0) for well in range(count)])
+    return group_means(site_probabilities(logits, temperature), wells, count)
+
+
+def group_means(values: NDArray[np.floating], where: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
+    """Mean of rows by group: (rows, dim) → (groups, dim); ``where`` (rows,) numbers each row's group, such as its well."""
+    sums = np.zeros((groups, values.shape[1]))
+    np.add.at(sums, where, values)
+    return sums / np.bincount(where, minlength=groups)[:, None]
 
 
 def whitened_distance(a: NDArray[np.float32], b: NDArray[np.float32], reference: EmbeddingReference) -> float:

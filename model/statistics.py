@@ -1,4 +1,4 @@
-"""Batch-normalisation statistics of one batch: values, bytes, identity, and how far they lie from the training plates.
+"""Batch-normalisation statistics of one batch: values, bytes, identity, blending, distance from the training plates.
 
 Statistics are the mean and the population (biased) variance of every BN layer's input, all layers concatenated in
 network order, from ONE forward pass over the whole context.
@@ -66,12 +66,41 @@ class BatchNormStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Prior:
+    """What measured statistics are blended with: mean, variance and ``weight`` (0: not at all), float32 (features,) each."""
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    weight: NDArray[np.float32]
+
+    @classmethod
+    def none(cls, features: int) -> "Prior":
+        """A prior without weight: what is blended with it stays exactly as it is."""
+        return cls(np.zeros(features, np.float32), np.ones(features, np.float32), np.zeros(features, np.float32))
+
+    @property
+    def share(self) -> float:
+        """The prior's weight, averaged over features."""
+        return float(self.weight.mean(dtype=np.float64))
+
+
+def blended(mean: Any, variance: Any, prior_mean: Any, prior_variance: Any, weight: Any) -> tuple[Any, Any]:
+    """Mean and variance of a mixture that is ``weight`` prior and otherwise measured: arrays or tensors, (features,) each.
+
+    Equals mixing E[x] and E[x²], without their cancellation; a weight of 0 returns exactly what was measured.
+    """
+    kept, apart = 1 - weight, mean - prior_mean
+    return kept * mean + weight * prior_mean, kept * variance + weight * prior_variance + weight * kept * apart * apart
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingStatistics:
     """What the training plates' own control statistics look like.
 
-    ``source`` are the statistics used without adaptation. ``mean_centre``/``mean_spread`` and
-    ``log_variance_centre``/``log_variance_spread`` are means and standard deviations over training plates, (features,);
-    ``held_out_distances`` are the distances of plates of held-out batches, sorted, that calibrate a new plate's.
+    ``source`` are the statistics used without adaptation, and as a prior worth ``blend_wells`` control wells, (features,).
+    ``mean_centre``/``mean_spread`` and ``log_variance_centre``/``log_variance_spread`` are means and standard deviations
+    over training plates, (features,); ``held_out_distances`` are the distances of plates of held-out batches, sorted, that
+    calibrate a new plate's.
     """
 
     source: BatchNormStatistics
@@ -80,6 +109,12 @@ class TrainingStatistics:
     log_variance_centre: NDArray[np.float32]
     log_variance_spread: NDArray[np.float32]
     held_out_distances: NDArray[np.float64]
+    blend_wells: NDArray[np.float32]
+
+    def prior(self, wells: int) -> Prior:
+        """What statistics of so many control wells K are blended with: ``source``, weight N / (N + K)."""
+        weight = self.blend_wells / (self.blend_wells + np.float32(wells))
+        return Prior(self.source.mean, self.source.variance, weight)
 
     def distance(self, statistics: BatchNormStatistics) -> float:
         """Root mean square, over features, of the shift of mean and log variance in training-plate spreads."""
@@ -106,11 +141,15 @@ def log_variances(statistics: BatchNormStatistics) -> NDArray[np.float32]:
 
 
 def summarise_training(
-    plates: Iterable[BatchNormStatistics], source: BatchNormStatistics, held_out: Iterable[BatchNormStatistics]
+    plates: Iterable[BatchNormStatistics],
+    source: BatchNormStatistics,
+    held_out: Iterable[BatchNormStatistics],
+    blend_wells: NDArray[np.float32] | None = None,
 ) -> TrainingStatistics:
     """Describe training plates by centre and spread, and calibrate distance on plates of held-out batches.
 
-    Spreads are floored at a tenth of their median so that a feature that hardly moved in training cannot rule alone.
+    Without ``blend_wells`` the source statistics count as much as one control well. Spreads are floored at a tenth of their
+    median so that a feature that hardly moved in training cannot rule alone.
     """
     members = list(plates)
     means = np.stack([plate.mean for plate in members])
@@ -122,6 +161,7 @@ def summarise_training(
         log_variance_centre=logs.mean(0),
         log_variance_spread=_floored(logs.std(0)),
         held_out_distances=np.zeros(1),
+        blend_wells=np.ones_like(source.mean) if blend_wells is None else blend_wells,
     )
     distances = np.sort([described.distance(plate) for plate in held_out])
     return TrainingStatistics(**{**vars(described), "held_out_distances": distances})
@@ -133,13 +173,14 @@ def _floored(spread: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def statistics_id(
     *, bundle_digest: str, recipe: Mapping[str, Any], pixel_size_um: float | None, context: str, precision: str,
-    planes: Iterable[tuple[PlaneKey, str]],
+    planes: Iterable[tuple[PlaneKey, str]], panel: Iterable[str] = (), blend_wells: int | None = None,
 ) -> str:  # fmt: skip
     """Name statistics by everything that made them: sha256 of canonical JSON.
 
-    ``planes`` pairs each plane used with the sha256 of its file.
+    ``planes`` pairs each plane used with the sha256 of its file; ``panel`` are the wells among them that are no controls;
+    ``blend_wells`` how many control wells were weighed against the bundle's prior, if they were.
     """
-    content = {
+    content: dict[str, Any] = {
         "bundle": bundle_digest,
         "context": context,
         "pixel_size_um": pixel_size_um,
@@ -147,7 +188,17 @@ def statistics_id(
         "precision": precision,
         "recipe": dict(recipe),
     }
+    wells = sorted(panel)
+    if wells:
+        content["panel"] = wells
+    if blend_wells is not None:
+        content["blend"] = {"prior": "source", "wells": blend_wells}
     return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def with_scale(statistics_id: str, scale_digest: str) -> str:
+    """Name statistics of a recipe whose scale the batch sets: by what they were measured on, and by that scale."""
+    return hashlib.sha256(canonical_json({"measured": statistics_id, "scale": scale_digest})).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:

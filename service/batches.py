@@ -17,19 +17,23 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from model.bundle import Bundle, recipe_digest
-from model.context import Context, require_wells
+from model.context import require_wells
 from model.errors import ContextError, NoControlsError, NonFiniteImageError, TooFewControlsError
-from model.layout import SiteKey
+from model.images import PreparedImage, finish_site, measure_scale
+from model.layout import Role, SiteKey
 from model.predictions import ControlCentre, WellAnswer, classify_well, mean_of_wells
-from model.statistics import BatchNormStatistics
+from model.scale import BatchScale
+from model.statistics import BatchNormStatistics, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.engine import Engine
-from service.errors import RecipeChangedError, StoreLostError, StoreUnavailableError
+from service.errors import PanelNotMeasuredError, RecipeChangedError, StoreLostError, StoreUnavailableError
 from service.keeping import ControlFile, kept_files
-from service.kept import BundleView, retold
+from service.kept import BundleView, Wanted, retold
 from service.reports import (
-    CONTEXT,
+    BLENDED,
+    CONTROLS,
+    SOURCE,
     context_report,
     kept_answers,
     notices,
@@ -41,6 +45,7 @@ from service.reports import (
 from service.rules import (
     agreed_pixel_size,
     control_conflict,
+    refuse_panel,
     refuse_treated,
     require_incarnation,
     require_pixel_size,
@@ -68,6 +73,9 @@ SITES_PER_CALL = 64
 NOT_FRESH = (
     "the store cannot be reached: these are the statistics that this process knows, and controls that others sent since are "
     "not in them; the answers are not kept"
+)
+BLEND_MEANWHILE = (
+    "until there are enough control wells, ?context=blended answers on these and the mean of the training plates"
 )
 SUPERSEDED = (
     "the controls were changed while these wells were answered: the answers stand on superseded statistics; ask again"
@@ -102,13 +110,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a request's wells are normalised with: the batch's adaptation, or the source statistics.
+    """What a request's wells are normalised with: the batch's adaptation, or the source statistics; and its scale.
 
     It is ``fresh`` when the store said so now, and not only this process remembers it.
     """
 
     statistics: BatchNormStatistics
     adaptation: Adaptation | None
+    scale: BatchScale | None = None
     fresh: bool = True
 
 
@@ -131,14 +140,22 @@ class Batches:
     # --- the two stories ---------------------------------------------------------------------------------------------
 
     def adapt(
-        self, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, replace: bool = False
+        self,
+        deed: Deed,
+        batch_id: str,
+        upload: Upload,
+        watch: Stopwatch,
+        *,
+        replace: bool = False,
+        role: Role = Role.CONTROL,
     ) -> schemas.ControlsReport:
-        """Keep control images, and measure the batch's statistics on all that are kept when they are enough.
+        """Keep control images, or the panel's, and measure the batch's statistics on all that are kept when they are enough.
 
         Raises:
             BatchError: the upload does not fit what is kept. ImageError, ContextError: it cannot be measured.
         """
         store = self.storage.of(deed.tenant)
+        self._require_measured(batch_id, role)
         self.preparer.require_room(len(upload.sites))
         begun = store.batch(batch_id) or BatchRecord(batch_id)
         pixel_size_um = agreed_pixel_size(begun, upload.pixel_size_um)
@@ -150,33 +167,39 @@ class Batches:
 
             def story(batch: BatchRecord) -> schemas.ControlsReport:
                 require_incarnation(batch, upload.incarnation or begun.incarnation)
-                refuse_treated(batch, upload.wells)
+                if role is Role.PANEL:
+                    refuse_panel(batch, upload.wells, store.platemap(batch_id))
+                else:
+                    refuse_treated(batch, upload.wells)
                 require_pixel_size(batch, pixel_size_um)
                 require_plate(batch, upload.plate)
-                new = self._new_controls(batch, sent, replace=replace)
+                new = self._new_controls(batch, sent, role, replace=replace)
                 kept = {**batch.controls, **{site.key: site for site, _ in new}}
                 after = replace_fields(batch, controls=kept, pixel_size_um=pixel_size_um, plate=batch.plate or upload.plate)
                 usable = self.view.usable(after)
                 adaptation = None
                 if not self.view.wells_needed(usable):
-                    adaptation = self._adaptation(store, deed, batch, after, usable, sent, measured, watch)
+                    wanted = self.view.wanted(after, usable)
+                    adaptation = self._adaptation(store, deed, batch, wanted, sent, measured, watch)
                 stored = adaptation is None or _names(adaptation) in batch.adaptations
                 report = self._controls_report(after, usable, adaptation, upload, sent.values(), watch)
                 change = None
                 if new or not stored or after.plate != batch.plate:
                     measured_now = None if stored else adaptation
                     change = Change(self.now(), pixel_size_um, new, adaptation=measured_now, plate=upload.plate)
-                self._keep(store, deed, batch, change, ADAPTED, report, _planes_of(sent.values()))
+                told = {**_planes_of(sent.values()), **({"role": role.value} if role is Role.PANEL else {})}
+                self._keep(store, deed, batch, change, ADAPTED, report, told)
                 files.named = frozenset(blob for site, _ in new for blob in site.blobs)
                 return report
 
             return retold(store, batch_id, story)
 
     def classify(
-        self, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, source: bool = False
+        self, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, context: str = CONTROLS
     ) -> schemas.Prediction:
         """Answer one class per well sent, from its own images and the batch's kept statistics alone; keep the answers.
 
+        The ``context`` is controls (with the panel, for a bundle that measures one), blended, or source: without adaptation.
         Answers without adaptation are not kept; nor is anything while the store is away, when the statistics are known.
 
         Raises:
@@ -185,7 +208,7 @@ class Batches:
         """
         store = self.storage.of(deed.tenant)
         self.preparer.require_room(max(Counter(site.well for site in upload.sites).values()))
-        batch, frame = self._frame(store, deed, batch_id, upload, watch, source=source)
+        batch, frame = self._frame(store, deed, batch_id, upload, watch, context)
         pixel_size_um = agreed_pixel_size(batch, upload.pixel_size_um)
         require_plate(batch, upload.plate)
         wells: list[schemas.WellPrediction] = []
@@ -235,10 +258,19 @@ class Batches:
                     raise site.error
                 yield site
 
+    def _require_measured(self, batch_id: str, role: Role) -> None:
+        """Refuse a panel that would never be measured."""
+        if role is Role.PANEL and not self.view.measures_panel:
+            raise PanelNotMeasuredError(
+                f"the served bundle was trained for the context {self.bundle.manifest.context!r} and measures no panel: "
+                f"send controls alone, and the panel's wells to /batches/{batch_id}/predict",
+                batch_id=batch_id,
+            )
+
     def _new_controls(
-        self, batch: BatchRecord, sent: Mapping[SiteKey, PreparedSite], *, replace: bool
+        self, batch: BatchRecord, sent: Mapping[SiteKey, PreparedSite], role: Role, *, replace: bool
     ) -> list[tuple[ControlSite, bytes]]:
-        """Return the sites that are not kept yet as they were sent, with their network input."""
+        """Return the sites that are not kept yet as they were sent, as they were prepared."""
         new, shard = [], new_shard()
         for key, site in sent.items():
             kept = batch.controls.get(key)
@@ -246,17 +278,19 @@ class Batches:
             if kept is not None and not same and not replace:
                 raise control_conflict(batch.batch_id, kept, site)
             if not same or kept is None or kept.recipe_digest != self._recipe or (site.files and not kept.files):
-                new.append(self._control_site(site, site.files, shard))
+                new.append(self._control_site(site, site.files, shard, role))
         return new
 
     @property
     def _recipe(self) -> str:
         return recipe_digest(self.bundle.manifest.recipe)
 
-    def _control_site(self, site: PreparedSite, files: Mapping[str, KeptFile], shard: str) -> tuple[ControlSite, bytes]:
+    def _control_site(
+        self, site: PreparedSite, files: Mapping[str, KeptFile], shard: str, role: Role
+    ) -> tuple[ControlSite, bytes]:
         image = image_bytes(site.image)
         size = len(image) + sum({file.blob: file.size for file in files.values()}.values())
-        return ControlSite(site.key, site.planes, self._recipe, new_blob(image, shard), size, files), image
+        return ControlSite(site.key, site.planes, self._recipe, new_blob(image, shard), size, files, role), image
 
     def _require_prepared(
         self, store: BatchStore, deed: Deed, batch: BatchRecord, sites: Iterable[SiteKey], watch: Stopwatch
@@ -291,9 +325,9 @@ class Batches:
             require_incarnation(now, batch.incarnation)
             shard = new_shard()
             new = [
-                self._control_site(replace_fields(site, planes=old[site.key].planes), old[site.key].files, shard)
-                for site in prepared
-                if now.controls.get(site.key) == old[site.key]
+                self._control_site(replace_fields(site, planes=was.planes), was.files, shard, was.role)
+                for site, was in ((site, old[site.key]) for site in prepared)
+                if now.controls.get(site.key) == was
             ]
             if new:
                 also = deed.alone().done(PREPARED, batch.batch_id, {"recipe": self._recipe, "sites": len(new)})
@@ -305,48 +339,52 @@ class Batches:
         self,
         store: BatchStore,
         deed: Deed,
-        before: BatchRecord,
         batch: BatchRecord,
-        usable: Mapping[SiteKey, ControlSite],
+        wanted: Wanted,
         sent: Mapping[SiteKey, PreparedSite],
         measured: dict[str, Adaptation],
         watch: Stopwatch,
     ) -> Adaptation:
-        """Return the statistics of the usable control sites of a batch as it is to be: measured before, or now.
-
-        ``before`` is the batch as it is kept.
-        """
-        context, name = self.view.name(batch, usable)
+        """Return the statistics that are wanted of a batch, with what was sent to it just now: measured before, or now."""
+        context, name = wanted.context, wanted.name
         if name not in measured:
-            kept = store.adaptation(batch.batch_id, self.bundle.digest, name)
+            known = wanted.statistics_id
+            kept = None if known is None else store.adaptation(batch.batch_id, self.bundle.digest, known)
             if kept is None:
-                self._require_prepared(store, deed, before, set(context.used) - set(sent), watch)
-                images = [self._image(store, before, site, sent) for site in context.used]
+                self._require_prepared(store, deed, batch, set(context.used) - set(sent), watch)
+                images = [self._image(store, batch, site, sent) for site in context.used]
                 with watch.stage("measure"):
-                    kept = self._measure(context, np.stack(images), name)
+                    kept = self._measure(wanted, images)
             measured[name] = kept
         return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
-    def _image(self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]) -> Float:
+    def _image(
+        self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]
+    ) -> PreparedImage:
         image = sent[site].image if site in sent else store.image(batch, site)
         if image is None:
             raise RevisionConflictError
         return image
 
-    def _measure(self, context: Context, images: Float, name: str) -> Adaptation:
-        """Measure a context in one pass, and where its wells lie under its own statistics."""
-        mean, variance = self.engine.measure(images)
+    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage]) -> Adaptation:
+        """Measure a context's scale, its statistics in one pass, and where its control wells lie under them."""
+        context, prior = wanted.context, wanted.prior
+        of_controls = [image for site, image in zip(context.used, prepared, strict=True) if site.well not in wanted.panel]
+        scale = measure_scale(of_controls, self.bundle.manifest.recipe)
+        images = self._finished(context.used, prepared, scale)
+        mean, variance = self.engine.measure(images, prior)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise ContextError("the statistics of these controls are not finite: an image of them is out of scale")
         statistics = BatchNormStatistics(mean, variance, sites=len(context.used), wells=len(context.wells))
         wells = [site.well for site in context.used]
-        embeddings = [self._classify(images[_where(wells, well)], statistics)[1] for well in context.wells]
+        controls = [well for well in context.wells if well not in wanted.panel]
+        embeddings = [self._classify(images[_where(wells, well)], statistics)[1] for well in controls]
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,
-            statistics_id=name,
+            statistics_id=wanted.name if scale is None else with_scale(wanted.name, scale.digest),
             statistics=statistics,
-            control_centre=mean_of_wells(wells, np.concatenate(embeddings)),
+            control_centre=mean_of_wells([well for well in wells if well in controls], np.concatenate(embeddings)),
             used=context.used,
             left_out=context.left_out,
             distance=distance,
@@ -355,26 +393,48 @@ class Batches:
             provider=self.engine.provider,
             precision=self.engine.precision,
             created_at=self.now(),
+            context=wanted.rule,
+            panel=tuple(sorted(wanted.panel)),
+            prior_weight=None if prior is None else prior.share,
+            scale=scale,
+            unscaled_id="" if scale is None else wanted.name,
         )
+
+    def _finished(self, sites: Sequence[SiteKey], prepared: Sequence[PreparedImage], scale: BatchScale | None) -> Float:
+        """Return sites as the network takes them: (sites, channels, size, size)."""
+        recipe = self.bundle.manifest.recipe
+        images = np.empty((len(sites), len(recipe.channels), recipe.size, recipe.size), np.float32)
+        for place, (site, image) in enumerate(zip(sites, prepared, strict=True)):
+            try:
+                images[place] = finish_site(image, recipe, scale)
+            except NonFiniteImageError as error:
+                raise error.about(well=site.well, site=site.site) from None
+        return images
 
     # --- steps of classify -------------------------------------------------------------------------------------------
 
     def _frame(
-        self, store: BatchStore, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, *, source: bool
+        self, store: BatchStore, deed: Deed, batch_id: str, upload: Upload, watch: Stopwatch, context: str
     ) -> tuple[BatchRecord, Frame]:
         """Return the batch and its statistics under the served bundle, measured again when the bundle is a new one.
 
-        While the store is away they are those that this process knows.
+        A recipe that takes its scale from the controls needs them for source statistics, too. While the store is away they
+        are those that this process knows.
         """
 
         def story(batch: BatchRecord) -> tuple[BatchRecord, Frame]:
             require_incarnation(batch, upload.incarnation)
-            if source:
+            scaled, blend = self.bundle.manifest.recipe.scaled_by_batch, context == BLENDED
+            if context == SOURCE and not scaled:
                 return batch, Frame(self.bundle.training_statistics.source, None)
             usable = self.view.usable(batch)
-            self._require_controls(batch, usable)
-            adaptation = self._adaptation(store, deed, batch, batch, usable, {}, {}, watch)
-            return batch, Frame(adaptation.statistics, adaptation)
+            if context == SOURCE:  # any controls give a scale
+                blend = self.view.wells_needed(usable) > 0
+            self._require_controls(batch, usable, blend=blend)
+            adaptation = self._adaptation(store, deed, batch, self.view.wanted(batch, usable, blend=blend), {}, {}, watch)
+            if context == SOURCE:
+                return batch, Frame(self.bundle.training_statistics.source, None, adaptation.scale)
+            return batch, Frame(adaptation.statistics, adaptation, adaptation.scale)
 
         try:
             return retold(store, batch_id, story)
@@ -387,36 +447,45 @@ class Batches:
             batch, frame = story(known)
             return batch, replace_fields(frame, fresh=False)
 
-    def _require_controls(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite]) -> None:
+    def _require_controls(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite], *, blend: bool) -> None:
         manifest = self.bundle.manifest
-        if not batch.controls:
+        source = (
+            f"this bundle takes the images' scale from them ({manifest.recipe.scaling}), for ?context=source as well"
+            if manifest.recipe.scaled_by_batch
+            else "or ask for ?context=source, the answer without adaptation"
+        )
+        if not batch.control_wells:
             raise NoControlsError(
                 f"batch {batch.batch_id} has no controls: send the images of at least {manifest.minimum_control_wells} of "
                 f"its negative-control wells to /batches/{batch.batch_id}/controls, each site with "
-                f"{', '.join(manifest.channels)}; or ask for ?context=source, the answer without adaptation",
+                f"{', '.join(manifest.channels)}; {source}",
                 batch_id=batch.batch_id,
                 wells_needed=manifest.minimum_control_wells,
             )
-        if self.view.wells_needed(usable) and len(usable) < len(batch.controls):
+        wells, unusable = self.view.control_wells(usable), self.view.unusable_sites(batch, usable)
+        fewest = 1 if blend else manifest.minimum_control_wells
+        if wells < fewest and unusable:
             raise RecipeChangedError(
-                f"{len(batch.controls) - len(usable)} of the {len(batch.controls)} control sites of batch "
+                f"{unusable} of the {unusable + len(usable)} control sites of batch "
                 f"{batch.batch_id} were prepared for a bundle with another image recipe: send the controls again",
                 batch_id=batch.batch_id,
                 wells_needed=self.view.wells_needed(usable),
             )
         try:
-            require_wells(len({site.well for site in usable}), manifest.minimum_control_wells)
+            require_wells(wells, fewest)
         except TooFewControlsError as error:
-            raise error.about(batch_id=batch.batch_id) from None
+            detail = f"{error.detail}; or ask for ?context=blended, on these and the mean of the training plates"
+            raise TooFewControlsError(detail, **error.members).about(batch_id=batch.batch_id) from None
 
     def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
+        images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
         try:
-            logits, embeddings = self._classify(np.stack([site.image for site in sites]), frame.statistics)
+            logits, embeddings = self._classify(images, frame.statistics)
         except NonFiniteImageError as error:
             raise error.about(well=well) from None
         adaptation = frame.adaptation
-        controls = None if adaptation is None else ControlCentre(adaptation.control_centre, len(adaptation.wells))
+        controls = None if adaptation is None else ControlCentre(adaptation.control_centre, len(adaptation.control_wells))
         reference = self.bundle.embedding_reference
         answer = classify_well(well, logits, embeddings, manifest.classes, manifest.temperature, reference, controls)
         return answer, embeddings.mean(axis=0)
@@ -433,12 +502,12 @@ class Batches:
         return logits, embeddings
 
     def _current_answers(self, store: BatchStore, now: BatchRecord, adaptation: Adaptation) -> frozenset[str] | None:
-        """Wells that were answered on newer statistics than this adaptation's; None when it is the newest."""
-        current = self.bundle.digest, self.view.current(now)
-        if current == _names(adaptation):
+        """Wells that were answered on newer statistics than this adaptation's; None when there are none newer."""
+        current = self.view.current(now)
+        if _names(adaptation) in current:
             return None
         answers = store.answers(now.batch_id)
-        return frozenset(item.well for item in answers if (item.bundle_digest, item.statistics_id) == current)
+        return frozenset(item.well for item in answers if (item.bundle_digest, item.statistics_id) in current)
 
     # --- shared steps ------------------------------------------------------------------------------------------------
 
@@ -450,13 +519,13 @@ class Batches:
         change: Change | None,
         action: str,
         answer: BaseModel,
-        digests: Iterable[str],
+        told: Mapping[str, object],
     ) -> None:
         """Commit a change with what stands beside it; what changes nothing was kept before, and is made sure of."""
         body = answer.model_dump_json().encode()
         if change is not None:
-            told = {"sha256": sorted(digests), **_statistics_of(answer)}
-            store.commit(batch, change, deed.done(action, batch.batch_id, told, body))
+            digests = {**told, **_statistics_of(answer)}
+            store.commit(batch, change, deed.done(action, batch.batch_id, digests, body))
             return
         store.secure()
         self._answered(store, deed, batch, answer, action)
@@ -480,20 +549,26 @@ class Batches:
         sent: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.ControlsReport:
-        unusable = len(batch.controls) - len(usable)
+        unusable = self.view.unusable_sites(batch, usable)
+        meanwhile = adaptation is None and self.view.control_wells(usable) > 0
         return schemas.ControlsReport.model_validate(
             {
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(None if adaptation is None else adaptation.scale),
                 "pixel_size_um": batch.pixel_size_um,
-                "notices": notices(self.bundle.manifest, adaptation, batch, upload, unusable_sites=unusable),
+                "notices": (
+                    *notices(self.bundle.manifest, adaptation, batch, upload, unusable_sites=unusable),
+                    *((BLEND_MEANWHILE,) if meanwhile else ()),
+                ),
                 "adapted": adaptation is not None,
                 "wells_needed": self.view.wells_needed(usable),
                 "control_wells": len(batch.control_wells),
-                "control_sites": len(batch.controls),
+                "control_sites": sum(site.role is Role.CONTROL for site in batch.controls.values()),
+                "panel_wells": len(batch.panel_wells),
                 "unusable_sites": unusable,
-                "context": CONTEXT,
+                "context": adaptation.context if adaptation else CONTROLS,
                 "created_at": adaptation.created_at if adaptation else None,
                 "saturation": saturation_report(sent),
                 "skipped": skipped_report(upload.skipped),
@@ -511,13 +586,14 @@ class Batches:
         seen: Iterable[PreparedSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
-        unusable = len(batch.controls) - len(self.view.usable(batch)) if frame.adaptation else 0
+        unusable = self.view.unusable_sites(batch, self.view.usable(batch)) if frame.adaptation else 0
         prepared = replace_fields(batch, pixel_size_um=pixel_size_um)
         return schemas.Prediction.model_validate(
             {
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, frame.adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(frame.scale),
                 "pixel_size_um": pixel_size_um,
                 "notices": (
                     *notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
@@ -525,7 +601,7 @@ class Batches:
                 ),
                 "adapted": frame.adaptation is not None,
                 "kept": frame.adaptation is not None,
-                "context": CONTEXT if frame.adaptation else "source",
+                "context": frame.adaptation.context if frame.adaptation else SOURCE,
                 "wells": tuple(wells),
                 "saturation": saturation_report(seen),
                 "skipped": skipped_report(upload.skipped),
@@ -538,8 +614,8 @@ def _superseded(prediction: schemas.Prediction) -> schemas.Prediction:
     return prediction.model_copy(update={"notices": (*prediction.notices, SUPERSEDED)})
 
 
-def _planes_of(sites: Iterable[PreparedSite]) -> list[str]:
-    return [digest for site in sites for digest in site.planes.values()]
+def _planes_of(sites: Iterable[PreparedSite]) -> dict[str, object]:
+    return {"sha256": sorted(digest for site in sites for digest in site.planes.values())}
 
 
 def _statistics_of(answer: BaseModel) -> dict[str, str]:
@@ -548,6 +624,10 @@ def _statistics_of(answer: BaseModel) -> dict[str, str]:
 
 def _names(adaptation: Adaptation) -> tuple[str, str]:
     return adaptation.bundle_digest, adaptation.statistics_id
+
+
+def _name_of(scale: BatchScale | None) -> str | None:
+    return None if scale is None else scale.digest
 
 
 def _where(wells: Sequence[str], well: str) -> list[int]:
@@ -579,4 +659,4 @@ def _by_well(
 
 
 def _without_image(site: PreparedSite) -> PreparedSite:
-    return PreparedSite(site.key, site.planes, site.saturation, np.empty(0, np.float32))
+    return PreparedSite(site.key, site.planes, site.saturation, PreparedImage(np.empty(0, np.float32)))

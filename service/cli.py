@@ -22,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from model.errors import AnchorwellError
-from model.layout import Role, parse_layout, parse_platemap
+from model.layout import Role, parse_layout, parse_platemap, parse_well
 from service import cli_operate, schemas
 from service.client import (
     AnchorwellClient,
+    Context,
     ProblemError,
     ServiceUnreachableError,
     StatisticsChangedError,
@@ -42,7 +43,8 @@ WIDE = 100
 """Columns of a terminal from which every number of an answer is shown."""
 _FLAGS = {
     "?replace=true": "--replace",
-    "?context=source": "--source",
+    "?context=": "--context ",
+    "POST …/controls?role=panel": "adapt --panel",
     "send channels": "give --channels",
     "send pixel_size_um": "give --pixel-size-um",
 }
@@ -202,19 +204,25 @@ def adapt(
     channels: _Channels = None,
     pixel_size_um: _PixelSize = None,
     replace: Annotated[bool, typer.Option("--replace", help="put other images in the place of kept ones")] = False,
+    panel: Annotated[
+        str | None, typer.Option(help="wells of the panel, C03,D07: they alone are sent, for a bundle trained with a panel")
+    ] = None,
     url: _Url = _DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
-    """Send a batch's negative controls; the statistics are measured on all that are kept.
+    """Send a batch's negative controls, or its panel; the statistics are measured on all that are kept.
 
     Exits with 3 when they are kept, but more control wells are needed.
     """
     with _connected(url) as client, _progress("controls", hidden=as_json) as progress:
         table = _text(layout)
         paths = _images(files)
-        if platemap is None:
-            _refuse_folders(files)
-        paths = _of_role(paths, platemap, table, client, Role.CONTROL)
+        if panel is not None:
+            paths = _of_wells(paths, panel, table, client)
+        else:
+            if platemap is None:
+                _refuse_folders(files)
+            paths = _of_role(paths, platemap, table, client, Role.CONTROL)
         report = client.adapt(
             batch,
             paths,
@@ -222,6 +230,7 @@ def adapt(
             channels=_names(channels),
             pixel_size_um=pixel_size_um,
             replace=replace,
+            panel=panel is not None,
             progress=progress,
         )
     _show(report, as_json, _report_table)
@@ -237,7 +246,13 @@ def predict(
     layout: _Layout = None,
     channels: _Channels = None,
     pixel_size_um: _PixelSize = None,
-    source: Annotated[bool, typer.Option("--source", help="answer without adaptation")] = False,
+    context: Annotated[
+        Context,
+        typer.Option(
+            help="blended: the statistics of few control wells, one or more, blended with the mean of the training plates; "
+            "source: answer without adaptation"
+        ),
+    ] = "controls",
     csv_file: Annotated[Path | None, typer.Option("--csv", help="write one row a well to this file")] = None,
     url: _Url = _DEFAULT_URL,
     as_json: _Json = False,
@@ -252,7 +267,7 @@ def predict(
             table,
             channels=_names(channels),
             pixel_size_um=pixel_size_um,
-            source=source,
+            context=context,
             progress=progress,
         )
     if csv_file is not None:
@@ -358,6 +373,17 @@ def _of_role(
     return chosen
 
 
+def _of_wells(paths: list[Path], names: str, layout: str | None, client: AnchorwellClient) -> list[Path]:
+    """Return the images of wells that are named, commas between."""
+    places = None if layout is None else parse_layout(layout, client.model().channels).files
+    wells = {path: well_of(path, places) for path in paths}
+    wanted = {parse_well(name) for name in names.split(",")}
+    absent = sorted(wanted.difference(wells.values()))
+    if absent:
+        raise AnchorwellError(f"none of the {len(paths)} images is of well {', '.join(absent[:5])}")
+    return [path for path, well in wells.items() if well in wanted]
+
+
 def _text(path: Path | None) -> str | None:
     if path is None:
         return None
@@ -435,10 +461,12 @@ def _report_table(report: schemas.ControlsReport) -> Iterator[Table | str]:
             f"[yellow]not adapted yet[/]: {report.control_wells} control wells are kept, "
             f"{report.wells_needed} more are needed"
         )
+        yield from _warnings(report.notices, report.saturation)
         return
+    panel = f" and {len(report.context_panel)} of the panel" if report.context_panel else ""
     yield (
         f"[green]adapted[/] {_escaped(report.batch_id)} on {report.context_sites} sites of "
-        f"{len(report.context_wells)} control wells ({report.provider}, {report.precision})"
+        f"{len(report.context_wells)} control wells{panel} ({report.provider}, {report.precision})"
     )
     yield f"statistics {report.statistics_id}"
     yield f"distance from the training plates {report.distance:.2f}, percentile {report.percentile:.0f} of held-out ones"

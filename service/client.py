@@ -30,6 +30,8 @@ _PATIENCE_S = 60
 """Longest time to come back after; who is told to come back tomorrow is told so."""
 _PARALLEL = 8
 _Progress = Callable[[int, int], None]
+Context = Literal["controls", "blended", "source"]
+"""What a prediction's statistics are of."""
 
 
 class ProblemError(Exception):
@@ -80,9 +82,10 @@ class AnchorwellClient:
         channels: Sequence[str] | None = None,
         pixel_size_um: float | None = None,
         replace: bool = False,
+        panel: bool = False,
         progress: _Progress | None = None,
     ) -> schemas.ControlsReport:
-        """Send control images in one request, so that they count whole or not at all.
+        """Send control images, or the panel's, in one request, so that they count whole or not at all.
 
         Raises:
             ProblemError: the service refused them. ServiceUnreachableError: it did not answer. AnchorwellError: no files.
@@ -91,7 +94,7 @@ class AnchorwellClient:
         sent = _Sent(len(paths), progress)
         form = _form(layout, channels, pixel_size_um)
         path = f"/batches/{_quoted(batch_id)}/controls"
-        answer = self._send_files(path, paths, form, {"replace": "true"} if replace else {}, sent)
+        answer = self._send_files(path, paths, form, _controls_query(replace=replace, panel=panel), sent)
         return schemas.ControlsReport.model_validate_json(answer.content)
 
     def predict(
@@ -102,7 +105,7 @@ class AnchorwellClient:
         *,
         channels: Sequence[str] | None = None,
         pixel_size_um: float | None = None,
-        source: bool = False,
+        context: Context = "controls",
         request_bytes: int = REQUEST_BYTES,
         progress: _Progress | None = None,
     ) -> schemas.Prediction:
@@ -116,7 +119,7 @@ class AnchorwellClient:
         paths = _some(files)
         sent = _Sent(len(paths), progress)
         form = _form(layout, channels, pixel_size_um)
-        query = {"context": "source"} if source else {}
+        query = {"context": context}
         path = f"/batches/{_quoted(batch_id)}/predict"
         answers = [
             schemas.Prediction.model_validate_json(self._send_files(path, chunk, form, query, sent).content)
@@ -172,18 +175,32 @@ class AnchorwellClient:
             return ()
 
     def adapt_staged(
-        self, batch_id: str, wells: Sequence[str] | None = None, *, pixel_size_um: float | None = None, replace: bool = False
+        self,
+        batch_id: str,
+        wells: Sequence[str] | None = None,
+        *,
+        pixel_size_um: float | None = None,
+        replace: bool = False,
+        panel: bool = False,
     ) -> schemas.ControlsReport:
-        """Adapt a batch on controls that were sent ahead: the wells named, or those that its plate map calls controls."""
-        params = {"replace": "true"} if replace else {}
+        """Adapt a batch on controls that were sent ahead: the wells named, or those that its plate map calls controls.
+
+        The panel's wells are always named.
+        """
+        params = _controls_query(replace=replace, panel=panel)
         answer = self._post_json(batch_id, "controls", _named(wells, pixel_size_um), params)
         return schemas.ControlsReport.model_validate_json(answer.content)
 
     def predict_staged(
-        self, batch_id: str, wells: Sequence[str] | None = None, *, pixel_size_um: float | None = None
+        self,
+        batch_id: str,
+        wells: Sequence[str] | None = None,
+        *,
+        pixel_size_um: float | None = None,
+        context: Context = "controls",
     ) -> schemas.Prediction:
         """Classify wells that were sent ahead: those named, or all that are no controls."""
-        answer = self._post_json(batch_id, "predict", _named(wells, pixel_size_um), {})
+        answer = self._post_json(batch_id, "predict", _named(wells, pixel_size_um), {"context": context})
         return schemas.Prediction.model_validate_json(answer.content)
 
     def send_platemap(self, batch_id: str, text: str) -> schemas.PlateMapReport:
@@ -440,6 +457,10 @@ def _plane(path: Path, places: Mapping[str, PlaneKey] | None, channels: Sequence
 def _named(wells: Sequence[str] | None, pixel_size_um: float | None) -> dict[str, Any]:
     named = {"wells": None if wells is None else list(wells), "pixel_size_um": pixel_size_um}
     return {"staged": True, **{name: value for name, value in named.items() if value is not None}}
+
+
+def _controls_query(*, replace: bool, panel: bool) -> dict[str, str]:
+    return {**({"replace": "true"} if replace else {}), **({"role": "panel"} if panel else {})}
 
 
 def _some(files: Iterable[Path]) -> list[Path]:

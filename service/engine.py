@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from model.bundle import (
     CLASSIFY,
+    GOLDEN_WELLS,
     INPUT_IMAGES,
     INPUT_MEAN,
+    INPUT_PRIOR_MEAN,
+    INPUT_PRIOR_VARIANCE,
+    INPUT_PRIOR_WEIGHT,
     INPUT_VARIANCE,
     MEASURE,
     OUTPUT_EMBEDDING,
@@ -27,12 +31,13 @@ from model.bundle import (
     Parity,
 )
 from model.errors import BundleError
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, Prior
 from service.errors import StartError
 from service.observe import UNOBSERVED, Observer
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
+_PRIOR = (INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT)
 
 
 class Engine(Protocol):
@@ -48,8 +53,11 @@ class Engine(Protocol):
         """Arithmetic of the graphs; part of a statistics id."""
         ...
 
-    def measure(self, images: Float) -> tuple[Float, Float]:
-        """Statistics of one pass over (sites, channels, height, width): mean and biased variance, (features,) each."""
+    def measure(self, images: Float, prior: Prior | None = None) -> tuple[Float, Float]:
+        """Statistics of one pass over (sites, channels, height, width): mean and biased variance, (features,) each.
+
+        With a prior every layer's are blended with it, inside the pass.
+        """
         ...
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
@@ -69,7 +77,8 @@ class OnnxEngine:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
         options.enable_mem_reuse = bundle.manifest.members == 1  # else buffers are held from one member's pass for the next
-        self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES])
+        self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES, *_PRIOR])
+        self._plain = Prior.none(bundle.manifest.features)
         self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
         self._observer = observer
         self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
@@ -81,9 +90,11 @@ class OnnxEngine:
         """The provider the sessions really got."""
         return str(self._classify.get_providers()[0])
 
-    def measure(self, images: Float) -> tuple[Float, Float]:
+    def measure(self, images: Float, prior: Prior | None = None) -> tuple[Float, Float]:
+        used = self._plain if prior is None else prior
+        given = dict(zip(_PRIOR, (used.mean, used.variance, used.weight), strict=True))
         with self._turn("measure", len(images)):
-            mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images})
+            mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images, **given})
         return mean, variance
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
@@ -133,7 +144,8 @@ def replay(engine: Engine, bundle: Bundle) -> None:
         BundleError: the engine does not agree.
     """
     golden = bundle.golden
-    mean, variance = engine.measure(golden.images)
+    plain = engine.measure(golden.images)
+    blended = engine.measure(golden.images, bundle.training_statistics.prior(GOLDEN_WELLS))
     statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
     logits, _ = engine.classify(golden.images, statistics)
-    Parity.of(golden, mean, variance, logits).require(f"the engine on {engine.provider}")
+    Parity.of(golden, plain, blended, logits).require(f"the engine on {engine.provider}")

@@ -31,7 +31,9 @@ ServiceError                     what is wrong with a request or the service, be
 │   ├── PlateMapNotFoundError    the batch has no plate map
 │   ├── StagedConflictError      another image for a plane that was sent ahead
 │   ├── ControlConflictError     another image for a control plane that is kept
-│   ├── TreatedAsControlError    a control well that was answered as a treated one
+│   ├── TreatedAsControlError    a control well that was answered as a treated one, or is of the panel
+│   ├── ControlAsPanelError      a well of the panel that is a control
+│   ├── PanelNotMeasuredError    a panel for a bundle that measures none
 │   ├── PixelSizeConflictError   another pixel size than the batch's
 │   ├── QuotaExceededError       no room for more images of the tenant's
 │   ├── PlateConflictError       images of another plate than the batch's controls
@@ -199,7 +201,15 @@ class ControlConflictError(BatchError):
 
 
 class TreatedAsControlError(BatchError):
-    """A control well that was answered as a treated one."""
+    """A control well that was answered as a treated one, or is of the panel."""
+
+
+class ControlAsPanelError(BatchError):
+    """A well of the panel that is a control."""
+
+
+class PanelNotMeasuredError(BatchError):
+    """A panel for a bundle that measures none."""
 
 
 class PixelSizeConflictError(BatchError):
@@ -337,6 +347,8 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     StagedConflictError: Problem("staged-conflict", "Another image was sent ahead for this plane", 409),
     ControlConflictError: Problem("control-conflict", "Another image is kept for this control plane", 409),
     TreatedAsControlError: Problem("treated-as-control", "A treated well was sent as a control", 409),
+    ControlAsPanelError: Problem("control-as-panel", "A control was sent as a well of the panel", 409),
+    PanelNotMeasuredError: Problem("panel-not-measured", "The served bundle measures no panel", 409),
     PixelSizeConflictError: Problem("pixel-size-conflict", "The batch has another pixel size", 409),
     PlateConflictError: Problem("plate-conflict", "The batch is of another plate", 409),
     QuotaExceededError: Problem("quota-exceeded", "No room for more images of this tenant", 403),

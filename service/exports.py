@@ -30,6 +30,7 @@ _ANSWER = (
     "out_of_range",
     "control",
     "stale",
+    "context",
     "statistics_id",
     "bundle",
     "answered_at",

@@ -3,7 +3,7 @@
 Knows nothing of HTTP, onnxruntime or a database.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -12,12 +12,12 @@ from typing import TypeVar
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, wells_needed
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
-from model.statistics import statistics_id
+from model.statistics import Prior, statistics_id, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.errors import BatchBusyError, PlateMapNotFoundError, StagedConflictError
-from service.reports import CONTEXT, kept_predictions, platemap_report
-from service.rules import existing, not_found, refuse_controls
+from service.reports import BLENDED, CONTROLS, PANEL, kept_predictions, platemap_report
+from service.rules import existing, not_found, refuse_platemap
 from service.storage import Storage
 from service.store import (
     BatchRecord,
@@ -29,6 +29,7 @@ from service.store import (
     new_blob,
     new_shard,
     platemap_bytes,
+    sites_of,
 )
 
 DELETED = "batch.deleted"
@@ -55,6 +56,21 @@ def retold(store: BatchStore, batch_id: str, story: Callable[[BatchRecord], T]) 
     raise BatchBusyError(f"batch {batch_id} kept changing under this request; nothing was kept: send it again")
 
 
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Statistics that a batch is to have: by which rule, of which sites (``panel`` wells among them), and their name.
+
+    The ``statistics_id`` adds their scale to the name, for a recipe that has one: None until that is measured.
+    """
+
+    rule: str
+    context: Context
+    panel: frozenset[str]
+    name: str
+    statistics_id: str | None
+    prior: Prior | None = None
+
+
 @dataclass(frozen=True)
 class BundleView:
     """How the served bundle, at the engine's precision, sees what is kept of a batch."""
@@ -62,46 +78,87 @@ class BundleView:
     bundle: Bundle
     precision: str
 
+    @property
+    def measures_panel(self) -> bool:
+        """Whether the bundle's network was trained with a panel beside the controls."""
+        return self.bundle.manifest.context == PANEL
+
     def usable(self, batch: BatchRecord) -> dict[SiteKey, ControlSite]:
-        """Return the control sites that are prepared as the served bundle wants them, or can be, from their files."""
+        """Return the sites to measure that are prepared as the served bundle wants them, or can be, from their files."""
         recipe, channels = recipe_digest(self.bundle.manifest.recipe), set(self.bundle.manifest.channels)
         return {
             key: site
-            for key, site in batch.controls.items()
+            for key, site in self._measurable(batch).items()
             if site.recipe_digest == recipe or channels <= site.files.keys()
         }
 
-    def wells_needed(self, usable: Iterable[SiteKey]) -> int:
-        """Return how many control wells are missing."""
-        return wells_needed(len({site.well for site in usable}), self.bundle.manifest.minimum_control_wells)
+    def unusable_sites(self, batch: BatchRecord, usable: Sized) -> int:
+        """Return how many of the sites to measure are not usable."""
+        return len(self._measurable(batch)) - len(usable)
 
-    def name(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite]) -> tuple[Context, str]:
-        """Choose the context and name its statistics."""
-        context = choose_context(usable, self.bundle.manifest.max_context_sites)
-        planes = [
-            (PlaneKey(site.well, site.site, channel), usable[site].planes[channel])
-            for site in context.used
-            for channel in self.bundle.manifest.channels
-        ]
-        return context, statistics_id(
+    def _measurable(self, batch: BatchRecord) -> Mapping[SiteKey, ControlSite]:
+        return batch.controls if self.measures_panel else sites_of(batch.controls, Role.CONTROL)
+
+    def wells_needed(self, usable: Mapping[SiteKey, ControlSite]) -> int:
+        """Return how many control wells are missing."""
+        return wells_needed(self.control_wells(usable), self.bundle.manifest.minimum_control_wells)
+
+    def control_wells(self, usable: Mapping[SiteKey, ControlSite]) -> int:
+        """Return how many control wells there are."""
+        return len({site.well for site in sites_of(usable, Role.CONTROL)})
+
+    def wanted(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite], *, blend: bool = False) -> Wanted:
+        """Choose the context and name its statistics; a blend is of controls alone, as its prior is.
+
+        Raises:
+            NoControlsError: there is no site to measure.
+        """
+        sites = sites_of(usable, Role.CONTROL) if blend else usable
+        context = choose_context(sites, self.bundle.manifest.max_context_sites)
+        panel = frozenset(site.well for site in context.used if sites[site].role is Role.PANEL)
+        wells = len(context.wells) if blend else None
+        name = statistics_id(
             bundle_digest=self.bundle.digest,
             recipe=recipe_json(self.bundle.manifest.recipe),
             pixel_size_um=batch.pixel_size_um,
-            context=CONTEXT,
+            context=PANEL if panel else CONTROLS,
             precision=self.precision,
-            planes=planes,
+            planes=[
+                (PlaneKey(site.well, site.site, channel), sites[site].planes[channel])
+                for site in context.used
+                for channel in self.bundle.manifest.channels
+            ],
+            panel=panel,
+            blend_wells=wells,
         )
+        known = self._named(batch, name)
+        if wells is not None:
+            return Wanted(BLENDED, context, panel, name, known, self.bundle.training_statistics.prior(wells))
+        return Wanted(PANEL if panel else CONTROLS, context, panel, name, known)
 
-    def current(self, batch: BatchRecord) -> str | None:
-        """Return the id of the statistics that a well of this batch would be answered with; None when they need controls."""
+    def _named(self, batch: BatchRecord, name: str) -> str | None:
+        """Return the id of statistics by their name without a scale; None when their scale is not measured yet."""
+        if not self.bundle.manifest.recipe.scaled_by_batch:
+            return name
+        scale = batch.scales.get(name)
+        return None if scale is None else with_scale(name, scale)
+
+    def current(self, batch: BatchRecord) -> frozenset[tuple[str, str]]:
+        """Return the bundle and statistics that a well of this batch could be answered with, blended ones too.
+
+        Those whose scale is not measured yet are not among them.
+        """
         usable = self.usable(batch)
-        return None if self.wells_needed(usable) else self.name(batch, usable)[1]
+        plain = [] if self.wells_needed(usable) else [self.wanted(batch, usable)]
+        blend = [self.wanted(batch, usable, blend=True)] if sites_of(usable, Role.CONTROL) else []
+        ids = (wanted.statistics_id for wanted in (*plain, *blend))
+        return frozenset((self.bundle.digest, name) for name in ids if name is not None)
 
     def summary(self, batch: BatchRecord) -> schemas.BatchSummary:
         """Tell what is kept of a batch."""
         usable = self.usable(batch)
         needed = self.wells_needed(usable)
-        current = None if needed else self.name(batch, usable)[1]
+        current = None if needed else self.wanted(batch, usable).statistics_id
         adapted = (self.bundle.digest, current) in batch.adaptations
         assert batch.changed_at is not None
         return schemas.BatchSummary(
@@ -110,8 +167,9 @@ class BundleView:
             statistics_id=current if adapted else None,
             wells_needed=needed,
             control_wells=tuple(sorted(batch.control_wells)),
-            control_sites=len(batch.controls),
-            unusable_sites=len(batch.controls) - len(usable),
+            control_sites=len(sites_of(batch.controls, Role.CONTROL)),
+            panel_wells=tuple(sorted(batch.panel_wells)),
+            unusable_sites=self.unusable_sites(batch, usable),
             treated_wells=tuple(sorted(batch.treated)),
             pixel_size_um=batch.pixel_size_um,
             plate=batch.plate,
@@ -156,13 +214,12 @@ class Kept:
         """
         store = self.storage.of(tenant)
         batch = existing(store, batch_id)
-        current = (self.view.bundle.digest, self.view.current(batch))
         platemap = store.platemap(batch_id)
-        found = kept_predictions(batch, platemap, store.answers(batch_id), current)
+        found = kept_predictions(batch, platemap, store.answers(batch_id), self.view.current(batch))
         return found, () if platemap is None else platemap.columns
 
     def images(self, tenant: str, batch_id: str) -> schemas.ImageList:
-        """Every plane that is staged, and every plane of a kept control.
+        """Every plane that is staged, and every plane of a kept control or of the panel.
 
         Raises:
             BatchNotFoundError: nothing is kept under that id.
@@ -170,7 +227,13 @@ class Kept:
         store = self.storage.of(tenant)
         batch = existing(store, batch_id)
         controls = tuple(
-            schemas.KeptImage(well=key.well, site=key.site, channel=channel, sha256=digest, state="control")
+            schemas.KeptImage(
+                well=key.well,
+                site=key.site,
+                channel=channel,
+                sha256=digest,
+                state="panel" if site.role is Role.PANEL else "control",
+            )
             for key, site in batch.controls.items()
             for channel, digest in site.planes.items()
         )
@@ -214,13 +277,13 @@ class Kept:
         """Keep a plate map in the place of the one before.
 
         Raises:
-            TreatedAsControlError: it calls a well treated that is kept as a control.
+            TreatedAsControlError, ControlAsPanelError: it calls a kept control treated, or a well of the panel a control.
         """
         store = self.storage.of(deed.tenant)
         report = platemap_report(batch_id, sent)
 
         def story(batch: BatchRecord) -> schemas.PlateMapReport:
-            refuse_controls(batch, sent.wells(Role.TREATED))
+            refuse_platemap(batch, sent)
             if store.platemap(batch_id) == sent:
                 store.secure()
                 return report

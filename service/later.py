@@ -19,11 +19,10 @@ from service.errors import BatchBusyError, StagedConflictError
 from service.jobs import Asked, Job, Jobs
 from service.keeping import FileKeeper, kept_files
 from service.posts import Post, Receiver, Sent
+from service.reports import CONTROLS, SOURCE
 from service.staging import StagedFile
 from service.store import BatchRecord, BatchStore, KeptFile
 from service.uploads import SentFile, Skipped, Upload
-
-ROLES = {"controls": Role.CONTROL, "predict": Role.TREATED}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Later:
     receiver: Receiver
     jobs: Jobs
 
-    def put(self, post: Post, kind: str, batch_id: str, options: Mapping[str, bool]) -> schemas.JobReport:
+    def put(self, post: Post, kind: str, batch_id: str, options: Mapping[str, bool | str]) -> schemas.JobReport:
         """Keep a post as a job.
 
         Raises:
@@ -102,12 +101,16 @@ class Later:
     def run(self, job: Job, deed: Deed) -> None:
         """Do what a job asks."""
         what = self.jobs.asked(job).what
-        story = self.batches.adapt if job.kind == "controls" else self.batches.classify
-        story(deed, job.batch_id, self._upload(job, what), Stopwatch(), **what["options"])
+        options, role = what["options"], _role(job, what)
+        request = (deed, job.batch_id, self._upload(job, what, role), Stopwatch())
+        if job.kind == "controls":
+            self.batches.adapt(*request, replace=options["replace"], role=role)
+        else:  # jobs of before there were blends say only whether source was asked for
+            self.batches.classify(*request, context=options.get("context", SOURCE if options.get("source") else CONTROLS))
 
-    def _upload(self, job: Job, what: Mapping[str, Any]) -> Upload:
+    def _upload(self, job: Job, what: Mapping[str, Any], role: Role) -> Upload:
         if "sent" in what:
-            upload = self.receiver.named(Sent.model_validate(what["sent"]), job.tenant, job.batch_id, ROLES[job.kind])
+            upload = self.receiver.named(Sent.model_validate(what["sent"]), job.tenant, job.batch_id, role)
             return replace(upload, plate=upload.plate or what["plate"], incarnation=what["incarnation"])
         store, batch = self.jobs.storage.of(job.tenant), BatchRecord(job.batch_id, what["incarnation"])
         sites: defaultdict[SiteKey, dict[str, SentFile]] = defaultdict(dict)
@@ -122,6 +125,10 @@ class Later:
             notices=tuple(what["notices"]),
             incarnation=what["incarnation"],
         )
+
+
+def _role(job: Job, what: Mapping[str, Any]) -> Role:
+    return Role(what["options"].get("role", Role.CONTROL)) if job.kind == "controls" else Role.TREATED
 
 
 def _files(store: BatchStore, batch: BatchRecord, upload: Upload, keeper: FileKeeper) -> Iterator[JobFile]:

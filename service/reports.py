@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +19,8 @@ from service.errors import problem_of
 from service.store import Adaptation, BatchRecord, KeptAnswer
 from service.uploads import PreparedSite, RefusedSite, Skipped, Upload
 
-CONTEXT = "controls"
+CONTROLS, PANEL, BLENDED, SOURCE = "controls", "panel", "blended", "source"
+"""What an answer's statistics are of."""
 VERSION = version("anchorwell")
 REPORTED_SATURATION = 0.001
 FURTHEST = 100.0
@@ -62,7 +63,8 @@ def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[st
     return {
         "statistics_id": adaptation.statistics_id if adaptation else None,
         "trained_context": manifest.context,
-        "context_wells": adaptation.wells if adaptation else (),
+        "context_wells": adaptation.control_wells if adaptation else (),
+        "context_panel": adaptation.panel if adaptation else (),
         "context_sites": len(adaptation.used) if adaptation else 0,
         "left_out": tuple(
             schemas.LeftOut(
@@ -72,6 +74,7 @@ def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[st
             )
             for site in (adaptation.left_out if adaptation else ())
         ),
+        "prior_weight": adaptation.prior_weight if adaptation else None,
         "distance": adaptation.distance if adaptation else None,
         "percentile": adaptation.percentile if adaptation else None,
         "out_of_range": adaptation.out_of_range if adaptation else None,
@@ -110,9 +113,14 @@ def _context_notices(
             f"{unusable_sites} kept control sites were prepared for another bundle's image recipe and are not measured: "
             "send them again"
         )
-    if adaptation is not None and manifest.context != CONTEXT:
-        how = " (AdaBN)" if manifest.context == "source" else ""
+    if adaptation is not None and manifest.context not in (CONTROLS, adaptation.context):
+        how = {SOURCE: " (AdaBN)", PANEL: _without_panel(adaptation, batch)}.get(manifest.context, "")
         yield f"the network was trained for the context {manifest.context!r} and is served with control statistics{how}"
+    if adaptation is not None and adaptation.prior_weight is not None:
+        yield (
+            f"the statistics are blended: beside {len(adaptation.control_wells)} control wells the mean of the training "
+            f"plates has {adaptation.prior_weight:.0%} of the weight, which makes the plate's distance from them smaller too"
+        )
     if adaptation is not None and adaptation.out_of_range:
         yield "the statistics of this plate's controls are unlike those of the training plates"
     elif adaptation is not None and adaptation.percentile >= FURTHEST:
@@ -120,6 +128,12 @@ def _context_notices(
             "the statistics of this plate's controls lie further from the training plates than those of any held-out one: "
             "are pixel size, channels and stain what the network was trained on?"
         )
+
+
+def _without_panel(adaptation: Adaptation, batch: BatchRecord) -> str:
+    if not batch.panel_wells:
+        return ": no panel is recorded (POST …/controls?role=panel)"
+    return ": a blend is of controls alone" if adaptation.context == BLENDED else ": its panel could not be measured"
 
 
 def well_prediction(
@@ -186,7 +200,11 @@ def kept_answers(prediction: schemas.Prediction, embeddings: Iterable[NDArray[np
     return [
         KeptAnswer(
             well=well.well,
-            told={**well.model_dump(mode="json"), "answered_at": datetime.now(UTC).isoformat()},
+            told={
+                **well.model_dump(mode="json"),
+                "context": prediction.context,
+                "answered_at": datetime.now(UTC).isoformat(),
+            },
             statistics_id=prediction.statistics_id,
             bundle_digest=prediction.bundle,
             embedding=embedding,
@@ -196,9 +214,9 @@ def kept_answers(prediction: schemas.Prediction, embeddings: Iterable[NDArray[np
 
 
 def kept_predictions(
-    batch: BatchRecord, platemap: PlateMap | None, answers: Iterable[KeptAnswer], current: tuple[str, str | None]
+    batch: BatchRecord, platemap: PlateMap | None, answers: Iterable[KeptAnswer], current: Collection[tuple[str, str]]
 ) -> schemas.KeptPredictions:
-    """Tell kept answers; ``current`` is the served bundle, and the statistics that it would answer with now."""
+    """Tell kept answers; ``current`` are the bundle and statistics that they could be answered with now."""
     wells = tuple(
         schemas.KeptPrediction.model_validate(
             {
@@ -207,7 +225,7 @@ def kept_predictions(
                 "plate": batch.plate or batch.batch_id,
                 "statistics_id": answer.statistics_id,
                 "bundle": answer.bundle_digest,
-                "stale": (answer.bundle_digest, answer.statistics_id) != current,
+                "stale": (answer.bundle_digest, answer.statistics_id) not in current,
                 "control": answer.well in batch.control_wells,
                 "platemap": {} if platemap is None else row_of(platemap, answer.well),
                 "embedding": tuple(float(value) for value in answer.embedding),

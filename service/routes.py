@@ -154,11 +154,32 @@ async def is_later(
 IsLater = Annotated[bool, Depends(is_later)]
 
 
-def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
+async def control_or_panel(
+    role: Annotated[
+        Literal["control", "panel"],
+        Query(description="panel: treated wells that a bundle trained with a panel measures beside the controls"),
+    ] = "control",
+) -> Role:
+    """What the wells that are sent as controls are."""
+    return Role(role)
+
+
+async def treated() -> Role:
+    """What the wells that are sent to be answered are."""
+    return Role.TREATED
+
+
+def posted(role_of: Callable[..., Awaitable[Role]], status: int) -> Callable[..., AsyncIterator[Post]]:
     """A dependency that receives a post in a slot of its own."""
 
     async def received(
-        request: Request, deed: Writing, batch_id: BatchId, _: Ready, served: Serving, later: IsLater
+        request: Request,
+        deed: Writing,
+        batch_id: BatchId,
+        _: Ready,
+        served: Serving,
+        later: IsLater,
+        role: Annotated[Role, Depends(role_of)],
     ) -> AsyncIterator[Post]:
         with served.upload_slots.taken(deed.tenant):
             async with served.receiver.received(request, deed, batch_id, role, 202 if later else status) as post:
@@ -167,8 +188,8 @@ def posted(role: Role, status: int) -> Callable[..., AsyncIterator[Post]]:
     return received
 
 
-PostedControls = Annotated[Post, Depends(posted(Role.CONTROL, 201))]
-PostedTreated = Annotated[Post, Depends(posted(Role.TREATED, 200))]
+PostedControls = Annotated[Post, Depends(posted(control_or_panel, 201))]
+PostedTreated = Annotated[Post, Depends(posted(treated, 200))]
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:
@@ -252,12 +273,18 @@ async def send_controls(
     served: Serving,
     post: PostedControls,
     later: IsLater,
+    role: Annotated[Role, Depends(control_or_panel)],
     replace: Annotated[bool, Query(description="put other images in the place of kept ones")] = False,
 ) -> schemas.ControlsReport | Response:
-    """Send negative-control images: they are kept, and the batch's statistics are measured on all that are kept."""
+    """Send negative-control images: they are kept, and the batch's statistics are measured on all that are kept.
+
+    With role=panel, images of treated wells (such as positive controls) that enter the statistics beside the controls.
+    """
     if later:
-        return accepted(await run_in_threadpool(served.later.put, post, "controls", batch_id, {"replace": replace}))
-    return await served.turns.taken(partial(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace))
+        options = {"replace": replace, "role": role.value}
+        return accepted(await run_in_threadpool(served.later.put, post, "controls", batch_id, options))
+    story = partial(batches.adapt, post.deed, batch_id, post.upload, post.watch, replace=replace, role=role)
+    return await served.turns.taken(story)
 
 
 @router.post(
@@ -273,14 +300,18 @@ async def predict(
     post: PostedTreated,
     later: IsLater,
     context: Annotated[
-        Literal["controls", "source"], Query(description="source asks for the answer without adaptation")
+        Literal["controls", "blended", "source"],
+        Query(
+            description="blended asks for statistics of one control well or more, blended with the mean of the training "
+            "plates; source for the answer without adaptation"
+        ),
     ] = "controls",
 ) -> schemas.Prediction | Response:
     """Send treated images: one answer per well, against the statistics of the batch's controls."""
-    source = context == "source"
     if later:
-        return accepted(await run_in_threadpool(served.later.put, post, "predict", batch_id, {"source": source}))
-    return await served.turns.taken(partial(batches.classify, post.deed, batch_id, post.upload, post.watch, source=source))
+        return accepted(await run_in_threadpool(served.later.put, post, "predict", batch_id, {"context": context}))
+    story = partial(batches.classify, post.deed, batch_id, post.upload, post.watch, context=context)
+    return await served.turns.taken(story)
 
 
 def accepted(job: schemas.JobReport) -> Response:

@@ -1,7 +1,9 @@
 """Rules of a batch: what may be sent to it, as it is kept. Values in, errors out."""
 
+from model.layout import PlateMap, Role
 from service.errors import (
     BatchNotFoundError,
+    ControlAsPanelError,
     ControlConflictError,
     PixelSizeConflictError,
     PlateConflictError,
@@ -73,6 +75,14 @@ def refuse_treated(batch: BatchRecord, wells: frozenset[str]) -> None:
             f"the plate map of batch {batch.batch_id} calls well {', '.join(planned[:10])} treated: leave it out, or "
             "correct the plate map",
         )
+    panel = sorted(wells & batch.panel_wells)
+    if panel:
+        raise _treated_as_control(
+            batch,
+            panel,
+            f"well {', '.join(panel[:10])} of batch {batch.batch_id} is of its panel, a treated well, and no control: "
+            "leave it out, or delete the batch if it was recorded by mistake",
+        )
     treated = sorted(wells & batch.treated)
     if treated:
         raise _treated_as_control(
@@ -83,13 +93,45 @@ def refuse_treated(batch: BatchRecord, wells: frozenset[str]) -> None:
         )
 
 
-def refuse_controls(batch: BatchRecord, planned: frozenset[str]) -> None:
-    """Let no plate map call a kept control treated.
+def refuse_panel(batch: BatchRecord, wells: frozenset[str], platemap: PlateMap | None) -> None:
+    """Let no control into the panel.
 
     Raises:
-        TreatedAsControlError: it does.
+        ControlAsPanelError: a well is kept as a control, or the plate map calls it one.
     """
-    kept = sorted(planned & batch.control_wells)
+    kept = sorted(wells & batch.control_wells)
+    if kept:
+        raise _control_as_panel(
+            batch,
+            kept,
+            f"well {', '.join(kept[:10])} of batch {batch.batch_id} is kept as a control and cannot be of its panel too: "
+            "leave it out, or delete the batch and send its controls again",
+        )
+    planned = sorted(wells & (frozenset() if platemap is None else platemap.wells(Role.CONTROL)))
+    if planned:
+        raise _control_as_panel(
+            batch,
+            planned,
+            f"the plate map of batch {batch.batch_id} calls well {', '.join(planned[:10])} a control: leave it out, or "
+            "correct the plate map",
+        )
+
+
+def refuse_platemap(batch: BatchRecord, platemap: PlateMap) -> None:
+    """Let no plate map call a kept control treated, or a well of the panel a control.
+
+    Raises:
+        TreatedAsControlError, ControlAsPanelError: it does.
+    """
+    panel = sorted(platemap.wells(Role.CONTROL) & batch.panel_wells)
+    if panel:
+        raise _control_as_panel(
+            batch,
+            panel,
+            f"the plate map calls well {', '.join(panel[:10])} a control, which batch {batch.batch_id} keeps as its panel: "
+            "correct it, or delete the batch and send its panel again",
+        )
+    kept = sorted(platemap.wells(Role.TREATED) & batch.control_wells)
     if kept:
         raise _treated_as_control(
             batch,
@@ -101,6 +143,10 @@ def refuse_controls(batch: BatchRecord, planned: frozenset[str]) -> None:
 
 def _treated_as_control(batch: BatchRecord, wells: list[str], detail: str) -> TreatedAsControlError:
     return TreatedAsControlError(detail, batch_id=batch.batch_id, well=wells[0], wells=wells)
+
+
+def _control_as_panel(batch: BatchRecord, wells: list[str], detail: str) -> ControlAsPanelError:
+    return ControlAsPanelError(detail, batch_id=batch.batch_id, well=wells[0], wells=wells)
 
 
 def require_incarnation(now: BatchRecord, asked: str | None) -> None:

@@ -78,11 +78,22 @@ class Measured(Provenance):
     statistics_id: str | None = Field(
         description="digest of what the statistics were measured on and with; None: not adapted"
     )
-    context: str = Field(description="controls; or source, the answer without adaptation")
+    scale_id: str | None = Field(
+        description="digest of the scale that the batch's controls gave the images; None: the bundle's recipe has none"
+    )
+    context: str = Field(
+        description="controls; panel, with the panel beside them; blended, with the mean of the training plates; or source, "
+        "the answer without adaptation"
+    )
     trained_context: str = Field(description="the context that the network was trained for")
     context_wells: tuple[str, ...] = Field(description="control wells that were measured")
-    context_sites: int = Field(description="control sites that were measured")
-    left_out: tuple[LeftOut, ...] = Field(description="control sites that are kept but were not measured")
+    context_panel: tuple[str, ...] = Field(description="wells of the panel that were measured")
+    context_sites: int = Field(description="sites that were measured")
+    left_out: tuple[LeftOut, ...] = Field(description="sites that are kept but were not measured")
+    prior_weight: float | None = Field(
+        description="share of the training plates' mean statistics in a blend, averaged over the network's features; "
+        "None: not blended"
+    )
     distance: float | None = Field(
         description="how far the plate's statistics lie from those of the training plates, in spreads between them"
     )
@@ -103,7 +114,8 @@ class ControlsReport(Measured):
     wells_needed: int = Field(description="control wells missing before the batch is adapted")
     control_wells: int = Field(description="control wells kept so far")
     control_sites: int = Field(description="control sites kept so far")
-    unusable_sites: int = Field(description="kept control sites that another bundle's image recipe prepared")
+    panel_wells: int = Field(description="wells of the panel kept so far")
+    unusable_sites: int = Field(description="kept sites that another bundle's image recipe prepared")
     created_at: datetime | None
 
 
@@ -147,6 +159,7 @@ class KeptPrediction(WellPrediction):
     batch_id: str
     plate: str = Field(description="Metadata_Plate of the controls' table; the batch's id when none named one")
     statistics_id: str
+    context: str = Field(default="controls", description="controls, panel or blended, as when it was answered")
     bundle: str = Field(description="digest of the bundle that answered")
     stale: bool = Field(description="whether the batch's controls, or the served bundle, are others since")
     answered_at: datetime
@@ -162,11 +175,11 @@ class KeptPredictions(_Value):
 
 
 class KeptImage(Site):
-    """One plane that is kept: staged until its well is asked for, or of a control."""
+    """One plane that is kept: staged until its well is asked for, or of a control, or of the panel."""
 
     channel: str
     sha256: str
-    state: Literal["staged", "control"]
+    state: Literal["staged", "control", "panel"]
 
 
 class ImageList(_Value):
@@ -195,6 +208,7 @@ class BatchSummary(_Value):
     wells_needed: int
     control_wells: tuple[str, ...]
     control_sites: int
+    panel_wells: tuple[str, ...]
     unusable_sites: int
     treated_wells: tuple[str, ...]
     pixel_size_um: float | None
@@ -277,9 +291,17 @@ class Recipe(_Value):
     size: int = Field(description="pixels of the network's input, along each side")
     shrink: int = Field(description="every so many pixels one is taken, when the pixel size is not known")
     pixel_size_um: float | None = Field(description="the network's pixel size, which planes are resampled to")
-    scaling: Literal["percentile", "fixed"]
-    percentile: float
-    full_scale: tuple[float, ...] | None
+    scaling: Literal["percentile-8bit", "fixed-scale", "control-scale"] = Field(
+        description="control-scale takes its scale from the batch's control images"
+    )
+    percentile: float = Field(description="percentile-8bit: the percentile of each plane that becomes 1")
+    full_scale: tuple[float, ...] | None = Field(description="fixed-scale: the grey level of each channel that becomes 1")
+    control_percentiles: tuple[float, float] = Field(
+        description="control-scale: the percentiles of the control images that become 0 and 1"
+    )
+    illumination: Literal["none", "controls"] = Field(
+        description="whether the control images' light over the field is divided out"
+    )
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

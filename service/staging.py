@@ -68,7 +68,7 @@ def chosen(store: BatchStore, named: Named, planes: Mapping[PlaneKey, F], how: s
     """Choose planes by their wells: those named; or else the plate map's controls, or all that are no controls.
 
     Raises:
-        InvalidRequestError: controls without wells or a plate map. NoImagesError: none of a well.
+        InvalidRequestError: controls without wells or a plate map, or a panel without wells. NoImagesError: none of a well.
     """
     there = {key.well for key in planes}
     wells = _wells(store, named, there)
@@ -86,6 +86,8 @@ def _wells(store: BatchStore, named: Named, there: set[str]) -> set[str]:
     planned = frozenset() if platemap is None else platemap.wells(Role.CONTROL)
     if named.role is Role.TREATED:
         return there - planned - (frozenset() if batch is None else batch.control_wells)
+    if named.role is Role.PANEL:
+        raise InvalidRequestError("which wells are the panel? Name them in wells", batch_id=named.batch_id)
     if not planned:
         raise InvalidRequestError(
             "which wells are controls? Name them in wells, or send a plate map that tells them", batch_id=named.batch_id

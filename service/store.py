@@ -22,7 +22,9 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from model.images import PreparedImage
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
+from model.scale import BatchScale
 from model.statistics import BatchNormStatistics, canonical_json
 from service.blobs import Blobs
 from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
@@ -51,10 +53,11 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class ControlSite:
-    """One kept control site: the sha256 of each channel's file, and the recipe its network input was prepared by.
+    """One kept site of a control well, or of the panel: its files' sha256 by channel, and the recipe it was prepared by.
 
-    ``blob`` is where that input lies: a name like no other (``new_blob``), so that who forgets it never means another's.
-    ``files`` are the channels' files, where they are kept; ``size`` is what all of it takes, in bytes.
+    ``blob`` is where it lies as it was prepared, before any scale of the batch's: a name like no other (``new_blob``), so
+    that who forgets it never means another's. ``files`` are the channels' files, where they are kept; ``size`` is what all
+    of it takes, in bytes.
     """
 
     key: SiteKey
@@ -63,6 +66,7 @@ class ControlSite:
     blob: str
     size: int
     files: Mapping[str, KeptFile] = field(default_factory=dict)
+    role: Role = Role.CONTROL
 
     @property
     def blobs(self) -> frozenset[str]:
@@ -72,7 +76,13 @@ class ControlSite:
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """Statistics of one batch under one bundle, with what was measured and how far they lie from training."""
+    """Statistics of one batch under one bundle, with what was measured and how far they lie from training.
+
+    ``context`` is the rule: controls; panel, when ``panel`` wells are among those ``used``; or blended, with the weight of
+    the prior, averaged over features. The ``control_centre`` is of control wells alone.
+    ``scale`` is the one that its context gave, for a recipe that has one; ``unscaled_id`` what the statistics are named
+    before it is measured.
+    """
 
     bundle_digest: str
     statistics_id: str
@@ -86,11 +96,16 @@ class Adaptation:
     provider: str
     precision: str
     created_at: datetime
+    context: str = "controls"
+    panel: tuple[str, ...] = ()
+    prior_weight: float | None = None
+    scale: BatchScale | None = None
+    unscaled_id: str = ""
 
     @property
-    def wells(self) -> tuple[str, ...]:
-        """The wells measured, sorted."""
-        return tuple(sorted({site.well for site in self.used}))
+    def control_wells(self) -> tuple[str, ...]:
+        """The control wells measured, sorted."""
+        return tuple(sorted({site.well for site in self.used}.difference(self.panel)))
 
     def to_bytes(self) -> bytes:
         """Serialise as an npz of plain arrays: statistics, control centre, and the rest as JSON."""
@@ -105,7 +120,12 @@ class Adaptation:
             "provider": self.provider,
             "precision": self.precision,
             "created_at": self.created_at.isoformat(),
+            "context": self.context,
+            "panel": self.panel,
+            "prior_weight": self.prior_weight,
         }
+        if self.scale is not None:
+            rest |= {"scale": self.scale.to_json(), "unscaled_id": self.unscaled_id}
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -123,6 +143,7 @@ class Adaptation:
             if int(stored["version"]) != 1:
                 raise ValueError(f"adaptation of version {int(stored['version'])}; this release reads 1")
             rest: dict[str, Any] = json.loads(stored["rest"].tobytes())
+            scale = rest.get("scale")
             return cls(
                 **{
                     **rest,
@@ -131,6 +152,8 @@ class Adaptation:
                     "used": tuple(SiteKey(well, site) for well, site in rest["used"]),
                     "left_out": tuple(SiteKey(well, site) for well, site in rest["left_out"]),
                     "created_at": datetime.fromisoformat(rest["created_at"]),
+                    "scale": None if scale is None else BatchScale.from_json(scale),
+                    "panel": tuple(rest.get("panel", ())),
                 }
             )
 
@@ -183,8 +206,9 @@ class KeptAnswer:
 class BatchRecord:
     """One batch as kept, without its arrays; ``revision`` is None for a batch that is not kept yet.
 
-    ``adaptations`` are the (bundle digest, statistics id) that can be read; ``planned`` the wells that the plate map calls
-    treated.
+    ``controls`` are the sites whose images may enter the statistics, the panel's too; ``adaptations`` the (bundle digest,
+    statistics id) that can be read; ``scales`` the digests of their scales, by what the statistics are named without;
+    ``planned`` the wells that the plate map calls treated.
     """
 
     batch_id: str
@@ -196,6 +220,7 @@ class BatchRecord:
     planned: frozenset[str] = frozenset()
     adaptations: frozenset[tuple[str, str]] = frozenset()
     changed_at: datetime | None = None
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def incarnation(self) -> str | None:
@@ -204,13 +229,21 @@ class BatchRecord:
 
     @property
     def control_bytes(self) -> int:
-        """What the kept controls take."""
+        """What the kept controls and panel take."""
         return sum(site.size for site in self.controls.values())
 
     @property
     def control_wells(self) -> frozenset[str]:
         """The wells of the kept control sites."""
-        return frozenset(site.well for site in self.controls)
+        return self._wells_of(Role.CONTROL)
+
+    @property
+    def panel_wells(self) -> frozenset[str]:
+        """The wells of the panel that is recorded."""
+        return self._wells_of(Role.PANEL)
+
+    def _wells_of(self, role: Role) -> frozenset[str]:
+        return frozenset(key.well for key in sites_of(self.controls, role))
 
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON."""
@@ -228,6 +261,8 @@ class BatchRecord:
                         "blob": site.blob,
                         "size": site.size,
                         "files": {channel: [file.blob, file.size, file.page] for channel, file in site.files.items()},
+                        # a record reads back to the bytes that it was, and those of before there were panels name no role
+                        **({} if site.role is Role.CONTROL else {"role": site.role}),
                     }
                     for site in self.controls.values()
                 ],
@@ -235,6 +270,7 @@ class BatchRecord:
                 "planned": sorted(self.planned),
                 "adaptations": sorted(self.adaptations),
                 "changed_at": None if self.changed_at is None else self.changed_at.isoformat(),
+                **({"scales": dict(self.scales)} if self.scales else {}),  # a record from before has none, to the byte
             }
         )
 
@@ -253,18 +289,25 @@ class BatchRecord:
             planned=frozenset(value["planned"]),
             adaptations=frozenset((bundle, statistics) for bundle, statistics in value["adaptations"]),
             changed_at=datetime.fromisoformat(value["changed_at"]),
+            scales=value.get("scales", {}),
         )
+
+
+def sites_of(sites: Mapping[SiteKey, ControlSite], role: Role) -> dict[SiteKey, ControlSite]:
+    """Return the sites of a role."""
+    return {key: site for key, site in sites.items() if site.role is role}
 
 
 def _control_site(value: Mapping[str, Any]) -> ControlSite:
     files = {channel: KeptFile(*file) for channel, file in value["files"].items()}
     key = SiteKey(value["well"], value["site"])
-    return ControlSite(key, value["planes"], value["recipe"], value["blob"], value["size"], files)
+    role = Role(value.get("role", Role.CONTROL))
+    return ControlSite(key, value["planes"], value["recipe"], value["blob"], value["size"], files, role)
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one commit adds: control sites with their network input, treated wells, an adaptation, answers, a plate map."""
+    """What one commit adds: control sites as they were prepared, treated wells, an adaptation, answers, a plate map."""
 
     changed_at: datetime
     pixel_size_um: float | None = None
@@ -341,8 +384,8 @@ class BatchStore:
             known = self._known.get(batch_id)
         return None if known is None else known[1]
 
-    def image(self, batch: BatchRecord, site: SiteKey) -> NDArray[np.float32] | None:
-        """The network input of a kept control site; None when it is gone: the batch was changed or deleted since.
+    def image(self, batch: BatchRecord, site: SiteKey) -> PreparedImage | None:
+        """A kept control site as it was prepared; None when it is gone: the batch was changed or deleted since.
 
         Raises:
             BlobMissingError: it is gone although the batch is as it was, or it was damaged.
@@ -605,6 +648,7 @@ def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
     """The batch as it is after a change, under a new revision; a new batch begins its one incarnation."""
     adaptation = change.adaptation
     new = frozenset() if adaptation is None else frozenset({(adaptation.bundle_digest, adaptation.statistics_id)})
+    scale = {} if adaptation is None or adaptation.scale is None else {adaptation.unscaled_id: adaptation.scale.digest}
     controls = {**batch.controls, **{site.key: site for site, _ in change.controls}}
     return BatchRecord(
         batch_id=batch.batch_id,
@@ -616,6 +660,7 @@ def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
         planned=batch.planned if change.platemap is None else change.platemap.wells(Role.TREATED),
         adaptations=batch.adaptations | new,
         changed_at=change.changed_at,
+        scales={**batch.scales, **scale},
     )
 
 
@@ -642,14 +687,17 @@ def _is_whole(blob: str, data: bytes) -> bool:
     return blob.rpartition("/")[2].partition("-")[0] == sha256(data).hexdigest()
 
 
-def image_bytes(image: NDArray[np.float32]) -> bytes:
-    """Serialise network input as .npy, the format's own version and type in its header."""
+def image_bytes(image: PreparedImage) -> bytes:
+    """Serialise a prepared site as .npy, the format's own version and type in its header; its field, if any, as another."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(image, dtype="<f4"), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(image.pixels, dtype="<f4"), allow_pickle=False)
+    if image.field is not None:
+        np.save(buffer, np.ascontiguousarray(image.field, dtype="<f8"), allow_pickle=False)
     return buffer.getvalue()
 
 
-def image_from_bytes(data: bytes) -> NDArray[np.float32]:
+def image_from_bytes(data: bytes) -> PreparedImage:
     """Read what ``image_bytes`` wrote."""
-    image: NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
-    return image
+    buffer = io.BytesIO(data)
+    pixels = np.load(buffer, allow_pickle=False)
+    return PreparedImage(pixels, np.load(buffer, allow_pickle=False) if buffer.tell() < len(data) else None)

@@ -14,7 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLD = {
-    "guide.md": ("12 simulated plates", "null: intensity", "ONNX against torch", "adapted SIM02B03P01", "context controls"),
+    "guide.md": (
+        "12 simulated plates",
+        "null: intensity",
+        "ONNX against torch",
+        "adapted SIM02B03P01",
+        "context controls",
+        "context blended",
+    ),
     "lims.md": (
         "cs-arm-bn",
         '"state":"staged"',

@@ -6,7 +6,7 @@ was fitted without the batch they come from; and a control well is scored agains
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,16 @@ from sklearn.covariance import LedoitWolf
 from model.errors import LayoutError
 from model.images import ImageRecipe
 from model.network import Ensemble, Normaliser, Running
-from model.predictions import EmbeddingReference, well_probabilities
-from model.statistics import BatchNormStatistics, TrainingStatistics, summarise_training
+from model.predictions import EmbeddingReference, group_means, well_probabilities
+from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, summarise_training
+from training.blending import blend_wells, measure_wells
 from training.contexts import control_statistics, ensemble_source, given, statistics_of
-from training.dataset import NO_LABEL, PlateSites, group_means
+from training.dataset import NO_LABEL, PlateSites
 from training.methods import Method, classify
 
-CONTROL_WELL_COUNTS = (4, 8, 16, 24)
+CONTROL_WELL_COUNTS = (1, 2, 4, 8, 16, 24)
+_BLENDED_BELOW = 4
+"""Fewer control wells are measured blended, for so few are not served otherwise."""
 _DRAWS = 3
 _WELLS_PER_DIMENSION = 20
 _CONTROL_COVERAGE, _CLASS_COVERAGE = 0.95, 0.99
@@ -91,11 +94,11 @@ def calibrate(
     statistics = [control_statistics(network, plate, recipe) for plate in train]
     held_out_statistics = [control_statistics(network, plate, recipe) for plate in held_out]
     source = ensemble_source(network, method, [plate.plate for plate in train], statistics, trained_on)
-    described = summarise_training(statistics, source, held_out_statistics)
+    described = summarise_training(statistics, source, held_out_statistics, _blend_wells(network, recipe, train, statistics))
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
     distances = leave_one_group_out(statistics, labs[0], held_out_statistics, labs[1])
     trained = [_wells(network, method, p, recipe, own, {}) for p, own in zip(train, statistics, strict=True)]
-    left_out = [_left_out_controls(network, method, plate, recipe) for plate in held_out]
+    left_out = [_left_out_controls(network, method, plate, recipe, described) for plate in held_out]
     unseen = [
         _wells(network, method, plate, recipe, own, differences)
         for plate, own, differences in zip(held_out, held_out_statistics, left_out, strict=True)
@@ -126,15 +129,24 @@ def calibrate_unseen(
     groups = batches if len(set(batches)) >= _GROUPS_TO_LEAVE_ONE_OUT else names
     distances = leave_one_group_out(statistics, groups, [], [])
     assert distances is not None
+    described = summarise_training(statistics, source, statistics, _blend_wells(network, recipe, plates, statistics))
     wells = [
-        _wells(network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe))
+        _wells(network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe, described))
         for plate, own in zip(plates, statistics, strict=True)
     ]
     return Calibration(
-        training_statistics=replace(summarise_training(statistics, source, statistics), held_out_distances=distances),
+        training_statistics=replace(described, held_out_distances=distances),
         embedding_reference=_embedding_reference(wells, wells, network.spec.classes),
         temperature=fit_temperature(wells),
     )
+
+
+def _blend_wells(
+    network: Ensemble, recipe: ImageRecipe, plates: Sequence[PlateSites], statistics: Sequence[BatchNormStatistics]
+) -> NDArray[np.float32]:
+    """How many control wells the plates' mean moments are worth, (features,)."""
+    alone = [measure_wells(network, plate, recipe, own) for plate, own in zip(plates, statistics, strict=True)]
+    return blend_wells(alone, [layer.place for layer in network.layers])
 
 
 def _require_enough(plates: Sequence[PlateSites], classes: Sequence[str]) -> None:
@@ -204,26 +216,36 @@ def _normaliser(network: Ensemble, method: Method, statistics: BatchNormStatisti
     return Running(update=False) if method.context == "source" else given(network, statistics)
 
 
-def _left_out_controls(network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe) -> dict[int, Float]:
+def _left_out_controls(
+    network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe, described: TrainingStatistics
+) -> dict[int, Float]:
     """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
     rng = np.random.default_rng(0)
     wells = np.unique(plate.wells[plate.control_rows])
     if len(wells) < 2:  # noqa: PLR2004 (one to hold against another)
         raise LayoutError(f"plate {plate.plate} has {len(wells)} control wells; calibration needs two or more")
     found: dict[int, Float] = {}
-    for count in [count for count in CONTROL_WELL_COUNTS if count < len(wells)] or [len(wells) - 1]:
-        draws = [_scored_others(network, method, plate, recipe, rng.permutation(wells), count) for _ in range(_DRAWS)]
+    for count in [count for count in CONTROL_WELL_COUNTS if count < len(wells)]:
+        prior = described.prior(count) if count < _BLENDED_BELOW else None
+        draws = [_scored_others(network, method, plate, recipe, rng.permutation(wells), count, prior) for _ in range(_DRAWS)]
         found[count] = np.concatenate(draws)
     return found
 
 
 def _scored_others(
-    network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe, wells: NDArray[np.str_], count: int
+    network: Ensemble,
+    method: Method,
+    plate: PlateSites,
+    recipe: ImageRecipe,
+    wells: NDArray[np.str_],
+    count: int,
+    prior: Prior | None,
 ) -> Float:
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
     others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
-    norm = _normaliser(network, method, statistics_of(network, plate, recipe, context))
+    plate = plate.scaled_by(context)
+    norm = _normaliser(network, method, statistics_of(network, plate, recipe, context, prior))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
     means = group_means(embeddings, where, len(names))
@@ -306,7 +328,20 @@ def _folds(plates: Sequence[tuple[str, _Plate]]) -> list[tuple[list[_Plate], lis
 # --- temperature -----------------------------------------------------------------------------------------------------
 
 
-def fit_temperature(plates: Sequence[_Wells]) -> float:
+class CalledWells(Protocol):
+    """What of a plate's wells the temperature is fitted to, as ``_Wells`` has it."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def controls(self) -> NDArray[np.bool_]: ...
+    @property
+    def site_logits(self) -> NDArray[np.float32]: ...
+    @property
+    def site_wells(self) -> NDArray[np.int64]: ...
+
+
+def fit_temperature(plates: Sequence[CalledWells]) -> float:
     """Choose the class temperature that gives held-out treated wells the highest likelihood."""
 
     def nll(log_temperature: float) -> float:

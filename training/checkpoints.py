@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle, Manifest, Parity
+from model.context import MAX_CONTEXT_SITES
 from model.errors import CheckpointError
 from model.images import ImageRecipe
 from model.network import STAGES, Ensemble, NetworkSpec, ResNet
 from training.calibrate import calibrate_unseen
-from training.contexts import MAX_CONTEXT_SITES
 from training.dataset import PlateSites
 from training.export import export_bundle
 from training.methods import Method

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from model.bundle import (
     CLASSIFY,
+    GOLDEN_WELLS,
     INPUT_IMAGES,
     INPUT_MEAN,
+    INPUT_PRIOR_MEAN,
+    INPUT_PRIOR_VARIANCE,
+    INPUT_PRIOR_WEIGHT,
     INPUT_VARIANCE,
     MEASURE,
     OUTPUT_EMBEDDING,
@@ -33,12 +37,14 @@ from model.bundle import (
     Bundle,
     Golden,
     Manifest,
+    Moments,
     Parity,
     finish_bundle,
 )
-from model.network import Ensemble, FromContext, Given, Network
+from model.network import Ensemble, FromContext, Given, Network, PriorTensors
 from model.predictions import EmbeddingReference
-from model.statistics import TrainingStatistics
+from model.statistics import Prior, TrainingStatistics
+from training.methods import prior_tensors
 
 _OPSET = 20
 _INLINE_BYTES = 1024
@@ -58,15 +64,18 @@ class Classify(nn.Module):
 
 
 class Measure(nn.Module):
-    """images (sites, channels, height, width) → bn_mean, bn_var (features,), in one pass over all of them."""
+    """images (sites, channels, height, width), prior_mean, prior_var, prior_weight → bn_mean, bn_var (features,) each.
+
+    One pass over all images; a prior of no weight leaves what is measured as it is.
+    """
 
     def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure the statistics of the whole input."""
-        norm = FromContext()
+    def forward(self, images: Tensor, prior_mean: Tensor, prior_var: Tensor, prior_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Measure the statistics of the whole input, blended with the prior."""
+        norm = FromContext(prior=PriorTensors(prior_mean, prior_var, prior_weight))
         self.network(images, norm)
         return norm.statistics()
 
@@ -95,8 +104,9 @@ def export_bundle(
     path.mkdir(parents=True, exist_ok=True)
     network = network.eval().cpu()
     write_graphs(network, path, golden_images[:2])
-    golden = make_golden(network, golden_images)
-    parity = check_parity(path, golden)
+    prior = training_statistics.prior(GOLDEN_WELLS)
+    golden = make_golden(network, golden_images, prior)
+    parity = check_parity(path, golden, prior)
     return finish_bundle(path, manifest, training_statistics, embedding_reference, golden), parity
 
 
@@ -114,10 +124,10 @@ def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) ->
     )
     measure = _to_onnx(
         Measure(network),
-        (images,),
-        inputs=(INPUT_IMAGES,),
+        (images, *statistics, torch.zeros(network.features)),
+        inputs=(INPUT_IMAGES, INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT),
         outputs=(OUTPUT_MEAN, OUTPUT_VARIANCE),
-        dynamic=({0: sites},),
+        dynamic=({0: sites}, None, None, None),
     )
     share_weights({CLASSIFY: classify, MEASURE: measure}, path)
 
@@ -170,9 +180,10 @@ def _move_out(tensor: onnx.TensorProto, weights: Any, offsets: dict[str, int]) -
         tensor.external_data.add(key=key, value=value)
 
 
-def make_golden(network: Ensemble, images: NDArray[np.float32]) -> Golden:
-    """Statistics of the images as one context (float64) and their logits under them (float32)."""
+def make_golden(network: Ensemble, images: NDArray[np.float32], prior: Prior) -> Golden:
+    """Statistics of the images as one context, plain and blended (float64), and their logits under the plain (float32)."""
     mean, variance = measure_float64(network, images)
+    blended_mean, blended_variance = measure_float64(network, images, prior)
     with torch.no_grad():
         statistics = torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
         logits, _ = network(torch.from_numpy(images), Given(*statistics))
@@ -180,31 +191,40 @@ def make_golden(network: Ensemble, images: NDArray[np.float32]) -> Golden:
         images=images,
         bn_mean=mean.astype(np.float32),
         bn_var=variance.astype(np.float32),
+        blended_mean=blended_mean.astype(np.float32),
+        blended_var=blended_variance.astype(np.float32),
         logits=logits.numpy(),
     )
 
 
-def measure_float64(network: Network, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and biased variance, (features,) each, from one float64 pass over the whole context."""
+def measure_float64(
+    network: Network, images: NDArray[np.float32], prior: Prior | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and biased variance, (features,) each, from one float64 pass over the whole context; blended with a prior."""
     twin = deepcopy(network).double()
-    norm = FromContext()
+    norm = FromContext(prior=None if prior is None else prior_tensors(twin, prior))
     with torch.no_grad():
         twin(torch.from_numpy(images).double(), norm)
     mean, variance = norm.statistics()
     return mean.numpy(), variance.numpy()
 
 
-def check_parity(path: Path, golden: Golden) -> Parity:
-    """Run both graphs on the golden images.
+def check_parity(path: Path, golden: Golden, prior: Prior) -> Parity:
+    """Run both graphs on the golden images, plain and blended with the prior that the golden ones were.
 
     Raises:
         BundleError: they differ from torch by more than the tolerances.
     """
     measure = onnxruntime.InferenceSession(path / MEASURE, providers=["CPUExecutionProvider"])
-    mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: golden.images})
     classify = onnxruntime.InferenceSession(path / CLASSIFY, providers=["CPUExecutionProvider"])
+
+    def measured(prior: Prior) -> Moments:
+        given = {INPUT_PRIOR_MEAN: prior.mean, INPUT_PRIOR_VARIANCE: prior.variance, INPUT_PRIOR_WEIGHT: prior.weight}
+        mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: golden.images, **given})
+        return mean, variance
+
     feeds = {INPUT_IMAGES: golden.images, INPUT_MEAN: golden.bn_mean, INPUT_VARIANCE: golden.bn_var}
     (logits,) = classify.run([OUTPUT_LOGITS], feeds)
-    parity = Parity.of(golden, mean, variance, logits)
+    parity = Parity.of(golden, measured(Prior.none(golden.bn_mean.size)), measured(prior), logits)
     parity.require("ONNX")
     return parity

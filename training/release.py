@@ -9,26 +9,32 @@ import numpy as np
 import pandas as pd
 import torch
 
-from model.bundle import Bundle, Manifest, Parity
+from model.bundle import SERVED_CONTEXTS, Bundle, Manifest, Parity
+from model.context import MAX_CONTEXT_SITES
 from model.errors import RunError
 from model.images import ImageRecipe
 from model.network import Ensemble
 from training.calibrate import calibrate
-from training.contexts import MAX_CONTEXT_SITES, context_rows
-from training.dataset import PlateSites, load_plates
+from training.contexts import context_rows
+from training.dataset import PlateSites
 from training.evaluate import evaluate, evaluate_nulls
 from training.export import export_bundle
-from training.index import read_index
 from training.methods import Method
+from training.plates import open_plates, require_recipe
 from training.train import Run, load_network
 
 GOLDEN_SITES = 4
 
 
 def load_run_plates(run: Run) -> dict[str, PlateSites]:
-    """Load the plates of a run's index as it was trained on."""
-    cache = Path(run.config.cache) if run.config.cache else None
-    return load_plates(read_index(Path(run.config.index)), run.recipe, run.classes, cache=cache, workers=2)
+    """Open a run's plates, with the classes that it was trained on.
+
+    Raises:
+        RunError: they are not there any more, or were prepared otherwise.
+    """
+    folder = Path(run.config.plates)
+    require_recipe(folder, run.recipe)
+    return open_plates(folder, run.classes)
 
 
 def evaluate_run(path: Path) -> pd.DataFrame:
@@ -121,17 +127,19 @@ def ensemble_of(runs: Sequence[Run]) -> Ensemble:
 
 
 def load_plates_of_runs(runs: Sequence[Run]) -> dict[str, PlateSites]:
-    """Load every run's plates, those of one index once.
+    """Open every run's plates, those of one folder once.
 
     Raises:
         RunError: two runs know different plates by one name.
     """
     plates: dict[str, PlateSites] = {}
-    for run in {run.config.index: run for run in runs}.values():
+    for run in {run.config.plates: run for run in runs}.values():
         loaded = load_run_plates(run)
         for name in plates.keys() & loaded.keys():
             if (plates[name].lab, plates[name].batch) != (loaded[name].lab, loaded[name].batch):
-                raise RunError(f"plate {name} of {run.config.index} is of another lab or batch than that of the runs before")
+                raise RunError(
+                    f"plate {name} of {run.config.plates} is of another lab or batch than that of the runs before"
+                )
         plates |= loaded
     return plates
 
@@ -167,7 +175,7 @@ def served_context(method: Method) -> str:
     Raises:
         ValueError: the service has no such context.
     """
-    if method.context in ("controls", "union", "source") and not method.zscore:
+    if method.context in SERVED_CONTEXTS and not method.zscore:
         return method.context
     raise ValueError(f"{method.name} is a baseline for evaluation; the service serves erm and cs-arm-bn")
 

@@ -25,11 +25,12 @@ def path(tmp_path):
     for name in FILES[:3]:
         (folder / name).write_bytes(name.encode())
     plates = [BatchNormStatistics(np.full(3, v, np.float32), np.ones(3, np.float32), sites=2, wells=2) for v in (0, 1)]
-    golden = Golden(*(np.full((2, 2), v, np.float32) for v in range(4)))
+    golden = Golden(*(np.full((2, 2), v, np.float32) for v in range(6)))
     reference = EmbeddingReference(
         np.eye(2, dtype=np.float32), np.zeros((2, 2), np.float32), np.array([4]), np.array([1.5]), class_distance=2.5
     )
-    finish_bundle(folder, Manifest(**MANIFEST_VALUES), summarise_training(plates, plates[0], plates), reference, golden)
+    described = summarise_training(plates, plates[0], plates, np.array([1, 2, 3], np.float32))
+    finish_bundle(folder, Manifest(**MANIFEST_VALUES), described, reference, golden)
     return folder
 
 
@@ -40,8 +41,9 @@ def test_a_bundle_reads_back_as_it_was_written(path):
     assert bundle.manifest.channels == ("DNA", "ER")
     assert set(bundle.manifest.files) == set(FILES)
     assert bundle.training_statistics.source.sites == 2
+    assert bundle.training_statistics.blend_wells.tolist() == [1, 2, 3]
     assert (bundle.embedding_reference.control_distance(4), bundle.embedding_reference.class_distance) == (1.5, 2.5)
-    assert bundle.golden.logits[0, 0] == 3
+    assert bundle.golden.logits[0, 0] == 5
 
 
 def test_the_digest_names_the_content_and_not_the_place_or_the_layout(path, tmp_path):

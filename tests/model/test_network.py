@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from model.network import EPS, Ensemble, FromContext, Given, NetworkSpec, PerInstance, ResNet, Running
+from model.network import (
+    EPS,
+    BatchNorm,
+    Ensemble,
+    FromContext,
+    Given,
+    NetworkSpec,
+    PerInstance,
+    PriorTensors,
+    ResNet,
+    Running,
+)
 
 
 def small(depth: int = 18, *, antialiased: bool = True, seed: int = 0) -> ResNet:
@@ -95,6 +106,55 @@ def test_gradients_flow_through_the_statistics_as_finite_differences_say() -> No
     torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
 
 
+def written_out(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, context: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    variance, mean = torch.var_mean(x[context], dim=(0, 2, 3), correction=0)
+    scaled = (x - mean[:, None, None]) / torch.sqrt(variance + EPS)[:, None, None]
+    return scaled * weight[:, None, None] + bias[:, None, None], mean, variance
+
+
+@pytest.mark.parametrize("context", [slice(None), slice(0, 3), slice(2, 5)])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_fused_normalisation_has_the_gradients_that_torch_finds_for_the_formula(
+    context: slice, memory: torch.memory_format
+) -> None:
+    torch.manual_seed(1)
+    x = (3 * torch.randn(5, 4, 6, 6, dtype=torch.float64) + 1).to(memory_format=memory).requires_grad_()
+    layer = BatchNorm(4).double()
+    torch.nn.init.uniform_(layer.weight)
+    torch.nn.init.uniform_(layer.bias)
+    norm = FromContext(context)
+    found = (norm(x, layer), norm.means[0], norm.variances[0])
+    expected = written_out(x, layer.weight, layer.bias, context)
+    inputs = (x, layer.weight, layer.bias)
+    for outputs in ([0], [0, 1, 2], [1], [2]):  # the answer alone, with the statistics, and the statistics alone
+        cotangents = [torch.randn_like(expected[i]) for i in outputs]
+        gradients = [
+            torch.autograd.grad([values[i] for i in outputs], inputs, cotangents, retain_graph=True, materialize_grads=True)
+            for values in (expected, found)
+        ]
+        for reference, gradient in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, reference)
+    for reference, value in zip(expected, found, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+@pytest.mark.parametrize("measuring", [False, True])
+def test_statistics_are_float32_where_the_rest_is_bfloat16(stop_gradient: bool, measuring: bool) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(64, 4, 24, 24) + 30).to(torch.bfloat16)  # a bfloat16 mean of 30 is off by up to 0.06
+    norm, layer = FromContext(slice(0, 32), stop_gradient=stop_gradient), BatchNorm(4)
+    with torch.set_grad_enabled(not measuring):
+        answer = norm(x, layer)
+    assert answer.dtype == torch.bfloat16
+    variance, mean = torch.var_mean(x[:32].double(), dim=(0, 2, 3), correction=0)
+    assert norm.means[0].dtype == norm.variances[0].dtype == torch.float32
+    torch.testing.assert_close(norm.means[0].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.variances[0].double(), variance, rtol=1e-5, atol=0)
+
+
 def test_stopping_the_gradient_changes_the_gradient_but_not_the_answer() -> None:
     network, images = small(), torch.randn(6, 3, 64, 64)
     answers, gradients = [], []
@@ -106,6 +166,95 @@ def test_stopping_the_gradient_changes_the_gradient_but_not_the_answer() -> None
         gradients.append(network.conv1.weight.grad.clone())
     torch.testing.assert_close(answers[0], answers[1])
     assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm()
+
+
+def some_prior(network: ResNet, weight: float | None = None) -> PriorTensors:
+    """A prior far from what is measured, of a weight that differs from feature to feature unless one is given."""
+    rng = torch.Generator().manual_seed(3)
+    draws = [torch.rand(network.features, generator=rng, dtype=torch.float64) for _ in range(3)]
+    fixed = draws[2] if weight is None else torch.full_like(draws[2], weight)
+    return PriorTensors(4 * draws[0] - 2, 0.1 + 3 * draws[1], fixed)
+
+
+class MixingRawMoments:
+    """The blend as it is defined: E[x] and E[x²] of rows and prior mixed, every layer on inputs normalised so."""
+
+    def __init__(self, context: slice, prior: PriorTensors) -> None:
+        self.context = context
+        self.prior = prior
+        self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, x: torch.Tensor, layer: BatchNorm) -> torch.Tensor:
+        rows = x[self.context].transpose(0, 1).flatten(1)
+        at = slice(layer.offset, layer.offset + layer.features)
+        mean, variance, weight = self.prior.mean[at], self.prior.variance[at], self.prior.weight[at]
+        first = (1 - weight) * rows.mean(1) + weight * mean
+        second = (1 - weight) * (rows**2).mean(1) + weight * (variance + mean**2)
+        self.found.append((first, second - first**2))
+        return torch.nn.functional.batch_norm(x, first, second - first**2, layer.weight, layer.bias, eps=EPS)
+
+
+@torch.no_grad()
+def test_a_blend_mixes_raw_moments_layer_by_layer() -> None:
+    network, images = small().double(), torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    prior, context = some_prior(network), slice(0, 4)
+    norm, reference = FromContext(context, prior=prior), MixingRawMoments(context, prior)
+    logits, _ = network(images, norm)
+    expected, _ = network(images, reference)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    for found, parts in zip(norm.statistics(), zip(*reference.found, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(network(images, Given(*norm.statistics()))[0], logits, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_blending_after_the_pass_is_not_blending_inside_it() -> None:
+    network, images = small().double(), torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    inside, plain = FromContext(prior=some_prior(network, 0.5)), FromContext()
+    network(images, inside)
+    network(images, plain)
+    after = (plain.statistics()[0] + some_prior(network).mean) / 2
+    last = network.layers[-1].place
+    torch.testing.assert_close(inside.statistics()[0][: network.bn1.features], after[: network.bn1.features])
+    assert (inside.statistics()[0][last] - after[last]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_prior_without_weight_changes_no_bit_and_one_of_all_weight_is_the_prior() -> None:
+    network, images = small(), torch.randn(5, 3, 64, 64)
+    nothing, everything = (
+        PriorTensors(prior.mean.float(), prior.variance.float(), prior.weight.float())
+        for prior in (some_prior(network, 0.0), some_prior(network, 1.0))
+    )
+    plain, unweighted, given = FromContext(), FromContext(prior=nothing), FromContext(prior=everything)
+    expected, _ = network(images, plain)
+    found, _ = network(images, unweighted)
+    assert torch.equal(found, expected)
+    for one, other in zip(plain.statistics(), unweighted.statistics(), strict=True):
+        assert torch.equal(one, other)
+    network(images, given)
+    assert torch.equal(given.statistics()[0], everything.mean)
+    assert torch.equal(given.statistics()[1], everything.variance)
+
+
+def test_gradients_flow_through_blended_statistics_as_finite_differences_say() -> None:
+    network = small(antialiased=False).double()
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    prior = some_prior(network, 0.4)
+
+    def loss(shift: torch.Tensor) -> torch.Tensor:
+        moved = images.clone()
+        moved[0, 1, 10:20, 10:20] += shift
+        logits, _ = network(moved, FromContext(slice(0, 2), prior=prior))
+        return logits[2:].square().sum()
+
+    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(at), at)
+    step = 1e-5
+    with torch.no_grad():
+        difference = (loss(torch.tensor(step)) - loss(torch.tensor(-step))) / (2 * step)
+    assert gradient.abs() > 1e-6
+    torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
 
 
 def test_running_statistics_are_torchs_own() -> None:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from model.layout import PlaneKey
-from model.statistics import BatchNormStatistics, canonical_json, log_variances, statistics_id, summarise_training
+from model.statistics import (
+    BatchNormStatistics,
+    Prior,
+    blended,
+    canonical_json,
+    log_variances,
+    statistics_id,
+    summarise_training,
+)
 
 
 def statistics(mean=0.0, variance=1.0, features=4):
@@ -69,7 +77,7 @@ def test_log_variances_have_a_floor():
 
 BASE = {
     "bundle_digest": "b",
-    "recipe": {"size": 8, "scaling": "percentile"},
+    "recipe": {"size": 8, "scaling": "percentile-8bit"},
     "pixel_size_um": None,
     "context": "controls",
     "precision": "fp32",
@@ -84,14 +92,45 @@ def test_statistics_are_named_by_everything_that_made_them_and_by_no_order():
     )
     others = [
         {"bundle_digest": "c"},
-        {"recipe": {"size": 9, "scaling": "percentile"}},
+        {"recipe": {"size": 9, "scaling": "percentile-8bit"}},
         {"pixel_size_um": 0.6},
         {"context": "panel"},
         {"precision": "fp16"},
         {"planes": BASE["planes"][:1]},
         {"planes": [(PlaneKey("A01", 1, "DNA"), "y"), (PlaneKey("A01", 2, "DNA"), "x")]},
+        {"panel": ("A01",)},
+        {"blend_wells": 1},
+        {"blend_wells": 2},
     ]
     assert len({name, *(statistics_id(**{**BASE, **other}) for other in others)}) == len(others) + 1
+
+
+def test_plain_statistics_keep_the_names_that_they_had_before_there_were_blends_and_panels():
+    assert statistics_id(**BASE) == "0f1f2ab6194364f6a50df9090da29824f486cd2381dcb8aaeea4dcbe974c04ce"
+
+
+def test_a_blend_is_the_mixture_of_samples():
+    rng = np.random.default_rng(2)
+    measured, prior = rng.normal(1.0, 2.0, (3_000, 5)), rng.normal(-2.0, 0.5, (1_000, 5))
+    mean, variance = blended(measured.mean(0), measured.var(0), prior.mean(0), prior.var(0), np.full(5, 0.25))
+    both = np.concatenate([measured, prior])  # a quarter of which is the prior's
+    np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(variance, both.var(0), rtol=1e-12)
+    assert variance.min() > 1.2 * (0.75 * measured.var(0) + 0.25 * prior.var(0)).max(), "the term between counts"
+
+
+def test_a_prior_weighs_n_against_the_control_wells_and_none_weighs_nothing():
+    plates = [statistics(mean, 1.0) for mean in (0.0, 1.0)]
+    wells = np.array([0.5, 1.0, 3.0, 8.0], np.float32)
+    training = summarise_training(plates, statistics(7.0, 2.0), plates, wells)
+    prior = training.prior(2)
+    np.testing.assert_allclose(prior.weight, [0.2, 1 / 3, 0.6, 0.8], rtol=1e-6)
+    assert prior.share == pytest.approx((0.2 + 1 / 3 + 0.6 + 0.8) / 4)
+    assert (prior.mean[0], prior.variance[0]) == (7.0, 2.0)
+    assert training.prior(0).weight.tolist() == [1.0] * 4, "no control at all leaves the prior"
+    none, values = Prior.none(4), np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32) ** 2
+    for found, expected in zip(blended(*values, none.mean, none.variance, none.weight), values, strict=True):
+        assert found.tobytes() == expected.tobytes()
 
 
 def test_canonical_json_is_one_text_for_one_value():

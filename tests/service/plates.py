@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle, Golden, Manifest, finish_bundle
+from model.bundle import CLASSIFY, GOLDEN_WELLS, MEASURE, WEIGHTS, Bundle, Golden, Manifest, finish_bundle
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
-from model.statistics import BN_EPSILON, BatchNormStatistics, summarise_training
+from model.statistics import BN_EPSILON, BatchNormStatistics, Prior, blended, summarise_training
 
 CHANNELS = ("DNA", "ER", "RNA")
 CLASSES = ("alpha", "beta", "gamma")
 MINIMUM_WELLS = 4
+BLEND_WELLS = 3
+"""What the prior counts as: of a batch with one control well, three quarters."""
+GOLDEN_PASSES = 2
+"""Passes of the golden replay, plain and blended."""
 CONTROL_WELLS = ("A01", "B01", "C01", "D01")
 SIZE = 16
 
@@ -22,7 +26,7 @@ File = tuple[str, tuple[str, bytes, str]]
 
 
 class FakeEngine:
-    """Statistics are each channel's mean and variance; logits and embedding are a site's mean, standardised by them.
+    """Statistics are each channel's mean and variance, blended; logits and embedding a site's mean, standardised by them.
 
     A second member's logits are twice the first's, a third's three times.
     """
@@ -34,10 +38,12 @@ class FakeEngine:
         self.passes = 0
         self.members = members
 
-    def measure(self, images):
+    def measure(self, images, prior=None):
         self.passes += 1
-        wide = images.astype(np.float64)
-        return wide.mean(axis=(0, 2, 3)).astype(np.float32), wide.var(axis=(0, 2, 3)).astype(np.float32)
+        wide, used = images.astype(np.float64), prior or Prior.none(images.shape[1])
+        measured = wide.mean(axis=(0, 2, 3)), wide.var(axis=(0, 2, 3))
+        mean, variance = blended(*measured, used.mean, used.variance, used.weight)
+        return mean.astype(np.float32), variance.astype(np.float32)
 
     def classify(self, images, statistics):
         means = images.astype(np.float64).mean(axis=(2, 3))
@@ -70,16 +76,18 @@ def fake_bundle(path: Path, **changes) -> Bundle:
     ]
     images = np.random.default_rng(1).random((4, 3, SIZE, SIZE), np.float32)
     engine = FakeEngine(changes.get("members", 1))
+    described = summarise_training(plates[:2], plates[0], plates[2:], np.full(3, BLEND_WELLS, np.float32))
     mean, variance = engine.measure(images)
+    blend = engine.measure(images, described.prior(GOLDEN_WELLS))
     logits, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=4, wells=4))
     return finish_bundle(
         path,
         Manifest(**manifest),
-        summarise_training(plates[:2], source=plates[0], held_out=plates[2:]),
+        described,
         EmbeddingReference(
             np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.array([4]), np.array([0.5]), class_distance=50.0
         ),
-        Golden(images, mean, variance, logits),
+        Golden(images, mean, variance, *blend, logits),
     )
 
 

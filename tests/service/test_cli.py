@@ -170,7 +170,7 @@ def test_the_commands_tell_a_plate_from_start_to_end(url, plate, tmp_path):
     told = json.loads(run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--json").stdout)
     assert [well["label"] for well in told["wells"]] == [row["label"] for row in rows]
     assert "K1" in run("batches", "--url", url).stdout
-    source = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--source", "--json")
+    source = run("predict", "K1", plate, "--platemap", platemap, "--url", url, "--context", "source", "--json")
     assert json.loads(source.stdout)["adapted"] is False
 
 
@@ -197,6 +197,36 @@ def test_too_few_controls_are_kept_and_told_by_exit_code(url, plate):
     assert done.returncode == 3
     assert "3 more are needed" in done.stdout
     assert f"1 wells are taken for controls, {CONTROL_WELLS[0]}" in done.stderr
+    assert "--context blended answers" in " ".join(done.stdout.split())
+
+
+def test_few_controls_are_blended_when_the_context_is_named(url, plate):
+    run("adapt", "K6", *of_wells(plate, CONTROL_WELLS[:1]), "--url", url)
+    treated = of_wells(plate, TREATED)
+    plain = run("predict", "K6", *treated, "--url", url)
+    assert (plain.returncode, "--context blended" in plain.stderr) == (1, True), plain.stderr
+    blend = run("predict", "K6", *treated, "--url", url, "--context", "blended", "--json")
+    answer = json.loads(blend.stdout)
+    assert (answer["context"], answer["context_wells"], answer["prior_weight"]) == ("blended", ["A01"], 0.5)
+    shown = run("predict", "K6", *treated, "--url", url, "--context", "blended", COLUMNS="200").stdout
+    assert "context blended" in shown
+    assert "50% of the weight" in shown
+
+
+def test_the_panels_wells_are_named(tiny_bundle_path, plate, tmp_path):
+    bundle = tmp_path / "panel"
+    shutil.copytree(tiny_bundle_path, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "context": "panel"}))
+    with serving(bundle, tmp_path) as (_, url):
+        done = run("adapt", "K1", *of_wells(plate, CONTROL_WELLS), "--url", url)
+        assert "(adapt --panel)" in " ".join(done.stdout.split()), done.stdout
+        done = run("adapt", "K1", plate, "--panel", "f05,E05", "--url", url)
+        assert "of 4 control wells and 2 of the panel" in " ".join(done.stdout.split()), done.stderr
+        assert run("adapt", "K1", plate, "--panel", "H12", "--url", url).stderr.endswith("images is of well H12\n")
+        with AnchorwellClient(url) as client:
+            assert client.batch("K1").panel_wells == ("E05", "F05")
+            assert client.predict("K1", of_wells(plate, ["G05"])).context == "panel"
 
 
 def test_a_refusal_names_the_flag_and_files_left_out_are_counted(url, plate, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from model.bundle import MEASURE, Bundle
 from model.errors import BundleError
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, Prior, blended
 from service.engine import OnnxEngine, replay
 from service.errors import StartError
 from tests.service.plates import FakeEngine, tiff
@@ -50,6 +50,28 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
         assert engine.classify(well.copy(), statistics)[0].tobytes() == logits.tobytes()
 
 
+def test_a_prior_is_blended_inside_the_pass_and_one_without_weight_changes_no_bit(engine, tiny):
+    context, training = images(8), tiny.training_statistics
+    plain = engine.measure(context)
+    for found, expected in zip(engine.measure(context, Prior.none(tiny.manifest.features)), plain, strict=True):
+        assert found.tobytes() == expected.tobytes()
+    few, many = (engine.measure(context, training.prior(wells)) for wells in (1, 1_000_000))
+    np.testing.assert_allclose(many[0], plain[0], atol=1e-3)
+    assert np.abs(few[0] - plain[0]).max() > 0.01
+    after = blended(*plain, *vars(training.prior(1)).values())
+    first, deeper = slice(0, 4), slice(4, None)
+    np.testing.assert_allclose(few[0][first], after[0][first], atol=1e-5)
+    assert np.abs(few[0][deeper] - after[0][deeper]).max() > 1e-3, "later layers see inputs normalised by the blend"
+
+
+def test_a_replay_that_does_not_blend_says_so(bundle):
+    engine = FakeEngine()
+    measure = engine.measure
+    engine.measure = lambda given, _prior=None: measure(given)
+    with pytest.raises(BundleError, match="disagrees with torch on the golden images: statistics"):
+        replay(engine, bundle)
+
+
 def test_cuda_is_refused_where_there_is_none(tiny):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
@@ -66,7 +88,7 @@ def test_a_replay_that_disagrees_says_in_what(wrong, bundle):
         engine.classify = lambda *given: tuple(part + 0.01 for part in classify(*given))
     else:
         factors = {"mean": (1.01, 1), "variance": (1, 1.01), "nan": (np.nan, 1), "nan variance": (1, np.nan)}[wrong]
-        engine.measure = lambda given: tuple(part * factor for part, factor in zip(measure(given), factors, strict=True))
+        engine.measure = lambda *given: tuple(part * factor for part, factor in zip(measure(*given), factors, strict=True))
     words = dict.fromkeys(("mean", "variance"), r"statistics by [1-9]")
     words |= {"logits": r"logits by 1\.0e-02", "nan": "statistics by nan"}
     with pytest.raises(BundleError, match=words[wrong.removesuffix(" variance")]):

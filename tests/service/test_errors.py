@@ -164,9 +164,42 @@ def test_predict_before_controls_says_what_to_send(client, store):
 def test_predict_with_too_few_controls_says_how_many_more(client, store):
     client.post(CONTROLS, files=well_files(CONTROL_WELLS[:3]))
     before = everything(store)
-    body = refused(client.post("/batches/P1/predict", files=well_files(["E05"])), "too-few-controls", names=["send 1 more"])
+    answer = client.post("/batches/P1/predict", files=well_files(["E05"]))
+    body = refused(answer, "too-few-controls", names=["send 1 more", "?context=blended"])
     assert (body["batch_id"], body["wells_needed"]) == ("P1", 1)
     assert everything(store) == before
+
+
+def test_a_blend_without_any_control_is_refused_as_ever(client, store):
+    answer = client.post("/batches/P1/predict?context=blended", files=well_files(["E05"]))
+    body = refused(answer, "controls-required", names=["?context=source"])
+    assert (body["batch_id"], body["wells_needed"]) == ("P1", 4)
+    assert store.batch_ids() == []
+
+
+def test_a_panel_is_refused_by_a_bundle_that_measures_none(client, store):
+    answer = client.post(f"{CONTROLS}?role=panel", files=well_files(["E05"]))
+    assert refused(answer, "panel-not-measured", names=["'controls'", "/batches/P1/predict"])["batch_id"] == "P1"
+    assert store.batch_ids() == []
+
+
+def test_no_well_is_a_control_and_of_the_panel(settings, storage, store, tmp_path):
+    bundle = fake_bundle(tmp_path / "panel", context="panel")
+    with running(settings.model_copy(update={"bundle": bundle.path}), FakeEngine(), storage) as client:
+        client.post(CONTROLS, files=FILES)
+        client.post(f"{CONTROLS}?role=panel", files=well_files(["E05"]))
+        before = everything(store)
+        answer = client.post(f"{CONTROLS}?role=panel", files=well_files(["E06", "B01"]))
+        body = refused(answer, "control-as-panel", names=["B01"])
+        assert (body["well"], body["wells"]) == ("B01", ["B01"])
+        refused(client.post(CONTROLS, files=well_files(["E05", "E06"])), "treated-as-control", names=["E05", "panel"])
+        answer = client.request("PUT", "/batches/P1/platemap", content=b"well,role\nA01,control\nE05,control\n")
+        refused(answer, "control-as-panel", names=["E05", "panel"])
+        assert everything(store) == before
+        client.request("PUT", "/batches/P1/platemap", content=b"well,role\nA01,control\nE05,treated\nE06,control\n")
+        answer = client.post(f"{CONTROLS}?role=panel", files=well_files(["E06"]))
+        refused(answer, "control-as-panel", names=["E06", "plate map"])
+        refused(client.post(f"{CONTROLS}?role=panel", json={"staged": True}), "invalid-request", names=["Name them"])
 
 
 def test_another_image_for_a_kept_control_is_refused(client, store):
@@ -224,7 +257,7 @@ def test_controls_of_another_image_recipe_whose_files_are_not_kept_are_asked_for
 
 
 def test_controls_without_finite_statistics_are_refused(client, engine, store):
-    engine.measure = lambda _: (np.full(3, np.inf, np.float32), np.ones(3, np.float32))
+    engine.measure = lambda *_: (np.full(3, np.inf, np.float32), np.ones(3, np.float32))
     refused(client.post(CONTROLS, files=FILES), "unusable-controls", names=["not finite"])
     assert store.batch_ids() == []
 
@@ -364,10 +397,10 @@ def test_a_request_beyond_the_slots_is_told_to_come_back(settings, storage):
     with running(settings.model_copy(update={"max_concurrent_requests": 1}), engine, storage) as client:
         measure = engine.measure
 
-        def slow(images):
+        def slow(*given):
             entered.set()
             assert leave.wait(30)
-            return measure(images)
+            return measure(*given)
 
         engine.measure = slow
         first = []
@@ -411,7 +444,7 @@ def test_a_service_whose_replay_disagrees_is_never_ready_and_says_why(settings, 
 def test_a_service_is_not_ready_while_it_replays(settings, storage):
     engine, leave = FakeEngine(), threading.Event()
     measure = engine.measure
-    engine.measure = lambda images: (leave.wait(30), measure(images))[1]
+    engine.measure = lambda *given: (leave.wait(30), measure(*given))[1]
     with running(settings, engine, storage, wait=False) as client:
         refused(client.get("/health/ready"), "not-ready", names=["being replayed"])
         leave.set()
@@ -610,7 +643,7 @@ def test_an_idempotency_key_is_one_requests_alone(client, store):
 def test_the_same_request_while_it_runs_is_told_to_wait(client, engine):
     entered, leave, first = threading.Event(), threading.Event(), []
     measure = engine.measure
-    engine.measure = lambda images: (entered.set(), leave.wait(30), measure(images))[2]
+    engine.measure = lambda *given: (entered.set(), leave.wait(30), measure(*given))[2]
 
     def send():
         return client.post(CONTROLS, files=FILES, headers={"Idempotency-Key": "k1"})

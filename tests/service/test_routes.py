@@ -9,7 +9,18 @@ from model.images import ImageRecipe
 from service.settings import Settings
 from service.storage import open_storage
 from tests.service.conftest import emptied, running
-from tests.service.plates import CHANNELS, CLASSES, CONTROL_WELLS, FakeEngine, fake_bundle, image, plane, tiff, well_files
+from tests.service.plates import (
+    CHANNELS,
+    CLASSES,
+    CONTROL_WELLS,
+    GOLDEN_PASSES,
+    FakeEngine,
+    fake_bundle,
+    image,
+    plane,
+    tiff,
+    well_files,
+)
 
 
 def adapted(client, batch="P1", wells=CONTROL_WELLS):
@@ -79,7 +90,7 @@ def test_source_answers_need_no_batch_and_are_marked(client, store):
 def test_controls_may_come_in_several_requests_and_all_count(client, engine):
     first = client.post("/batches/P1/controls", files=well_files(CONTROL_WELLS[:3])).json()
     assert (first["adapted"], first["wells_needed"], first["statistics_id"]) == (False, 1, None)
-    assert engine.passes == 1  # the golden replay's
+    assert engine.passes == GOLDEN_PASSES
     assert adapted(client, wells=CONTROL_WELLS[3:])["context_wells"] == list(CONTROL_WELLS)
 
 
@@ -138,11 +149,11 @@ def test_two_simultaneous_uploads_both_count(client, engine):
     both_measure = threading.Barrier(2, timeout=30)
     measure = engine.measure
 
-    def meet(images):
+    def meet(*given):
         if len(meeting) < 2:
             meeting.append(1)
             both_measure.wait()
-        return measure(images)
+        return measure(*given)
 
     meeting = []
     engine.measure = meet
@@ -326,7 +337,7 @@ def test_more_than_a_thousand_files_are_taken(client):
 
 
 def test_a_plate_unlike_training_is_out_of_range_in_every_answer(settings, storage, tmp_path):
-    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, scaling="fixed", full_scale=(1.0, 1.0, 1.0))
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, scaling="fixed-scale", full_scale=(1.0, 1.0, 1.0))
     far = fake_bundle(tmp_path / "far", recipe=recipe)
     with running(settings.model_copy(update={"bundle": far.path}), FakeEngine(), storage) as client:
         report = adapted(client)
@@ -387,7 +398,7 @@ def test_answers_survive_a_restart_bit_for_bit(settings):
     engine = FakeEngine()
     with running(settings, engine) as client:
         assert predicted(client, ["E05", "F05"])["wells"] == before
-        assert engine.passes == 1  # the golden replay's
+        assert engine.passes == GOLDEN_PASSES
         assert client.get("/batches/P1").json()["treated_wells"] == ["E05", "F05"]
 
 

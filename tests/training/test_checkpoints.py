@@ -113,7 +113,7 @@ def plate(name: str, batch: str, seed: int, labels: tuple[int, ...] = (0, 0, 1, 
     return PlateSites(
         plate=name, lab="L", batch=batch, wells=np.array([f"A{row + 1:02d}" for row in range(rows)]),
         names=np.array(["", *CLASSES])[numbers + 1], labels=numbers, controls=numbers < 0, images=images,
-        intensities=np.zeros((rows, len(CHANNELS), 2), np.float32),
+        intensities=np.zeros((rows, len(CHANNELS), 2), np.float32), recipe=RECIPE,
     )  # fmt: skip
 
 
@@ -354,7 +354,7 @@ def test_images_too_small_for_the_pooling_are_refused(folder: Path, plates: list
 
 
 def test_the_command_tells_what_is_wrong_in_a_line(tmp_path: Path) -> None:
-    arguments = [str(tmp_path), "--classes", "a,b", "--calibration", str(tmp_path / "index.csv"), "--out", str(tmp_path)]
+    arguments = [str(tmp_path), "--classes", "a,b", "--calibration", str(tmp_path / "plates"), "--out", str(tmp_path)]
     (tmp_path / "something").touch()
     code = "from training.cli import main; main()"
     done = subprocess.run(

@@ -9,11 +9,25 @@ import onnxruntime
 import pytest
 import torch
 
-from model.bundle import CLASSIFY, INPUT_IMAGES, MEASURE, OUTPUT_MEAN, OUTPUT_VARIANCE, WEIGHTS, Bundle, Parity
+from model.bundle import (
+    CLASSIFY,
+    GOLDEN_WELLS,
+    INPUT_IMAGES,
+    INPUT_PRIOR_MEAN,
+    INPUT_PRIOR_VARIANCE,
+    INPUT_PRIOR_WEIGHT,
+    MEASURE,
+    OUTPUT_MEAN,
+    OUTPUT_VARIANCE,
+    WEIGHTS,
+    Bundle,
+    Parity,
+)
 from model.errors import BundleError
 from model.network import EPS, Ensemble, FromContext, Given
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, Prior
 from service.engine import OnnxEngine, replay
+from training.blending import FEWEST_WELLS, MOST_WELLS
 from training.contexts import control_statistics, mean_moments
 from training.export import check_parity, make_golden, measure_float64
 from training.release import load_run_plates, release
@@ -26,11 +40,17 @@ def bundle(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("sites", [1, 3, 17])
-def test_measured_statistics_are_a_float64_pass_over_the_same_context(run: Run, bundle: Bundle, sites: int) -> None:
+@pytest.mark.parametrize("wells", [None, 1, 5])
+def test_measured_statistics_are_a_float64_pass_over_the_same_context(
+    run: Run, bundle: Bundle, sites: int, wells: int | None
+) -> None:
     images = np.random.default_rng(sites).normal(size=(sites, 5, 64, 64)).astype(np.float32) * 3 + 1
+    training = bundle.training_statistics
+    prior = Prior.none(bundle.manifest.features) if wells is None else training.prior(wells)
     session = onnxruntime.InferenceSession(bundle.path / MEASURE, providers=["CPUExecutionProvider"])
-    mean, variance = session.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images})
-    expected_mean, expected_variance = measure_float64(load_network(run), images)
+    given = {INPUT_PRIOR_MEAN: prior.mean, INPUT_PRIOR_VARIANCE: prior.variance, INPUT_PRIOR_WEIGHT: prior.weight}
+    mean, variance = session.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images, **given})
+    expected_mean, expected_variance = measure_float64(load_network(run), images, None if wells is None else prior)
     deviation = np.sqrt(expected_variance + EPS)
     assert (np.abs(mean - expected_mean) / deviation).max() < 1e-4
     assert (np.abs(np.sqrt(variance + EPS) - deviation) / deviation).max() < 1e-4
@@ -64,6 +84,15 @@ def test_source_statistics_are_the_mean_moments_of_training_controls(run: Run, b
     between = np.var([plate.mean for plate in measured], axis=0)
     within = np.mean([plate.variance for plate in measured], axis=0)
     np.testing.assert_allclose(source.variance, within + between, rtol=1e-3, atol=1e-6)
+
+
+def test_the_prior_is_worth_the_same_number_of_wells_in_all_of_a_layer(run: Run, bundle: Bundle) -> None:
+    found = bundle.training_statistics.blend_wells
+    assert found.shape == (bundle.manifest.features,)
+    for layer in load_network(run).layers:
+        assert len(set(found[layer.place])) == 1
+    assert (found >= FEWEST_WELLS).all()
+    assert (found <= MOST_WELLS).all()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +129,7 @@ def test_a_pair_is_replayed_and_a_replay_of_one_member_is_not_taken_for_it(pair:
     replay(engine, pair)
     golden = pair.golden
     with pytest.raises(BundleError, match=r"shape \(4, 1, 8\); the golden ones have \(4, 2, 8\)"):
-        Parity.of(golden, golden.bn_mean, golden.bn_var, golden.logits[:, :1])
+        Parity.of(golden, *[(golden.bn_mean, golden.bn_var)] * 2, golden.logits[:, :1])
 
 
 def test_an_ensembles_weights_are_stored_once_and_its_runs_are_told(run: Run, second_run: Run, pair: Bundle) -> None:
@@ -127,13 +156,16 @@ def test_an_erm_bundle_serves_its_running_statistics(erm_run: Run, tmp_path: Pat
 def test_a_graph_that_disagrees_with_torch_is_refused(run: Run, bundle: Bundle) -> None:
     network, images = Ensemble([load_network(run)]), bundle.golden.images
     (member,) = network.networks
-    assert check_parity(bundle.path, make_golden(network, images)).logits < 1e-4
+    prior, other = (bundle.training_statistics.prior(wells) for wells in (GOLDEN_WELLS, 2))
+    assert check_parity(bundle.path, make_golden(network, images, prior), prior).logits < 1e-4
+    with pytest.raises(BundleError, match="disagrees with torch on the golden images: statistics"):
+        check_parity(bundle.path, make_golden(network, images, other), prior)
     with torch.no_grad():
         member.classifier.bias += 0.01
     with pytest.raises(BundleError, match=r"logits by 1\.0e-02"):
-        check_parity(bundle.path, make_golden(network, images))
+        check_parity(bundle.path, make_golden(network, images, prior), prior)
     with torch.no_grad():
         member.classifier.bias -= 0.01
         member.bn1.bias += 0.01
     with pytest.raises(BundleError, match="disagrees with torch"):
-        check_parity(bundle.path, make_golden(network, images))
+        check_parity(bundle.path, make_golden(network, images, prior), prior)
