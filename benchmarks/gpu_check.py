@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.bars import Bar, table, write_bars
 from model.bundle import Bundle
-from model.predictions import softmax
+from model.predictions import site_probabilities
 from model.statistics import BN_EPSILON, BatchNormStatistics
 from service.engine import Device, OnnxEngine, replay
 
@@ -30,7 +30,7 @@ def answers(bundle: Bundle, device: Device, images: NDArray[np.float32]) -> tupl
     mean, variance = engine.measure(images[:half])
     statistics = BatchNormStatistics(mean, variance, sites=half, wells=half)
     logits, _ = engine.classify(images[half:], statistics)
-    return statistics, softmax(logits, bundle.manifest.temperature)
+    return statistics, site_probabilities(logits, bundle.manifest.temperature)
 
 
 def compare(bundle: Bundle, sites: int) -> list[Bar]:

@@ -42,7 +42,7 @@ from model.bundle import Manifest
 from model.context import MAX_CONTEXT_SITES
 from model.images import ImageRecipe, decode_plane, prepare_field
 from model.layout import row_name
-from model.network import NetworkSpec, ResNet
+from model.network import Ensemble, NetworkSpec, ResNet
 from service.client import AnchorwellClient
 from training.calibrate import calibrate
 from training.contexts import context_rows
@@ -203,15 +203,17 @@ def trained_bundle(plates: list[PlateSites], method: Method, seed: int, steps: i
         training_loss(network, method, episodes[step]).backward()
         optimiser.step()
         schedule.step()
-    calibration = calibrate(network.eval(), method, recipe, plates, plates)
+    ensemble = Ensemble([network.eval()])
+    names = [plate.plate for plate in plates]
+    calibration = calibrate(ensemble, method, recipe, plates, plates, [names])
     manifest = Manifest(
         name="translocation", classes=CLASSES, recipe=recipe, method=method.name, context=method.context,
-        features=network.features, embedding_dim=network.embedding_dim, minimum_control_wells=1,
+        features=ensemble.features, embedding_dim=ensemble.embedding_dim, minimum_control_wells=1,
         max_context_sites=MAX_CONTEXT_SITES, temperature=1.0, network=network.spec.to_json(),
     )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     golden = plates[0].served(context_rows(plates[0], 4), recipe)
-    export_bundle(network, out, manifest, calibration.training_statistics, calibration.embedding_reference, golden)
+    export_bundle(ensemble, out, manifest, calibration.training_statistics, calibration.embedding_reference, golden)
     return out
 
 

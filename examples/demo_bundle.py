@@ -69,7 +69,7 @@ def trained(plates: Path, method: str, steps: int) -> None:
 def exported(method: str, path: Path) -> str:
     """Export one run, replacing the bundle that lies there."""
     shutil.rmtree(path, ignore_errors=True)
-    bundle, parity = release(OUT / method, path, name=f"demo-{method}", minimum_control_wells=MINIMUM_CONTROL_WELLS)
+    bundle, parity = release([OUT / method], path, name=f"demo-{method}", minimum_control_wells=MINIMUM_CONTROL_WELLS)
     size = sum(file.stat().st_size for file in path.iterdir())
     if 2 * size > MAX_BYTES:
         raise SystemExit(f"{path} has {size:,} bytes; two such bundles may have {MAX_BYTES:,}")

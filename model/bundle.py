@@ -2,6 +2,9 @@
 
 ``manifest.json`` says what the weights were trained for and carries the sha256 of every other file; the bundle's digest
 is the sha256 of the manifest's canonical JSON, so it names weights, graphs, recipe, classes and calibration at once.
+
+One pair of graphs holds all members (several networks whose probabilities are averaged; a single one is one member):
+``classify.onnx`` gives logits (sites, members, classes); statistics and embeddings are the members', one after the other.
 """
 
 import hashlib
@@ -48,9 +51,10 @@ SERVED_CONTEXTS = ("controls", "union", "panel", "source")
 class Manifest:
     """What a bundle is.
 
-    ``context`` is the one its network was meta-trained for (``source`` for an ERM network); ``features`` the length of
-    its statistics; ``minimum_control_wells`` the fewest that adapt a batch; ``max_context_sites`` the most sites that are
-    measured in one pass; ``network`` and ``training`` are provenance.
+    ``context`` is the one its networks were meta-trained for (``source`` for ERM ones); ``members`` how many there are;
+    ``features`` the length of their statistics and ``embedding_dim`` that of an embedding, over all members;
+    ``minimum_control_wells`` the fewest that adapt a batch; ``max_context_sites`` the most sites that are measured in one
+    pass; ``network`` (each member's) and ``training`` are provenance.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Manifest:
     embedding_dim: int
     minimum_control_wells: int
     max_context_sites: int
+    members: int = 1
     temperature: float = 1.0
     network: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +108,8 @@ class Manifest:
 class Golden:
     """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up.
 
-    ``blended_mean`` and ``blended_var`` are their statistics blended as those of ``GOLDEN_WELLS`` control wells.
+    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes). ``blended_mean`` and ``blended_var``
+    are the statistics blended as those of ``GOLDEN_WELLS`` control wells.
     """
 
     images: NDArray[np.float32]
@@ -135,7 +141,13 @@ class Parity:
 
     @classmethod
     def of(cls, golden: Golden, plain: Moments, blend: Moments, logits: NDArray[np.float32]) -> "Parity":
-        """Compare measured statistics (mean, variance), plain and blended, and logits with the golden ones."""
+        """Compare measured statistics (mean, variance), plain and blended, and logits with the golden ones.
+
+        Raises:
+            BundleError: the logits have another shape: of another number of members or classes.
+        """
+        if logits.shape != golden.logits.shape:
+            raise BundleError(f"the graph gives logits of shape {logits.shape}; the golden ones have {golden.logits.shape}")
         differences = [
             _difference(plain, (golden.bn_mean, golden.bn_var)),
             _difference(blend, (golden.blended_mean, golden.blended_var)),

@@ -27,6 +27,7 @@ AnchorwellError                  everything below
 ├── RunError                     a training run that cannot be made or gone on with there
 ├── FetchError                   planes that cannot be read or kept: bad files, no network, no permission, no space
 ├── LeakError                    what is tested on would have been trained on
+├── CheckpointError              a file that is no checkpoint of the published layout
 └── BundleError                  the exported directory is not what its manifest says
 """
 
@@ -152,6 +153,10 @@ class FetchError(AnchorwellError):
 
 class LeakError(AnchorwellError):
     """What is tested on would have been trained on."""
+
+
+class CheckpointError(AnchorwellError):
+    """A file that is no checkpoint of the published layout."""
 
 
 class BundleError(AnchorwellError):

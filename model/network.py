@@ -1,14 +1,17 @@
 """The ResNet whose batch-normalisation layers take their statistics from a chosen context or from given values (torch).
 
 A forward pass is told, by a ``Normaliser``, where statistics come from. Nothing is switched by ``train()``/``eval()``, no
-state is kept: the same network serves every context of the method.
+state is kept: the same network serves every context of the method. An ``Ensemble`` of equal networks is one network to all
+that measure, calibrate, export and serve; it does not know how its members' answers are averaged.
 
 Architectures: He et al. 2016 (ResNet-18/34/50), with anti-aliased downsampling as specified by Sanchez-Fernandez et al.
 2026 where asked for: 3 x 3 convolutions keep stride 1 and a 2 x 2 average pool follows.
 """
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +20,25 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from model.statistics import BN_EPSILON, blended
 
 EPS = BN_EPSILON
-_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Blocks of each of the four stages, by depth."""
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network: depth 18, 34 or 50; input channels; classes; width of the first stage; kind of downsampling."""
+    """Which network: depth 18, 34 or 50; input channels; classes; width of the first stage; downsampling; final pooling.
+
+    ``pooling`` ``mean`` is the mean over the last map. ``mean-of-7x7`` is the published network's: a 7 x 7 average pool of
+    stride 1, then the mean of what is left, which weighs an 8 x 8 map's middle more than its rim and takes no smaller map
+    than 7 x 7 (224 pixels).
+    """
 
     channels: int
     classes: int
     depth: Literal[18, 34, 50] = 18
     width: int = 64
     antialiased: bool = False
+    pooling: Literal["mean", "mean-of-7x7"] = "mean"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -294,7 +304,7 @@ class ResNet(nn.Module):
         self.bn1 = BatchNorm(spec.width)
         blocks: list[nn.Module] = []
         inputs = spec.width
-        for stage, count in enumerate(_STAGES[spec.depth]):
+        for stage, count in enumerate(STAGES[spec.depth]):
             width = spec.width * 2**stage
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
@@ -304,35 +314,42 @@ class ResNet(nn.Module):
         self.embedding_dim = inputs
         self.classifier = nn.Linear(inputs, spec.classes)
         self._initialise()
-        self.features = self._number_layers()
+        self.features = self.number_layers()
 
     def forward(self, images: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
         """Classify images with the statistics that ``norm`` says; returns (logits, embeddings)."""
+        x = self._map(images, norm)
+        if self.spec.pooling == "mean-of-7x7":
+            x = F.avg_pool2d(x, 7, stride=1)
+        embedding = x.mean(dim=(2, 3))
+        return self.classifier(embedding), embedding
+
+    def _map(self, images: Tensor, norm: Normaliser) -> Tensor:
+        """Return the last map, (rows, dim, height, width)."""
         x = F.relu(self.bn1(self.conv1(images), norm))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for block in self.blocks:
             x = block(x, norm)
-        embedding = x.mean(dim=(2, 3))
-        return self.classifier(embedding), embedding
+        return x
 
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _number_layers(self) -> int:
-        """Give every BN layer its offset in the order in which a pass calls them; return the number of features."""
-        total = 0
+    def number_layers(self, first: int = 0) -> int:
+        """Give every BN layer its offset, from ``first``, in the order in which a pass calls them; return the next one's."""
+        following = first
 
         def number(x: Tensor, layer: BatchNorm) -> Tensor:
-            nonlocal total
-            layer.offset = total
-            total += layer.features
+            nonlocal following
+            layer.offset = following
+            following += layer.features
             return x
 
         with torch.no_grad():
-            self(torch.zeros(1, self.spec.channels, 64, 64), number)
-        return total
+            self._map(self.conv1.weight.new_zeros(1, self.spec.channels, 64, 64), number)
+        return following
 
     @property
     def layers(self) -> list[BatchNorm]:
@@ -342,3 +359,64 @@ class ResNet(nn.Module):
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Concatenate the running (ERM) mean and variance of all layers, (features,) each."""
         return torch.cat([m.running_mean for m in self.layers]), torch.cat([m.running_var for m in self.layers])
+
+
+class Ensemble(nn.Module):
+    """Networks of one architecture, asked together; features and embeddings are the members', member 0's first.
+
+    ``forward`` maps images (rows, channels, height, width) to logits (rows, members, classes) and embeddings (rows, dim);
+    members run one after the other. It holds copies: the networks it is made of keep their own numbering of BN features.
+
+    Args:
+        networks: the members, with equal specs.
+        shifts, scales: (members, channels), applied as ``image * scale + shift`` to what each member takes, where members
+            were trained on differently normalised images; None where all take the same.
+
+    Raises:
+        ValueError: there is no network, or their specs differ.
+    """
+
+    shifts: Tensor | None
+    scales: Tensor | None
+
+    def __init__(self, networks: Sequence[ResNet], *, shifts: Tensor | None = None, scales: Tensor | None = None) -> None:
+        super().__init__()
+        if len({network.spec for network in networks}) != 1:
+            raise ValueError("an ensemble needs one network or more, all of one architecture")
+        self.spec = networks[0].spec
+        self.members = nn.ModuleList(deepcopy(network) for network in networks)
+        self.embedding_dim = sum(network.embedding_dim for network in networks)
+        self.features = 0
+        for network in self.networks:
+            self.features = network.number_layers(self.features)
+        self.register_buffer("shifts", shifts)
+        self.register_buffer("scales", scales)
+
+    def forward(self, images: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
+        """Classify images with the statistics that ``norm`` says; returns (logits, embeddings)."""
+        answers = [network(self._input(images, number), norm) for number, network in enumerate(self.networks)]
+        return torch.stack([logits for logits, _ in answers], dim=1), torch.cat([dims for _, dims in answers], dim=1)
+
+    @property
+    def networks(self) -> list[ResNet]:
+        """The members, whose BN layers are numbered through."""
+        return [cast("ResNet", member) for member in self.members]
+
+    @property
+    def layers(self) -> list[BatchNorm]:
+        """The members' BN layers in the order of the concatenated statistics."""
+        return [layer for network in self.networks for layer in network.layers]
+
+    def _input(self, images: Tensor, number: int) -> Tensor:
+        if self.shifts is None or self.scales is None:
+            return images
+        return images * self.scales[number, :, None, None] + self.shifts[number, :, None, None]
+
+    def running_statistics(self) -> tuple[Tensor, Tensor]:
+        """Concatenate the members' running (ERM) mean and variance, (features,) each."""
+        means, variances = zip(*(network.running_statistics() for network in self.networks), strict=True)
+        return torch.cat(means), torch.cat(variances)
+
+
+Network = ResNet | Ensemble
+"""Whatever classifies images with statistics from a ``Normaliser``."""

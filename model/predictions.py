@@ -1,6 +1,7 @@
 """Logits of sites → one answer per well, and how far that well lies from its plate's controls and from training.
 
-A well's answer is a function of its own sites and the plate's statistics alone.
+A well's answer is a function of its own sites and the plate's statistics alone. Its probabilities are the mean over its
+sites and the bundle's members of softmax(logits / T), here and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class ControlCentre:
 class WellAnswer:
     """One well's class and how sure, how even over sites, and how like its controls or the training wells it is.
 
+    ``spread`` is the standard deviation over sites of the called class's probability, each site's being its members' mean.
     ``distance_to_controls`` is in spreads between equal wells; None where the plate has no adapted controls.
     ``out_of_range`` wells resemble neither the plate's controls nor any class of training.
     """
@@ -62,11 +64,38 @@ class WellAnswer:
 
 
 def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Probabilities of (sites, classes) logits divided by ``temperature``, in float64."""
+    """Probabilities of (…, classes) logits divided by ``temperature``, in float64."""
     scaled = logits.astype(np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities
+
+
+def site_probabilities(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Probabilities of sites: the mean over members of (sites, members, classes) logits' softmax → (sites, classes)."""
+    probabilities: NDArray[np.float64] = softmax(logits, temperature).mean(axis=1)
+    return probabilities
+
+
+def well_probabilities(
+    logits: NDArray[np.float32], wells: NDArray[np.int64], count: int, temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """Probabilities of wells: the mean over each one's sites → (count, classes).
+
+    Args:
+        logits: (sites, members, classes).
+        wells: (sites,) the number, below ``count``, of each site's well; every well has a site.
+        count: how many wells.
+        temperature: the class temperature.
+    """
+    return group_means(site_probabilities(logits, temperature), wells, count)
+
+
+def group_means(values: NDArray[np.floating], where: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
+    """Mean of rows by group: (rows, dim) → (groups, dim); ``where`` (rows,) numbers each row's group, such as its well."""
+    sums = np.zeros((groups, values.shape[1]))
+    np.add.at(sums, where, values)
+    return sums / np.bincount(where, minlength=groups)[:, None]
 
 
 def whitened_distance(a: NDArray[np.float32], b: NDArray[np.float32], reference: EmbeddingReference) -> float:
@@ -87,14 +116,14 @@ def classify_well(
 
     Args:
         well: the well's name.
-        logits: (sites, classes).
+        logits: (sites, members, classes).
         embeddings: (sites, dim).
         classes: class names in the order of the logits.
         temperature: the bundle's class temperature.
         reference: how embeddings vary.
         controls: where this plate's controls lie; None without adaptation.
     """
-    by_site = softmax(logits, temperature)
+    by_site = site_probabilities(logits, temperature)
     probabilities = by_site.mean(axis=0)
     called = int(probabilities.argmax())
     embedding = embeddings.mean(axis=0)

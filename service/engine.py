@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        """Logits (sites, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
+        """Logits (sites, members, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
         ...
 
 
@@ -76,6 +76,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
+        options.enable_mem_reuse = bundle.manifest.members == 1  # else buffers are held from one member's pass for the next
         self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES, *_PRIOR])
         self._plain = Prior.none(bundle.manifest.features)
         self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])

@@ -50,6 +50,7 @@ def model_card(bundle: Bundle, engine: Engine) -> schemas.ModelCard:
         trained_context=manifest.context,
         minimum_control_wells=manifest.minimum_control_wells,
         max_context_sites=manifest.max_context_sites,
+        members=manifest.members,
         features=manifest.features,
         temperature=manifest.temperature,
         network=manifest.network,

@@ -320,10 +320,13 @@ class ModelCard(Provenance):
     trained_context: str
     minimum_control_wells: int
     max_context_sites: int
+    members: int = Field(description="networks whose probabilities are averaged")
     features: int
     temperature: float
     network: Mapping[str, Plain | list[Plain]] = Field(description="shape of the network")
-    training: Mapping[str, Plain | list[Plain]] = Field(description="what it was trained on, and how")
+    training: Mapping[str, Plain | list[Plain] | list[Mapping[str, Plain | list[Plain]]]] = Field(
+        description="what it was trained on, and how each of its members was"
+    )
 
 
 class Live(_Value):

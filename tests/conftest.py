@@ -29,14 +29,14 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from model.bundle import Manifest
     from model.images import ImageRecipe
-    from model.network import NetworkSpec, ResNet
+    from model.network import Ensemble, NetworkSpec, ResNet
     from model.predictions import EmbeddingReference
     from model.statistics import BatchNormStatistics, summarise_training
     from training.export import export_bundle, measure_float64
 
     rng = np.random.default_rng(5)
     torch.manual_seed(5)
-    network = ResNet(NetworkSpec(channels=3, classes=3, depth=18, width=4, antialiased=True))
+    network = Ensemble([ResNet(NetworkSpec(channels=3, classes=3, depth=18, width=4, antialiased=True))])
 
     def plate(seed: int) -> BatchNormStatistics:
         images = np.random.default_rng(seed).normal(size=(6, 3, 64, 64)).astype(np.float32)

@@ -24,7 +24,7 @@ from scipy.stats import f as f_distribution
 
 from model.errors import LayoutError
 from model.images import ImageRecipe
-from model.network import ResNet
+from model.network import Network
 from model.statistics import BatchNormStatistics
 from training.contexts import statistics_of
 from training.dataset import PlateSites
@@ -43,7 +43,7 @@ class ControlWells:
     wells: Sequence[BatchNormStatistics]
 
 
-def measure_wells(network: ResNet, plate: PlateSites, recipe: ImageRecipe, whole: BatchNormStatistics) -> ControlWells:
+def measure_wells(network: Network, plate: PlateSites, recipe: ImageRecipe, whole: BatchNormStatistics) -> ControlWells:
     """Measure every control well of a plate by itself, beside the statistics of all of them."""
     names = np.unique(plate.wells[plate.control_rows])
     rows = [np.flatnonzero(plate.controls & (plate.wells == name)) for name in names]

@@ -4,9 +4,9 @@ Thresholds are cross-fitted: the distances that set them are measured, on plates
 was fitted without the batch they come from; and a control well is scored against statistics and a centre it is no part of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,12 @@ from sklearn.covariance import LedoitWolf
 
 from model.errors import LayoutError
 from model.images import ImageRecipe
-from model.network import Normaliser, ResNet, Running
-from model.predictions import EmbeddingReference, softmax
+from model.network import Ensemble, Normaliser, Running
+from model.predictions import EmbeddingReference, group_means, well_probabilities
 from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, summarise_training
 from training.blending import blend_wells, measure_wells
-from training.contexts import control_statistics, given, source_statistics, statistics_of
-from training.dataset import NO_LABEL, PlateSites, group_means
+from training.contexts import control_statistics, ensemble_source, given, statistics_of
+from training.dataset import NO_LABEL, PlateSites
 from training.methods import Method, classify
 
 CONTROL_WELL_COUNTS = (1, 2, 4, 8, 16, 24)
@@ -29,9 +29,10 @@ _BLENDED_BELOW = 4
 _DRAWS = 3
 _WELLS_PER_DIMENSION = 20
 _CONTROL_COVERAGE, _CLASS_COVERAGE = 0.95, 0.99
-_LABS_TO_LEAVE_ONE_OUT = 3
+_GROUPS_TO_LEAVE_ONE_OUT = 3
 
 Float = NDArray[np.float64]
+_Plate = TypeVar("_Plate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +46,9 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class _Wells:
-    """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls; site logits.
+    """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls.
 
+    ``site_logits`` are (sites, members, classes), ``site_wells`` (sites,) number each site's well.
     ``left_out`` holds, of a held-out plate and for several numbers of control wells, the differences (wells, dim) of other
     control wells from the centre of those, under the statistics of those.
     """
@@ -72,17 +74,29 @@ class _Wells:
 
 
 def calibrate(
-    network: ResNet, method: Method, recipe: ImageRecipe, train: Sequence[PlateSites], held_out: Sequence[PlateSites]
+    network: Ensemble,
+    method: Method,
+    recipe: ImageRecipe,
+    train: Sequence[PlateSites],
+    held_out: Sequence[PlateSites],
+    trained_on: Sequence[Collection[str]],
 ) -> Calibration:
-    """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds)."""
+    """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds).
+
+    Args:
+        network: the trained members.
+        method: how they were trained.
+        recipe: how plates are prepared.
+        train: plates that any member was trained on.
+        held_out: plates of batches that no member was trained on.
+        trained_on: of each member, the names of the training plates that it was trained on.
+    """
     statistics = [control_statistics(network, plate, recipe) for plate in train]
     held_out_statistics = [control_statistics(network, plate, recipe) for plate in held_out]
-    source = source_statistics(network, method, statistics)
-    alone = [measure_wells(network, plate, recipe, own) for plate, own in zip(train, statistics, strict=True)]
-    wells = blend_wells(alone, [layer.place for layer in network.layers])
-    described = summarise_training(statistics, source, held_out_statistics, wells)
+    source = ensemble_source(network, method, [plate.plate for plate in train], statistics, trained_on)
+    described = summarise_training(statistics, source, held_out_statistics, _blend_wells(network, recipe, train, statistics))
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
-    distances = leave_one_lab_out(statistics, labs[0], held_out_statistics, labs[1])
+    distances = leave_one_group_out(statistics, labs[0], held_out_statistics, labs[1])
     trained = [_wells(network, method, p, recipe, own, {}) for p, own in zip(train, statistics, strict=True)]
     left_out = [_left_out_controls(network, method, plate, recipe, described) for plate in held_out]
     unseen = [
@@ -96,23 +110,77 @@ def calibrate(
     )
 
 
-def leave_one_lab_out(
-    train: Sequence[BatchNormStatistics],
-    train_labs: Sequence[str],
-    held_out: Sequence[BatchNormStatistics],
-    held_out_labs: Sequence[str],
-) -> Float | None:
-    """Distances of each lab's plates from the training plates of the other labs, sorted; None with fewer than three labs.
+def calibrate_unseen(
+    network: Ensemble, method: Method, recipe: ImageRecipe, plates: Sequence[PlateSites], classes: Sequence[str]
+) -> Calibration:
+    """Calibrate on plates that no member was trained on, where the training plates are not known.
 
-    A new lab is what a served bundle meets, so that is what its plates' distance is held against.
+    What is fitted on plates is measured on others: distances of plates, and of wells from centres and in projections, are
+    those of each batch under what the other batches gave (of each plate under the others, where batches are too few).
+
+    Raises:
+        LayoutError: fewer than three plates, or too few that have a class, to leave one out.
     """
-    labs = sorted(set(train_labs))
-    if len(labs) < _LABS_TO_LEAVE_ONE_OUT:
+    batches = [plate.batch for plate in plates]
+    names = [plate.plate for plate in plates]
+    _require_enough(plates, classes)
+    statistics = [control_statistics(network, plate, recipe) for plate in plates]
+    source = ensemble_source(network, method, names, statistics, [names] * len(network.networks))
+    groups = batches if len(set(batches)) >= _GROUPS_TO_LEAVE_ONE_OUT else names
+    distances = leave_one_group_out(statistics, groups, [], [])
+    assert distances is not None
+    described = summarise_training(statistics, source, statistics, _blend_wells(network, recipe, plates, statistics))
+    wells = [
+        _wells(network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe, described))
+        for plate, own in zip(plates, statistics, strict=True)
+    ]
+    return Calibration(
+        training_statistics=replace(described, held_out_distances=distances),
+        embedding_reference=_embedding_reference(wells, wells, network.spec.classes),
+        temperature=fit_temperature(wells),
+    )
+
+
+def _blend_wells(
+    network: Ensemble, recipe: ImageRecipe, plates: Sequence[PlateSites], statistics: Sequence[BatchNormStatistics]
+) -> NDArray[np.float32]:
+    """How many control wells the plates' mean moments are worth, (features,)."""
+    alone = [measure_wells(network, plate, recipe, own) for plate, own in zip(plates, statistics, strict=True)]
+    return blend_wells(alone, [layer.place for layer in network.layers])
+
+
+def _require_enough(plates: Sequence[PlateSites], classes: Sequence[str]) -> None:
+    """Check that every class is left when one of the folds is left out."""
+    if len(plates) < _GROUPS_TO_LEAVE_ONE_OUT:
+        raise LayoutError(
+            f"{len(plates)} plates; calibration needs {_GROUPS_TO_LEAVE_ONE_OUT} or more, to hold each against the others"
+        )
+    folds = _folds([(plate.batch, plate) for plate in plates])
+    for label, name in enumerate(classes):
+        if not all(any((plate.labels[plate.treated] == label).any() for plate in others) for _, others in folds):
+            raise LayoutError(
+                f"class {name} needs labelled wells in two of the batches {', '.join(sorted({p.batch for p in plates}))} "
+                f"(on two plates, where there is one batch): each is held against the others"
+            )
+
+
+def leave_one_group_out(
+    train: Sequence[BatchNormStatistics],
+    train_groups: Sequence[str],
+    held_out: Sequence[BatchNormStatistics],
+    held_out_groups: Sequence[str],
+) -> Float | None:
+    """Distances of each group's plates from the training plates of the others, sorted; None with fewer than three groups.
+
+    A new lab is what a served bundle meets, so where labs are known they are the groups that distances are held against.
+    """
+    groups = sorted(set(train_groups))
+    if len(groups) < _GROUPS_TO_LEAVE_ONE_OUT:
         return None
     found = []
-    for lab in labs:
-        others = [plate for plate, of in zip(train, train_labs, strict=True) if of != lab]
-        own = [p for p, of in zip([*train, *held_out], [*train_labs, *held_out_labs], strict=True) if of == lab]
+    for group in groups:
+        others = [plate for plate, of in zip(train, train_groups, strict=True) if of != group]
+        own = [p for p, of in zip([*train, *held_out], [*train_groups, *held_out_groups], strict=True) if of == group]
         found.append(summarise_training(others, others[0], own).held_out_distances)
     return np.sort(np.concatenate(found))
 
@@ -121,7 +189,7 @@ def leave_one_lab_out(
 
 
 def _wells(
-    network: ResNet,
+    network: Ensemble,
     method: Method,
     plate: PlateSites,
     recipe: ImageRecipe,
@@ -144,12 +212,12 @@ def _wells(
     )
 
 
-def _normaliser(network: ResNet, method: Method, statistics: BatchNormStatistics) -> Normaliser:
+def _normaliser(network: Ensemble, method: Method, statistics: BatchNormStatistics) -> Normaliser:
     return Running(update=False) if method.context == "source" else given(network, statistics)
 
 
 def _left_out_controls(
-    network: ResNet, method: Method, plate: PlateSites, recipe: ImageRecipe, described: TrainingStatistics
+    network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe, described: TrainingStatistics
 ) -> dict[int, Float]:
     """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
     rng = np.random.default_rng(0)
@@ -165,7 +233,7 @@ def _left_out_controls(
 
 
 def _scored_others(
-    network: ResNet,
+    network: Ensemble,
     method: Method,
     plate: PlateSites,
     recipe: ImageRecipe,
@@ -189,22 +257,38 @@ def _scored_others(
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class _Space:
+    """Where classes lie (classes, dim), and the directions (dim, k) in which wells differ."""
+
+    centres: Float
+    basis: Float
+
+    @classmethod
+    def of(cls, plates: Sequence[_Wells], classes: int, wells: int) -> "_Space":
+        """Fit on plates; ``wells`` are what spreads in it will be estimated from."""
+        centres = np.stack([np.concatenate([plate.of(label) for plate in plates]).mean(0) for label in range(classes)])
+        return cls(centres, _directions(plates, wells))
+
+
 def _embedding_reference(trained: Sequence[_Wells], unseen: Sequence[_Wells], classes: int) -> EmbeddingReference:
-    centres = np.stack([np.concatenate([p.of(label) for p in trained]).mean(0) for label in range(classes)])
-    basis = _directions(trained, sum(len(plate.residuals()) for plate in unseen))
+    wells = sum(len(plate.residuals()) for plate in unseen)
+    whole = _Space.of(trained, classes, wells)
     counts = sorted({count for plate in unseen for count in plate.left_out})
     to_controls: dict[int, list[float]] = {count: [] for count in counts}
     to_class: list[float] = []
-    for group, others in _folds(unseen):
-        projection = _projection(basis, others)
+    for group, others in _folds([(plate.batch, plate) for plate in unseen]):
+        known = [plate for plate in trained if plate not in group]
+        space = whole if len(known) == len(trained) else _Space.of(known, classes, wells)
+        projection = _projection(space.basis, others)
         for plate in group:
             for count, differences in plate.left_out.items():
                 to_controls[count] += list(np.linalg.norm(differences @ projection, axis=1))
             for label in range(classes):
-                to_class += list(np.linalg.norm((plate.of(label) - centres[label]) @ projection, axis=1))
+                to_class += list(np.linalg.norm((plate.of(label) - space.centres[label]) @ projection, axis=1))
     return EmbeddingReference(
-        projection=_projection(basis, unseen).astype(np.float32),
-        class_centres=centres.astype(np.float32),
+        projection=_projection(whole.basis, unseen).astype(np.float32),
+        class_centres=whole.centres.astype(np.float32),
         control_wells=np.array(counts, np.int64),
         control_distances=np.array([np.quantile(to_controls[count], _CONTROL_COVERAGE) for count in counts]),
         class_distance=float(np.quantile(to_class, _CLASS_COVERAGE)),
@@ -228,14 +312,17 @@ def _projection(basis: Float, plates: Sequence[_Wells]) -> Float:
     return projection
 
 
-def _folds(plates: Sequence[_Wells]) -> list[tuple[list[_Wells], list[_Wells]]]:
-    """Each batch's plates with all others; each plate with all others where there is one batch; one plate with itself."""
-    batches = sorted({plate.batch for plate in plates})
+def _folds(plates: Sequence[tuple[str, _Plate]]) -> list[tuple[list[_Plate], list[_Plate]]]:
+    """Each batch's plates with all others; each plate with all others where there is one batch; one plate with itself.
+
+    ``plates`` are told as (batch, plate).
+    """
+    batches = sorted({batch for batch, _ in plates})
     if len(batches) > 1:
-        return [([p for p in plates if p.batch == b], [p for p in plates if p.batch != b]) for b in batches]
+        return [([p for of, p in plates if of == batch], [p for of, p in plates if of != batch]) for batch in batches]
     if len(plates) > 1:
-        return [([plate], [other for other in plates if other is not plate]) for plate in plates]
-    return [(list(plates), list(plates))]
+        return [([plate], [other for _, other in plates if other is not plate]) for _, plate in plates]
+    return [([plate for _, plate in plates],) * 2]
 
 
 # --- temperature -----------------------------------------------------------------------------------------------------
@@ -260,10 +347,9 @@ def fit_temperature(plates: Sequence[CalledWells]) -> float:
     def nll(log_temperature: float) -> float:
         losses = []
         for plate in plates:
-            probabilities = softmax(plate.site_logits, float(np.exp(log_temperature)))
-            wells = np.flatnonzero(~plate.controls)
-            means = group_means(probabilities, plate.site_wells, len(plate.labels))[wells]
-            losses.append(-np.log(np.maximum(means[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
+            temperature, wells = float(np.exp(log_temperature)), np.flatnonzero(~plate.controls)
+            called = well_probabilities(plate.site_logits, plate.site_wells, len(plate.labels), temperature)[wells]
+            losses.append(-np.log(np.maximum(called[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 
     found = minimize_scalar(nll, bounds=(np.log(0.2), np.log(5.0)), method="bounded")

@@ -1,4 +1,4 @@
-"""``anchorwell-train``: simulate, index, fetch, train, export, evaluate, embeddings, cost, report.
+"""``anchorwell-train``: simulate, index, fetch, train, export, import-checkpoint, evaluate, embeddings, cost, report.
 
 Each command imports what it needs when it runs: ``simulate`` works without torch.
 """
@@ -20,6 +20,7 @@ from training.simulate import CHANNELS, SimulationPlan, simulate
 if TYPE_CHECKING:
     import pandas as pd
 
+    from model.bundle import Bundle, Parity
     from training.train import TrainingConfig
 
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Read s3:// without credentials: public data.")]
@@ -290,20 +291,72 @@ def _check_choices(config: "TrainingConfig") -> None:
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    runs: Annotated[list[Path], typer.Argument(help="A run directory; several make an ensemble.")],
     out: Annotated[Path, typer.Argument(help="Bundle directory to write.")],
     *,
     name: Annotated[str | None, typer.Option(help="The bundle's name; the directory's by default.")] = None,
     minimum_control_wells: Annotated[int, typer.Option(help="Fewest control wells that adapt a batch.")] = 4,
 ) -> None:
-    """Export a run as a bundle, refused unless ONNX agrees with torch."""
+    """Export a run, or several as one ensemble, as a bundle; refused unless ONNX agrees with torch."""
     from training.release import release  # noqa: PLC0415 (torch)
 
+    _require_empty(out)
+    _tell_bundle(*release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells))
+
+
+@app.command("import-checkpoint")
+def import_checkpoint_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of published checkpoints, one file a fold.")],
+    *,
+    classes: Annotated[str, typer.Option(help="Names of the network's outputs, in their order, commas.")],
+    calibration: Annotated[Path, typer.Option(help="Fetched, labelled plates that no fold was trained on.")],
+    out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    name: Annotated[str | None, typer.Option(help="The bundle's name; the directory's by default.")] = None,
+    context: Annotated[str, typer.Option(help="What the network was trained with: controls, union or source.")] = "controls",
+    minimum_control_wells: Annotated[int, typer.Option(help="Fewest control wells that adapt a batch.")] = 4,
+    channels: Annotated[
+        str | None, typer.Option(help="Channels, in the network's order; the published ones by default.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean per channel after scaling; the published ones by default.")] = None,
+    std: Annotated[str | None, typer.Option(help="Deviation per channel; the published ones by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Network input, pixels; 256 by default, 224 or more.")] = None,
+    shrink: Annotated[int | None, typer.Option(help="Take every n-th pixel; 2 by default.")] = None,
+    pixel_size_um: Annotated[float | None, typer.Option(help="Network pixel size; resamples where known.")] = None,
+) -> None:
+    """Turn checkpoints that others publish for this method into a bundle, calibrated on plates of your own."""
+    from training import checkpoints  # noqa: PLC0415 (torch)
+    from training.methods import make_method  # noqa: PLC0415 (torch)
+    from training.plates import open_plates, require_recipe  # noqa: PLC0415 (pandas)
+
+    _require_empty(out)
+    names = _listed(classes)
+    recipe = ImageRecipe(
+        channels=_listed(channels) or checkpoints.CHANNELS,
+        size=size or checkpoints.SIZE,
+        shrink=shrink or checkpoints.SHRINK,
+        pixel_size_um=pixel_size_um,
+        mean=tuple(map(float, _listed(mean))) or checkpoints.MEAN,
+        std=tuple(map(float, _listed(std))) or checkpoints.STD,
+    )
+    method = make_method("erm") if context == "source" else make_method("cs-arm-bn", context)
+    require_recipe(calibration, recipe)
+    plates = open_plates(calibration, names)
+    bundle, parity = checkpoints.import_checkpoints(
+        folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
+        minimum_control_wells=minimum_control_wells,
+    )  # fmt: skip
+    typer.echo(f"members: {', '.join(str(member['file']) for member in bundle.manifest.training['members'])}")
+    _tell_bundle(bundle, parity)
+
+
+def _require_empty(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: name another directory, so that no bundle is written over")
-    bundle, parity = release(run, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
+
+
+def _tell_bundle(bundle: "Bundle", parity: "Parity") -> None:
     typer.echo(
-        f"bundle {bundle.digest[:12]}: {out}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
+        f"bundle {bundle.digest[:12]}: {bundle.path}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
         f"deviations, logits {parity.logits:.1e}"
     )
 

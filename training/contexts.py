@@ -1,6 +1,7 @@
 """Statistics of a plate's controls, and of the training plates together, for a torch network."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from model.context import MAX_CONTEXT_SITES
 from model.errors import NoControlsError
 from model.images import ImageRecipe
-from model.network import Given, ResNet
+from model.network import Ensemble, Given, Network
 from model.statistics import BatchNormStatistics, Prior
 from training.dataset import PlateSites
 from training.methods import Method, measured
@@ -45,7 +46,7 @@ def panel_rows(plate: PlateSites, wells_per_class: int) -> NDArray[np.int64]:
 
 
 def statistics_of(
-    network: ResNet, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
+    network: Network, plate: PlateSites, recipe: ImageRecipe, rows: NDArray[np.int64], prior: Prior | None = None
 ) -> BatchNormStatistics:
     """Measure rows of a plate as one context; blended with a prior, if any."""
     found = measured(network, plate.served(rows, recipe), prior)
@@ -57,23 +58,57 @@ def statistics_of(
     )
 
 
-def control_statistics(network: ResNet, plate: PlateSites, recipe: ImageRecipe) -> BatchNormStatistics:
+def control_statistics(network: Network, plate: PlateSites, recipe: ImageRecipe) -> BatchNormStatistics:
     """Measure a plate's controls as the service would."""
     return statistics_of(network, plate, recipe, context_rows(plate))
 
 
-def given(network: ResNet, statistics: BatchNormStatistics) -> Given:
+def given(network: Network, statistics: BatchNormStatistics) -> Given:
     """Return a normaliser that gives a network these statistics."""
-    weight = network.conv1.weight
+    weight = next(network.parameters())
     return Given(weight.new_tensor(statistics.mean), weight.new_tensor(statistics.variance))
 
 
-def source_statistics(network: ResNet, method: Method, controls: Sequence[BatchNormStatistics]) -> BatchNormStatistics:
+def source_statistics(network: Network, method: Method, controls: Sequence[BatchNormStatistics]) -> BatchNormStatistics:
     """Return what stands in for adaptation: running statistics of ERM, else the training controls' mean moments."""
     if method.context != "source":
         return mean_moments(controls)
     mean, variance = network.running_statistics()
     return BatchNormStatistics(mean.cpu().numpy(), variance.cpu().numpy(), sites=0, wells=0)
+
+
+def ensemble_source(
+    network: Ensemble,
+    method: Method,
+    plates: Sequence[str],
+    controls: Sequence[BatchNormStatistics],
+    trained_on: Sequence[Collection[str]],
+) -> BatchNormStatistics:
+    """Join the members' source statistics, each over its own training plates.
+
+    Args:
+        network: the members.
+        method: how they were trained.
+        plates: names of plates.
+        controls: these plates' control statistics, over all members' features.
+        trained_on: of each member, the plates that it was trained on.
+    """
+    sources: list[BatchNormStatistics] = []
+    first = 0
+    for member, own in zip(network.networks, trained_on, strict=True):
+        span = slice(first, first := first + member.features)
+        parts = [
+            replace(plate, mean=plate.mean[span], variance=plate.variance[span])
+            for name, plate in zip(plates, controls, strict=True)
+            if name in own
+        ]
+        sources.append(source_statistics(member, method, parts))
+    return BatchNormStatistics(
+        mean=np.concatenate([source.mean for source in sources]),
+        variance=np.concatenate([source.variance for source in sources]),
+        sites=min(source.sites for source in sources),
+        wells=min(source.wells for source in sources),
+    )
 
 
 def mean_moments(plates: Sequence[BatchNormStatistics]) -> BatchNormStatistics:

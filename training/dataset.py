@@ -197,10 +197,3 @@ def moments(plates: Iterable[PlateSites], *, controls_only: bool = False) -> tup
     mean, square = np.mean(found, axis=0).T
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)
-
-
-def group_means(values: NDArray[np.floating], where: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
-    """Mean of rows by group: (rows, dim) → (groups, dim); ``where`` (rows,) numbers each row's group, such as its well."""
-    sums = np.zeros((groups, values.shape[1]))
-    np.add.at(sums, where, values)
-    return sums / np.bincount(where, minlength=groups)[:, None]

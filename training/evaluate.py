@@ -17,7 +17,7 @@ from model.context import MAX_CONTEXT_SITES
 from model.errors import LayoutError
 from model.images import ImageRecipe
 from model.network import Normaliser, PerInstance, ResNet
-from model.predictions import softmax
+from model.predictions import site_probabilities, well_probabilities
 from model.statistics import BatchNormStatistics, Prior
 from training.blending import blend_wells, measure_wells
 from training.calibrate import fit_temperature
@@ -28,7 +28,7 @@ from training.contexts import (
     require_controls,
     source_statistics,
 )
-from training.dataset import PlateSites, group_means
+from training.dataset import PlateSites
 from training.methods import WAYS, Answers, Context, Method, Way, classify, classify_context, measured
 from training.metrics import accuracy, calibrated, macro_f1, nll
 from training.nulls import Null, fit_nulls
@@ -233,8 +233,8 @@ def answers_of(trained: TrainedNetwork, way: Way) -> NetworkAnswers:
 class Outcome:
     """All wells called in a cell on one plate, draws one after the other.
 
-    ``site_logits`` (sites, classes), ``site_wells`` (sites,) which of the wells each belongs to, ``labels`` (wells,),
-    ``wells`` (wells,) their names.
+    ``site_logits`` (sites, 1, classes) are of one member, ``site_wells`` (sites,) say which of the wells each belongs to,
+    ``labels`` (wells,), ``wells`` (wells,) their names.
     """
 
     site_logits: Logits
@@ -248,8 +248,8 @@ class Outcome:
         return np.zeros(len(self.labels), np.bool_)
 
     def probabilities(self, temperature: float = 1.0) -> NDArray[np.float64]:
-        """Probabilities (wells, classes): the mean over a well's sites."""
-        return group_means(softmax(self.site_logits, temperature), self.site_wells, len(self.labels))
+        """Probabilities (wells, classes), as the service gives them."""
+        return well_probabilities(self.site_logits, self.site_wells, len(self.labels), temperature)
 
 
 def outcome(answers: Answering, plate: PlateSites, cell: Cell, draws: Draws) -> Outcome | None:
@@ -281,7 +281,7 @@ def _sent(plate: PlateSites, query: Wells) -> tuple[Rows, NDArray[np.int64]]:
 
 def _outcome(plate: PlateSites, logits: Logits, rows: Rows, places: NDArray[np.int64]) -> Outcome:
     _, first, where = np.unique(places, return_index=True, return_inverse=True)
-    return Outcome(logits, where.astype(np.int64), plate.labels[rows[first]], plate.wells[rows[first]])
+    return Outcome(logits[:, None], where.astype(np.int64), plate.labels[rows[first]], plate.wells[rows[first]])
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
@@ -302,7 +302,7 @@ def temperature_of(answers: Answering, validation: Sequence[PlateSites]) -> floa
 
 def scores(found: Outcome, temperature: float) -> dict[str, float]:
     """Score the wells called at a temperature, and how sure the calls are at temperature 1 (``…_before``)."""
-    sites, wells = softmax(found.site_logits, temperature), found.probabilities(temperature)
+    sites, wells = site_probabilities(found.site_logits, temperature), found.probabilities(temperature)
     before = asdict(calibrated(found.probabilities(), found.labels))
     return {
         "images": len(sites),
@@ -399,7 +399,7 @@ def _plate_score(answers: Answering, plate: PlateSites) -> PlateScore:
     found = outcome(answers, plate, DEFAULT, Draws())
     if found is None:
         raise LayoutError(f"plate {plate.plate} has no treated well of a class to score")
-    sites = softmax(found.site_logits)
+    sites = site_probabilities(found.site_logits)
     labels = found.labels[found.site_wells]
     return PlateScore(
         image_accuracy=accuracy(sites, labels),

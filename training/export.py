@@ -1,13 +1,14 @@
-"""A trained network → a bundle, refused unless ONNX agrees with torch.
+"""A trained network, or several as one ensemble → a bundle, refused unless ONNX agrees with torch.
 
-Both graphs share ``weights.bin``: an initialiser with the same bytes is stored once. Statistics are compared with a float64
-torch pass, logits with a float32 one.
+One pair of graphs holds every member. Both share ``weights.bin``: an initialiser with the same bytes is stored once.
+Statistics are compared with a float64 torch pass, logits with a float32 one.
 """
 
 import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from model.bundle import (
     Parity,
     finish_bundle,
 )
-from model.network import FromContext, Given, PriorTensors, ResNet
+from model.network import Ensemble, FromContext, Given, Network, PriorTensors
 from model.predictions import EmbeddingReference
 from model.statistics import Prior, TrainingStatistics
 from training.methods import prior_tensors
@@ -52,7 +53,7 @@ _INLINE_BYTES = 1024
 class Classify(nn.Module):
     """images (sites, channels, height, width), bn_mean, bn_var (features,) → logits, embedding."""
 
-    def __init__(self, network: ResNet) -> None:
+    def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
 
@@ -68,7 +69,7 @@ class Measure(nn.Module):
     One pass over all images; a prior of no weight leaves what is measured as it is.
     """
 
-    def __init__(self, network: ResNet) -> None:
+    def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
 
@@ -80,7 +81,7 @@ class Measure(nn.Module):
 
 
 def export_bundle(
-    network: ResNet,
+    network: Ensemble,
     path: Path,
     manifest: Manifest,
     training_statistics: TrainingStatistics,
@@ -90,7 +91,7 @@ def export_bundle(
     """Write a bundle directory and check it against torch.
 
     Args:
-        network: the trained network; its running statistics are not used.
+        network: the trained members; their running statistics are not used.
         path: a directory, made if missing.
         manifest: complete but for ``files``.
         training_statistics: what the training plates look like.
@@ -109,7 +110,7 @@ def export_bundle(
     return finish_bundle(path, manifest, training_statistics, embedding_reference, golden), parity
 
 
-def write_graphs(network: ResNet, path: Path, example: NDArray[np.float32]) -> None:
+def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) -> None:
     """Export both graphs with a dynamic number of sites and one shared weights file."""
     images = torch.from_numpy(example)
     sites = torch.export.Dim("sites", min=1)
@@ -179,7 +180,7 @@ def _move_out(tensor: onnx.TensorProto, weights: Any, offsets: dict[str, int]) -
         tensor.external_data.add(key=key, value=value)
 
 
-def make_golden(network: ResNet, images: NDArray[np.float32], prior: Prior) -> Golden:
+def make_golden(network: Ensemble, images: NDArray[np.float32], prior: Prior) -> Golden:
     """Statistics of the images as one context, plain and blended (float64), and their logits under the plain (float32)."""
     mean, variance = measure_float64(network, images)
     blended_mean, blended_variance = measure_float64(network, images, prior)
@@ -197,11 +198,10 @@ def make_golden(network: ResNet, images: NDArray[np.float32], prior: Prior) -> G
 
 
 def measure_float64(
-    network: ResNet, images: NDArray[np.float32], prior: Prior | None = None
+    network: Network, images: NDArray[np.float32], prior: Prior | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and biased variance, (features,) each, from one float64 pass over the whole context; blended with a prior."""
-    twin = ResNet(network.spec).double()
-    twin.load_state_dict(network.state_dict())
+    twin = deepcopy(network).double()
     norm = FromContext(prior=None if prior is None else prior_tensors(twin, prior))
     with torch.no_grad():
         twin(torch.from_numpy(images).double(), norm)

@@ -25,8 +25,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 
 from model.bundle import recipe_json
 from model.errors import NoControlsError, RunError
+from model.predictions import group_means
 from model.statistics import canonical_json
-from training.dataset import PlateSites, group_means
+from training.dataset import PlateSites
 from training.evaluate import (
     NetworkAnswers,
     Outcome,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from model.network import FromContext, Given, Normaliser, PerInstance, PriorTensors, ResNet, Running
+from model.network import FromContext, Given, Network, Normaliser, PerInstance, PriorTensors, ResNet, Running
 from model.statistics import Prior
 from training.episodes import Episode
 
@@ -169,11 +169,11 @@ def _episode_normaliser(method: Method, episode: Episode) -> Normaliser:
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Logits (rows, classes) and embeddings (rows, dim)."""
+"""Logits (rows, classes; of an ensemble rows, members, classes) and embeddings (rows, dim)."""
 
 
 @torch.no_grad()
-def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None = None) -> Given:
+def measured(network: Network, images: NDArray[np.float32], prior: Prior | None = None) -> Given:
     """Statistics of images (rows, channels, size, size) as one context, in one pass; blended with a prior, if any."""
     norm = FromContext(prior=None if prior is None else prior_tensors(network, prior))
     network(_tensor(network, images), norm)
@@ -181,7 +181,7 @@ def measured(network: ResNet, images: NDArray[np.float32], prior: Prior | None =
 
 
 @torch.no_grad()
-def classify(network: ResNet, images: NDArray[np.float32], norm: Normaliser) -> Answers:
+def classify(network: Network, images: NDArray[np.float32], norm: Normaliser) -> Answers:
     """Logits and embeddings of images, in chunks."""
     parts = [network(_tensor(network, images[at : at + _CHUNK]), norm) for at in range(0, len(images), _CHUNK)]
     logits = torch.cat([logits for logits, _ in parts]).cpu().numpy()
@@ -189,18 +189,18 @@ def classify(network: ResNet, images: NDArray[np.float32], norm: Normaliser) -> 
 
 
 @torch.no_grad()
-def classify_context(network: ResNet, images: NDArray[np.float32], prior: Prior | None = None) -> Answers:
+def classify_context(network: Network, images: NDArray[np.float32], prior: Prior | None = None) -> Answers:
     """Classify images by statistics of all of them, in the pass that measures them."""
     norm = FromContext(prior=None if prior is None else prior_tensors(network, prior))
     logits, embeddings = network(_tensor(network, images), norm)
     return logits.cpu().numpy(), embeddings.cpu().numpy()
 
 
-def prior_tensors(network: ResNet, prior: Prior) -> PriorTensors:
+def prior_tensors(network: Network, prior: Prior) -> PriorTensors:
     """A prior as a network takes it: its device and type."""
     like = next(network.parameters())
     return PriorTensors(like.new_tensor(prior.mean), like.new_tensor(prior.variance), like.new_tensor(prior.weight))
 
 
-def _tensor(network: ResNet, images: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(images).to(network.conv1.weight.device)
+def _tensor(network: Network, images: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(images).to(next(network.parameters()).device)

@@ -1,13 +1,19 @@
-"""From a finished run to what others use of it: its evaluation table, its bundle."""
+"""From finished runs to what others use of them: an evaluation table, a bundle of one run or of several as an ensemble."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from model.bundle import SERVED_CONTEXTS, Bundle, Manifest, Parity
 from model.context import MAX_CONTEXT_SITES
+from model.errors import RunError
+from model.images import ImageRecipe
+from model.network import Ensemble
 from training.calibrate import calibrate
 from training.contexts import context_rows
 from training.dataset import PlateSites
@@ -39,35 +45,128 @@ def evaluate_run(path: Path) -> pd.DataFrame:
     return pd.concat([scores, evaluate_nulls(run.split, plates)], ignore_index=True)
 
 
-def release(path: Path, out: Path, *, name: str, minimum_control_wells: int) -> tuple[Bundle, Parity]:
-    """Calibrate a run's network on its training and validation plates and export it.
+def release(paths: Sequence[Path], out: Path, *, name: str, minimum_control_wells: int) -> tuple[Bundle, Parity]:
+    """Calibrate the networks of runs, together, on their training and validation plates and export them as one bundle.
 
     Raises:
+        RunError: the runs do not go together, or no plate was held out by all of them.
         BundleError: ONNX and torch disagree, or the method has no statistics to serve.
     """
-    run = Run.load(path)
-    context = served_context(run.method)
-    network = load_network(run)
-    plates = load_run_plates(run)
-    train = [plates[plate] for plate in run.split.train]
-    held_out = [plates[plate] for plate in run.split.validation]
-    calibration = calibrate(network, run.method, run.recipe, train, held_out)
+    runs = [Run.load(path) for path in paths]
+    require_one_ensemble(runs)
+    first = runs[0]
+    context = served_context(first.method)
+    network = ensemble_of(runs)
+    plates = load_plates_of_runs(runs)
+    parts = calibration_plates(runs, plates)
+    trained_on = [frozenset(run.split.train) for run in runs]
+    calibration = calibrate(network, first.method, first.recipe, parts.train, parts.held_out, trained_on)
     manifest = Manifest(
         name=name,
-        classes=run.classes,
-        recipe=run.recipe,
-        method=run.method.name,
+        classes=first.classes,
+        recipe=first.recipe,
+        method=first.method.name,
         context=context,
         features=network.features,
         embedding_dim=network.embedding_dim,
         minimum_control_wells=minimum_control_wells,
         max_context_sites=MAX_CONTEXT_SITES,
+        members=len(runs),
         temperature=calibration.temperature,
-        network=run.spec.to_json(),
-        training=provenance(run, train),
+        network=network.spec.to_json(),
+        training=provenance(runs, parts),
     )
-    golden = _golden_images(held_out[0], run)
+    golden = golden_images(parts.held_out[0], first.recipe)
     return export_bundle(network, out, manifest, calibration.training_statistics, calibration.embedding_reference, golden)
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationPlates:
+    """Plates that any member was trained on, and plates of batches that every member held out; both by name."""
+
+    train: tuple[PlateSites, ...]
+    held_out: tuple[PlateSites, ...]
+
+
+def require_one_ensemble(runs: Sequence[Run]) -> None:
+    """Check that runs were made alike: their classes, method, context, network and recipe agree.
+
+    The recipe's mean and std may differ, since each run takes them from its own training plates.
+
+    Raises:
+        RunError: they were not; names the runs and what differs.
+    """
+
+    def made(run: Run) -> dict[str, object]:
+        recipe = {name: value for name, value in vars(run.recipe).items() if name not in ("mean", "std")}
+        method = {"method": run.method.name, "context": run.method.context, "stop_gradient": run.method.stop_gradient}
+        return {**vars(run.spec), **recipe, **method, "classes": run.classes}  # names say more than their numbers
+
+    first = made(runs[0])
+    for run in runs[1:]:
+        other = made(run)
+        differing = [f"{key} ({first[key]} and {other[key]})" for key in first if first[key] != other[key]]
+        if differing:
+            raise RunError(
+                f"{runs[0].path} and {run.path} make no ensemble: they differ in {', '.join(differing)}; "
+                f"export each by itself, or train them alike"
+            )
+
+
+def ensemble_of(runs: Sequence[Run]) -> Ensemble:
+    """Load the runs' networks as one that takes images as the first run's recipe normalises them."""
+    mean, std = (np.array([getattr(run.recipe, name) for run in runs], np.float64) for name in ("mean", "std"))
+    networks = [load_network(run) for run in runs]
+    if (mean == mean[0]).all() and (std == std[0]).all():
+        return Ensemble(networks)
+    scales, shifts = (torch.from_numpy(value).float() for value in (std[0] / std, (mean[0] - mean) / std))
+    return Ensemble(networks, shifts=shifts, scales=scales)
+
+
+def load_plates_of_runs(runs: Sequence[Run]) -> dict[str, PlateSites]:
+    """Open every run's plates, those of one folder once.
+
+    Raises:
+        RunError: two runs know different plates by one name.
+    """
+    plates: dict[str, PlateSites] = {}
+    for run in {run.config.plates: run for run in runs}.values():
+        loaded = load_run_plates(run)
+        for name in plates.keys() & loaded.keys():
+            if (plates[name].lab, plates[name].batch) != (loaded[name].lab, loaded[name].batch):
+                raise RunError(
+                    f"plate {name} of {run.config.plates} is of another lab or batch than that of the runs before"
+                )
+        plates |= loaded
+    return plates
+
+
+def calibration_plates(runs: Sequence[Run], plates: Mapping[str, PlateSites]) -> CalibrationPlates:
+    """Choose what calibrates runs together: plates that some run validated on, of batches that none trained or tests on.
+
+    Raises:
+        RunError: there is no such plate.
+    """
+    train = {name for run in runs for name in run.split.train}
+    tested = {name for run in runs for names in run.split.tests().values() for name in names}
+    seen = {(plates[name].lab, plates[name].batch) for name in train}
+    validated = {name for run in runs for name in run.split.validation}
+    held_out = [name for name in sorted(validated - train - tested) if (plates[name].lab, plates[name].batch) not in seen]
+    if not held_out:
+        raise RunError(
+            f"no plate was held out by all {len(runs)} runs: of {len(validated)} validation plates, "
+            f"{len(validated & train)} are training plates and {len(validated & tested)} test plates of another run, and "
+            f"the rest are of batches that another trained on; temperature and thresholds need a batch that all held out"
+        )
+    return CalibrationPlates(
+        train=tuple(plates[name] for name in sorted(train)), held_out=tuple(plates[name] for name in held_out)
+    )
+
+
+# --- what the bundle says --------------------------------------------------------------------------------------------
 
 
 def served_context(method: Method) -> str:
@@ -81,24 +180,33 @@ def served_context(method: Method) -> str:
     raise ValueError(f"{method.name} is a baseline for evaluation; the service serves erm and cs-arm-bn")
 
 
-def provenance(run: Run, train: list[PlateSites]) -> dict[str, object]:
-    """Return what the weights were made from, without paths."""
-    config = run.config
+def provenance(runs: Sequence[Run], parts: CalibrationPlates) -> dict[str, object]:
+    """Return what the weights were made from and calibrated on, without paths; ``members`` has what is each run's own."""
     return {
         "anchorwell": version("anchorwell"),
+        "labs": sorted({plate.lab for plate in parts.train}),
+        "batches": sorted({plate.batch for plate in parts.train}),
+        "plates": [plate.plate for plate in parts.train],
+        "held_out_plates": [plate.plate for plate in parts.held_out],
+        "sites": int(sum(len(plate.wells) for plate in parts.train)),
+        "members": [_how_trained(run) for run in runs],
+    }
+
+
+def _how_trained(run: Run) -> dict[str, object]:
+    config = run.config
+    return {
         "seed": config.seed,
         "steps": config.steps,
         "treated_per_plate": config.shape.treated,
         "controls_per_plate": [config.shape.controls_min, config.shape.controls_max],
         "plates_per_step": config.shape.plates,
         "learning_rate": config.learning_rate,
-        "labs": sorted({plate.lab for plate in train}),
-        "batches": sorted({plate.batch for plate in train}),
         "plates": list(run.split.train),
         "held_out_plates": list(run.split.validation),
-        "sites": int(sum(len(plate.wells) for plate in train)),
     }
 
 
-def _golden_images(plate: PlateSites, run: Run) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return plate.served(context_rows(plate, GOLDEN_SITES), run.recipe)
+def golden_images(plate: PlateSites, recipe: ImageRecipe) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Return a few of a plate's control sites as the service prepares them."""
+    return plate.served(context_rows(plate, GOLDEN_SITES), recipe)

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from model.network import EPS, BatchNorm, FromContext, Given, NetworkSpec, PerInstance, PriorTensors, ResNet, Running
+from model.network import (
+    EPS,
+    BatchNorm,
+    Ensemble,
+    FromContext,
+    Given,
+    NetworkSpec,
+    PerInstance,
+    PriorTensors,
+    ResNet,
+    Running,
+)
 
 
 def small(depth: int = 18, *, antialiased: bool = True, seed: int = 0) -> ResNet:
@@ -283,3 +294,84 @@ def test_a_gain_and_offset_on_every_image_of_a_batch_vanish() -> None:
         return network(batch, FromContext(slice(0, 3)))[0][3:]
 
     torch.testing.assert_close(logits(padded * 7.0), logits(padded), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ensemble_is_its_members_asked_one_by_one() -> None:
+    members, images = [small(seed=seed).double() for seed in (1, 2, 3)], torch.randn(5, 3, 64, 64, dtype=torch.float64)
+    ensemble, together = Ensemble(members), FromContext(slice(0, 3))
+    logits, embeddings = ensemble(images, together)
+    assert logits.shape == (5, 3, 4)
+    assert (ensemble.features, ensemble.embedding_dim) == (3 * members[0].features, 3 * members[0].embedding_dim)
+    statistics = []
+    for number, member in enumerate(members):
+        norm = FromContext(slice(0, 3))
+        expected, embedding = member(images, norm)
+        torch.testing.assert_close(logits[:, number], expected)
+        torch.testing.assert_close(embeddings[:, 32 * number : 32 * (number + 1)], embedding)
+        statistics.append(norm.statistics())
+    for found, parts in zip(together.statistics(), zip(*statistics, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts))
+    again, _ = ensemble(images, Given(*together.statistics()))
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_network_is_itself_after_it_joined_an_ensemble() -> None:
+    first, second = small(seed=1), small(seed=2)
+    images = torch.randn(4, 3, 64, 64)
+    norm = FromContext()
+    expected, _ = second(images, norm)
+    ensemble = Ensemble([first, second])
+    found, _ = second(images, Given(*norm.statistics()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    second.classifier.bias += 1
+    torch.testing.assert_close(ensemble(images, FromContext())[0][:, 1], expected)
+
+
+@torch.no_grad()
+def test_an_ensembles_running_statistics_are_its_members() -> None:
+    members, images = [small(seed=1), small(seed=2)], torch.randn(4, 3, 64, 64)
+    for member in members:
+        member(images, Running(update=True))
+    mean, variance = Ensemble(members).running_statistics()
+    torch.testing.assert_close(mean, torch.cat([member.running_statistics()[0] for member in members]))
+    torch.testing.assert_close(variance, torch.cat([member.running_statistics()[1] for member in members]))
+
+
+@torch.no_grad()
+def test_members_that_know_other_means_and_scales_take_images_normalised_as_the_firsts() -> None:
+    members, raw = [small(seed=1), small(seed=2)], torch.rand(4, 3, 64, 64)
+    means = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.1, 0.2]])
+    stds = torch.tensor([[0.5, 0.6, 0.7], [0.9, 0.4, 0.3]])
+    ensemble = Ensemble(members, shifts=(means[0] - means) / stds, scales=stds[0] / stds)
+    normalised = [(raw - mean[:, None, None]) / std[:, None, None] for mean, std in zip(means, stds, strict=True)]
+    found, _ = ensemble(normalised[0], FromContext())
+    for number, member in enumerate(members):
+        expected, _ = member(normalised[number], FromContext())
+        torch.testing.assert_close(found[:, number], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_ensemble_of_none_or_of_unlike_networks_is_refused() -> None:
+    for networks in ([], [small(), small(antialiased=False)]):
+        with pytest.raises(ValueError, match="one architecture"):
+            Ensemble(networks)
+
+
+@torch.no_grad()
+def test_the_published_pooling_averages_seven_by_seven_and_then_the_rest() -> None:
+    spec = NetworkSpec(channels=3, classes=4, width=4, pooling="mean-of-7x7")
+    torch.manual_seed(0)
+    network, plain = ResNet(spec), small(antialiased=False)
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 256, 256)
+    maps: list[torch.Tensor] = []
+    network.blocks[-1].register_forward_hook(lambda _module, _given, found: maps.append(found))
+    logits, embedding = network(images, FromContext())
+    assert maps[0].shape[2:] == (8, 8)
+    middle = torch.nn.AvgPool2d(7, stride=1)(maps[0]).flatten(2).mean(2)
+    torch.testing.assert_close(embedding, middle)
+    torch.testing.assert_close(logits, network.classifier(middle))
+    assert not torch.allclose(embedding, plain(images, FromContext())[1], atol=1e-3)
+    with pytest.raises(RuntimeError, match="too small"):
+        network(images[:, :, :128, :128], FromContext())

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from model.predictions import ControlCentre, EmbeddingReference, classify_well, mean_of_wells, softmax, whitened_distance
+from model.predictions import (
+    ControlCentre,
+    EmbeddingReference,
+    classify_well,
+    mean_of_wells,
+    site_probabilities,
+    softmax,
+    well_probabilities,
+    whitened_distance,
+)
 
 REFERENCE = EmbeddingReference(
     projection=np.diag([1.0, 2.0]).astype(np.float32),
@@ -15,7 +24,8 @@ REFERENCE = EmbeddingReference(
 
 
 def answer(logits, embeddings, centre=None, temperature=1.0, wells=4):
-    given = (np.array(logits, np.float32), np.array(embeddings, np.float32))
+    """One well's answer, of one member: (sites, classes)."""
+    given = (np.array(logits, np.float32)[:, None], np.array(embeddings, np.float32))
     centre = None if centre is None else ControlCentre(np.array(centre, np.float32), wells)
     return classify_well("A01", *given, ("a", "b"), temperature, REFERENCE, centre)
 
@@ -35,6 +45,30 @@ def test_a_well_is_the_mean_of_its_sites_probabilities():
     assert told.spread == pytest.approx(0.125)
     assert (told.sites, told.distance_to_controls, told.resembles_controls) == (2, None, None)
     assert told.distance_to_class == pytest.approx(2)
+
+
+def logits_of(probabilities):
+    return np.log(np.array(probabilities)).astype(np.float32)
+
+
+def test_members_are_averaged_in_probability_and_spread_is_over_sites_of_their_mean():
+    sites = [[[0.9, 0.1], [0.5, 0.5]], [[0.4, 0.6], [0.2, 0.8]]]  # (sites, members, classes)
+    np.testing.assert_allclose(site_probabilities(logits_of(sites)), [[0.7, 0.3], [0.3, 0.7]], rtol=1e-6)
+    told = classify_well("A01", logits_of(sites), np.zeros((2, 2), np.float32), ("a", "b"), 1.0, REFERENCE, None)
+    assert told.probabilities == pytest.approx((0.5, 0.5))
+    assert (told.spread, told.sites) == (pytest.approx(0.2), 2)
+
+
+def test_temperature_is_applied_to_each_member_before_they_are_averaged():
+    sites = np.array([[[0.0, 4.0], [4.0, 0.0], [0.0, 4.0]]], np.float32)
+    cooled = 1 / (1 + np.exp(-4.0 / 2.0))
+    np.testing.assert_allclose(site_probabilities(sites, 2.0)[0, 1], (2 * cooled + 1 - cooled) / 3, rtol=1e-6)
+
+
+def test_wells_are_means_over_their_sites_in_whatever_order_these_come():
+    sites = logits_of([[[0.9, 0.1]], [[0.2, 0.8]], [[0.5, 0.5]]])
+    found = well_probabilities(sites, np.array([1, 0, 1]), 2)
+    np.testing.assert_allclose(found, [[0.2, 0.8], [0.7, 0.3]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,17 @@ File = tuple[str, tuple[str, bytes, str]]
 
 
 class FakeEngine:
-    """Statistics are each channel's mean and variance, blended; logits and embedding a site's mean, standardised by them."""
+    """Statistics are each channel's mean and variance, blended; logits and embedding a site's mean, standardised by them.
+
+    A second member's logits are twice the first's, a third's three times.
+    """
 
     provider = "CPUExecutionProvider"
     precision = "fp32"
 
-    def __init__(self) -> None:
+    def __init__(self, members: int = 1) -> None:
         self.passes = 0
+        self.members = members
 
     def measure(self, images, prior=None):
         self.passes += 1
@@ -44,7 +48,8 @@ class FakeEngine:
     def classify(self, images, statistics):
         means = images.astype(np.float64).mean(axis=(2, 3))
         scores = (means - statistics.mean) / np.sqrt(statistics.variance + BN_EPSILON)
-        return scores.astype(np.float32), scores.astype(np.float32)
+        logits = np.stack([scores * (1 + member) for member in range(self.members)], axis=1)
+        return logits.astype(np.float32), scores.astype(np.float32)
 
 
 def fake_bundle(path: Path, **changes) -> Bundle:
@@ -70,7 +75,7 @@ def fake_bundle(path: Path, **changes) -> Bundle:
         for step in (0.0, 0.05, 0.1, 0.15)
     ]
     images = np.random.default_rng(1).random((4, 3, SIZE, SIZE), np.float32)
-    engine = FakeEngine()
+    engine = FakeEngine(changes.get("members", 1))
     described = summarise_training(plates[:2], plates[0], plates[2:], np.full(3, BLEND_WELLS, np.float32))
     mean, variance = engine.measure(images)
     blend = engine.measure(images, described.prior(GOLDEN_WELLS))

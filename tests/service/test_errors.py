@@ -265,7 +265,7 @@ def test_controls_without_finite_statistics_are_refused(client, engine, store):
 def test_an_answer_that_is_not_finite_is_no_answer(client, engine, store):
     client.post(CONTROLS, files=FILES)
     before = everything(store)
-    engine.classify = lambda images, _: (np.full((len(images), 3), np.nan, np.float32),) * 2
+    engine.classify = lambda images, _: (np.full((len(images), 1, 3), np.nan, np.float32),) * 2
     body = refused(client.post("/batches/P1/predict", files=well_files(["E05"])), "non-finite-image", names=["not finite"])
     assert body["well"] == "E05"
     assert everything(store) == before

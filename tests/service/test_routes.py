@@ -186,6 +186,7 @@ def test_the_model_card_says_what_is_served(client, bundle):
     assert card["channels"] == list(CHANNELS)
     assert card["bundle"] == bundle.digest
     assert card["recipe"]["size"] == bundle.manifest.recipe.size
+    assert card["members"] == 1
 
 
 def test_health_names_provider_and_precision(client):
@@ -355,6 +356,25 @@ def test_a_bundle_of_another_context_is_served_with_controls_and_says_so(context
         assert (report["context"], report["trained_context"]) == ("controls", context)
         assert word in report["notices"][0]
         assert word in predicted(client, ["E05"])["notices"][0]
+
+
+def test_every_members_probabilities_are_averaged_in_an_answer(client, settings, storage, tmp_path):
+    adapted(client)
+    alone = by_well(predicted(client, ["E05"], sites=(1,)))["E05"]["probabilities"]
+    several = fake_bundle(tmp_path / "several", members=3, training={"seed": 1, "members": [{"file": "a"}, {"file": "b"}]})
+    with running(settings.model_copy(update={"bundle": several.path}), FakeEngine(3), storage) as later:
+        card = later.get("/model").json()
+        assert (card["members"], card["training"]["members"][1]) == (3, {"file": "b"})
+        told = by_well(predicted(later, ["E05"], sites=(1,)))["E05"]["probabilities"]
+    first = np.array(list(alone.values()))
+    powers = [first**member / (first**member).sum() for member in (1, 2, 3)]
+    np.testing.assert_allclose(list(told.values()), np.mean(powers, axis=0), rtol=1e-5)
+
+
+def test_an_engine_of_fewer_members_than_the_bundles_is_not_ready(settings, storage, tmp_path):
+    several = fake_bundle(tmp_path / "several", members=2)
+    with running(settings.model_copy(update={"bundle": several.path}), FakeEngine(1), storage) as client:
+        assert "shape (4, 1, 3)" in client.get("/health/ready").json()["detail"]
 
 
 def test_a_new_bundle_of_the_same_recipe_measures_kept_controls_again_by_itself(client, settings, storage, tmp_path):

@@ -59,5 +59,11 @@ def run(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="session")
+def second_run(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same as ``run`` from another seed: another member of an ensemble."""
+    return train(replace(config, seed=2), tmp_path_factory.mktemp("runs") / "second", quiet=True)
+
+
+@pytest.fixture(scope="session")
 def erm_run(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(replace(config, method="erm"), tmp_path_factory.mktemp("runs") / "erm", quiet=True)

@@ -9,7 +9,7 @@ import torch
 
 from model.errors import LayoutError, NoControlsError
 from model.images import ImageRecipe
-from model.network import NetworkSpec, ResNet, Running
+from model.network import Ensemble, NetworkSpec, ResNet, Running
 from tests.training.plates import made_up_plate
 from training.calibrate import calibrate
 from training.contexts import context_rows, panel_rows
@@ -272,7 +272,7 @@ def test_a_run_is_scored_on_every_test_plate_in_every_context(run: Run) -> None:
 def test_calibration_describes_held_out_wells(run: Run) -> None:
     plates = load_run_plates(run)
     train, held_out = ([plates[name] for name in names] for names in (run.split.train, run.split.validation))
-    found = calibrate(load_network(run), run.method, run.recipe, train, held_out)
+    found = calibrate(Ensemble([load_network(run)]), run.method, run.recipe, train, held_out, [run.split.train])
     reference = found.embedding_reference
     assert reference.class_centres.shape == (8, 32)
     assert reference.projection.shape[0] == 32

@@ -21,20 +21,22 @@ from model.bundle import (
     OUTPUT_VARIANCE,
     WEIGHTS,
     Bundle,
+    Parity,
 )
 from model.errors import BundleError
-from model.network import EPS
-from model.statistics import Prior
+from model.network import EPS, Ensemble, FromContext, Given
+from model.statistics import BatchNormStatistics, Prior
+from service.engine import OnnxEngine, replay
 from training.blending import FEWEST_WELLS, MOST_WELLS
 from training.contexts import control_statistics, mean_moments
 from training.export import check_parity, make_golden, measure_float64
-from training.release import load_run_plates, release, served_context
+from training.release import load_run_plates, release
 from training.train import Run, load_network
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return release(run.path, tmp_path_factory.mktemp("bundles") / "cs", name="cs", minimum_control_wells=4)[0]
+    return release([run.path], tmp_path_factory.mktemp("bundles") / "cs", name="cs", minimum_control_wells=4)[0]
 
 
 @pytest.mark.parametrize("sites", [1, 3, 17])
@@ -93,33 +95,77 @@ def test_the_prior_is_worth_the_same_number_of_wells_in_all_of_a_layer(run: Run,
     assert (found <= MOST_WELLS).all()
 
 
+@pytest.fixture(scope="module")
+def pair(run: Run, second_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Two runs as one bundle."""
+    out = tmp_path_factory.mktemp("bundles") / "pair"
+    return release([run.path, second_run.path], out, name="pair", minimum_control_wells=4)[0]
+
+
+def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
+    run: Run, second_run: Run, bundle: Bundle, pair: Bundle
+) -> None:
+    networks = [load_network(run), load_network(second_run)]
+    images = np.random.default_rng(3).normal(size=(6, 5, 64, 64)).astype(np.float32) * 2 + 1
+    engine = OnnxEngine(pair, "cpu", 1)
+    mean, variance = engine.measure(images)
+    logits, embeddings = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
+    assert logits.shape == (6, 2, len(run.classes))
+    features, dim = bundle.manifest.features, bundle.manifest.embedding_dim
+    assert (pair.manifest.members, pair.manifest.features, pair.manifest.embedding_dim) == (2, 2 * features, 2 * dim)
+    for number, network in enumerate(networks):
+        norm = FromContext()
+        with torch.no_grad():
+            network(torch.from_numpy(images), norm)
+            expected, embedding = network(torch.from_numpy(images), Given(*norm.statistics()))
+        own = slice(number * features, (number + 1) * features)
+        np.testing.assert_allclose(mean[own], norm.statistics()[0].numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(logits[:, number], expected.numpy(), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(embeddings[:, number * dim : (number + 1) * dim], embedding.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_pair_is_replayed_and_a_replay_of_one_member_is_not_taken_for_it(pair: Bundle) -> None:
+    engine = OnnxEngine(pair, "cpu", 1)
+    replay(engine, pair)
+    golden = pair.golden
+    with pytest.raises(BundleError, match=r"shape \(4, 1, 8\); the golden ones have \(4, 2, 8\)"):
+        Parity.of(golden, *[(golden.bn_mean, golden.bn_var)] * 2, golden.logits[:, :1])
+
+
+def test_an_ensembles_weights_are_stored_once_and_its_runs_are_told(run: Run, second_run: Run, pair: Bundle) -> None:
+    parameters = sum(p.numel() for path in (run, second_run) for p in load_network(path).parameters())
+    assert (pair.path / WEIGHTS).stat().st_size <= 4 * parameters
+    assert [member["seed"] for member in pair.manifest.training["members"]] == [1, 2]
+    assert pair.manifest.training["plates"] == list(run.split.train)
+
+
+def test_an_ensembles_source_statistics_are_each_members_own(bundle: Bundle, pair: Bundle) -> None:
+    features = bundle.manifest.features
+    source = pair.training_statistics.source
+    np.testing.assert_allclose(source.mean[:features], bundle.training_statistics.source.mean, rtol=1e-4, atol=1e-5)
+    assert source.sites == bundle.training_statistics.source.sites
+
+
 def test_an_erm_bundle_serves_its_running_statistics(erm_run: Run, tmp_path: Path) -> None:
-    bundle, _ = release(erm_run.path, tmp_path / "erm", name="erm", minimum_control_wells=4)
+    bundle, _ = release([erm_run.path], tmp_path / "erm", name="erm", minimum_control_wells=4)
     assert bundle.manifest.context == "source"
     running, _ = load_network(erm_run).running_statistics()
     np.testing.assert_allclose(bundle.training_statistics.source.mean, running.numpy())
 
 
 def test_a_graph_that_disagrees_with_torch_is_refused(run: Run, bundle: Bundle) -> None:
-    network, images = load_network(run), bundle.golden.images
+    network, images = Ensemble([load_network(run)]), bundle.golden.images
+    (member,) = network.networks
     prior, other = (bundle.training_statistics.prior(wells) for wells in (GOLDEN_WELLS, 2))
     assert check_parity(bundle.path, make_golden(network, images, prior), prior).logits < 1e-4
     with pytest.raises(BundleError, match="disagrees with torch on the golden images: statistics"):
         check_parity(bundle.path, make_golden(network, images, other), prior)
     with torch.no_grad():
-        network.classifier.bias += 0.01
+        member.classifier.bias += 0.01
     with pytest.raises(BundleError, match=r"logits by 1\.0e-02"):
         check_parity(bundle.path, make_golden(network, images, prior), prior)
     with torch.no_grad():
-        network.classifier.bias -= 0.01
-        network.bn1.bias += 0.01
+        member.classifier.bias -= 0.01
+        member.bn1.bias += 0.01
     with pytest.raises(BundleError, match="disagrees with torch"):
         check_parity(bundle.path, make_golden(network, images, prior), prior)
-
-
-def test_baselines_are_not_served() -> None:
-    from training.methods import make_method
-
-    for name in ("instancenorm", "arm-bn", "erm-zscore"):
-        with pytest.raises(ValueError, match="the service serves erm and cs-arm-bn"):
-            served_context(make_method(name))
