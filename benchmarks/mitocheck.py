@@ -15,6 +15,7 @@ import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ from training.train import cosine
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mitocheck_nuclei_crops"
 OUT = Path("build/mitocheck")
-SIZE_PX = 64
+RECIPE = ImageRecipe(channels=("DNA",), size=64, shrink=1)
+"""The crops are 8-bit as published, and are taken as they are."""
 NETWORKS = ("erm", "instancenorm", "arm-bn")
 SHAPE = EpisodeShape(treated=24, controls_min=0, controls_max=0, plates=4)
 LEARNING_RATE, WIDTH = 2e-3, 16
@@ -69,7 +71,7 @@ def _plate(folder: Path, name: str, rows: pd.DataFrame, classes: Sequence[str]) 
         plate=name, lab="MitoCheck", batch=str(rows["experiment_date"].iloc[0]), wells=np.array(wells),
         names=rows["phenotype"].to_numpy(dtype=str), labels=np.array([classes.index(label) for label in rows["phenotype"]]),
         controls=np.zeros(len(rows), np.bool_), images=crops,
-        intensities=np.stack([crops.mean(axis=(2, 3)), crops.std(axis=(2, 3))], axis=2).astype(np.float32),
+        intensities=np.stack([crops.mean(axis=(2, 3)), crops.std(axis=(2, 3))], axis=2).astype(np.float32), recipe=RECIPE,
     )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def trained(network: str, plates: Sequence[PlateSites], recipe: ImageRecipe, cla
     torch.manual_seed(seed)
     method = make_method(network)
     net = ResNet(NetworkSpec(channels=1, classes=classes, depth=18, width=WIDTH, antialiased=True))
-    episodes = Episodes(plates, recipe, SHAPE, crop=SIZE_PX, seed=seed, first=0, steps=steps, with_controls=False)
+    episodes = Episodes(plates, recipe, SHAPE, crop=recipe.size, seed=seed, first=0, steps=steps, with_controls=False)
     optimiser = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, steps))
     for step in range(steps):
@@ -122,7 +124,7 @@ def networks_part(network: str, fold: int, seed: int, count: int, steps: int, th
     plates, classes = read_plates(DATA)
     train, test = ([plates[name] for name in names] for names in folds(plates, count)[fold])
     mean, std = moments(train)
-    recipe = ImageRecipe(channels=("DNA",), size=SIZE_PX, shrink=1, mean=mean, std=std)
+    recipe = replace(RECIPE, mean=mean, std=std)
     net = trained(network, train, recipe, len(classes), seed, steps)
     found = []
     for plate in test:
