@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set gpu-check train-profile reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set fetch-speed gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -63,6 +63,10 @@ mitocheck: $(VENV)/.ready
 # Inactive wells and a phenotype never taught: build/open-set.json.
 open-set: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.open_set
+
+# How fast planes are fetched from disk: build/fetch-speed.json.
+fetch-speed: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.fetch_speed
 
 # On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
 gpu-check: $(VENV)/.ready
