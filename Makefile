@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images open-set gpu-check reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -56,6 +56,10 @@ first-light: $(VENV)/.ready
 real-images: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.real_images
 
+# Real nuclei of many plates without controls, where ../shared/data is present: build/mitocheck.json. Resumable.
+mitocheck: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.mitocheck
+
 # Inactive wells and a phenotype never taught: build/open-set.json.
 open-set: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.open_set
@@ -63,6 +67,10 @@ open-set: $(VENV)/.ready
 # On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
 gpu-check: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.gpu_check
+
+# Where a training step's time goes: build/train-profile.json. On a machine that does nothing else.
+train-profile: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.train_profile
 
 # Kills, faults and load on a running service: build/reliability.json. Long; part by part.
 reliability: $(VENV)/.ready

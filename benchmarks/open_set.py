@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from benchmarks.bars import Bar, table, write_bars
 from examples.demo import BUNDLES, Server, read_plate
 from service.client import AnchorwellClient
-from training.report import bootstrap
+from training.intervals import bootstrap
 from training.simulate import CLASSES, SimulationPlan, simulate
 
 OUT = Path("build/open-set")

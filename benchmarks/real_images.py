@@ -39,12 +39,13 @@ from scipy.stats import spearmanr
 from benchmarks.bars import Bar, table, write_bars
 from examples.demo import Server
 from model.bundle import Manifest
-from model.images import ImageRecipe, decode_plane, scale_site
+from model.context import MAX_CONTEXT_SITES
+from model.images import ImageRecipe, decode_plane, prepare_field
 from model.layout import row_name
 from model.network import NetworkSpec, ResNet
 from service.client import AnchorwellClient
 from training.calibrate import calibrate
-from training.contexts import MAX_CONTEXT_SITES, context_rows
+from training.contexts import context_rows
 from training.dataset import PlateSites, moments
 from training.episodes import Episodes, EpisodeShape
 from training.export import export_bundle
@@ -159,11 +160,11 @@ def pseudo_batch(name: str, row: dict[int, Field]) -> PlateSites:
     sites = [(column, tile) for column in labels for tile in tiles(row[column])]
     columns = np.array([column for column, _ in sites])
     wells = np.array([f"{row_name(number % 16 // 4)}{column:02d}" for number, column in enumerate(columns)])
-    images = np.stack([np.round(scale_site(list(tile), RECIPE) * 255).astype(np.uint8) for _, tile in sites])
+    images = np.stack([np.round(prepare_field(list(tile), RECIPE) * 255).astype(np.uint8) for _, tile in sites])
     return PlateSites(
         plate=name, lab="bbbc013", batch=name, wells=wells,
         names=columns.astype(str), labels=np.array([labels[column] for column in columns]), controls=columns == CONTROL,
-        images=images, intensities=np.zeros((len(sites), 2, 2), np.float32),
+        images=images, intensities=np.zeros((len(sites), 2, 2), np.float32), recipe=RECIPE,
     )  # fmt: skip
 
 

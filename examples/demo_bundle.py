@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from examples.small import small_config
+from examples.small import RECIPE, small_config
 from model.bundle import Bundle
-from training.index import index_tree, write_index
+from training.fetch import fetch
+from training.index import index_tree
 from training.release import evaluate_run, release
 from training.report import markdown_table, summarise
 from training.simulate import CHANNELS, SimulationPlan, simulate
@@ -39,30 +40,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BUNDLES)
     arguments = parser.parse_args()
     started = time.monotonic()
-    index = simulated_index()
+    plates = simulated_plates()
     with ProcessPoolExecutor(len(METHODS), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(trained, index, method, arguments.steps) for method in METHODS]:
+        for future in [pool.submit(trained, plates, method, arguments.steps) for method in METHODS]:
             future.result()
     for method in METHODS:
         print(f"{exported(method, arguments.out / method)}\n{scores(method)}\n")
     print(f"made in {(time.monotonic() - started) / 60:.0f} min")
 
 
-def simulated_index() -> Path:
-    """Simulate the training plates and index them."""
+def simulated_plates() -> Path:
+    """Simulate the training plates and fetch them."""
     root = OUT / "plates"
     if not (root / "simulation.json").is_file():
         shutil.rmtree(root, ignore_errors=True)
         simulate(PLAN, root, workers=2)
-    write_index(index_tree(root, CHANNELS), root / "index.parquet")
-    return root / "index.parquet"
+    fetch(index_tree(root, CHANNELS), OUT / "fetched", RECIPE, workers=2)
+    return OUT / "fetched"
 
 
-def trained(index: Path, method: str, steps: int) -> None:
+def trained(plates: Path, method: str, steps: int) -> None:
     """Train one method, or go on with it."""
     torch.set_num_threads(1)
     folder = OUT / method
-    train(small_config(index, method, steps=steps, seed=SEED, cache=OUT / "cache"), folder, resume=(folder / RUN).is_file())
+    train(small_config(plates, method, steps=steps, seed=SEED), folder, resume=(folder / RUN).is_file())
 
 
 def exported(method: str, path: Path) -> str:

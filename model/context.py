@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from model.errors import NoControlsError, TooFewControlsError
 from model.layout import SiteKey
 
+MAX_CONTEXT_SITES = 128
+"""How many sites are measured in one pass, unless a bundle says otherwise."""
+
 
 @dataclass(frozen=True)
 class Context:

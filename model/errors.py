@@ -25,6 +25,8 @@ AnchorwellError                  everything below
 │   ├── NoControlsError          no control site at all
 │   └── TooFewControlsError      fewer control wells than the bundle's minimum
 ├── RunError                     a training run that cannot be made or gone on with there
+├── FetchError                   planes that cannot be read or kept: bad files, no network, no permission, no space
+├── LeakError                    what is tested on would have been trained on
 └── BundleError                  the exported directory is not what its manifest says
 """
 
@@ -142,6 +144,14 @@ class TooFewControlsError(ContextError):
 
 class RunError(AnchorwellError):
     """A training run that cannot be made or gone on with there."""
+
+
+class FetchError(AnchorwellError):
+    """Planes that cannot be read or kept: bad files, no network, no permission, no space."""
+
+
+class LeakError(AnchorwellError):
+    """What is tested on would have been trained on."""
 
 
 class BundleError(AnchorwellError):

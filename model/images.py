@@ -1,16 +1,16 @@
-"""TIFF bytes → planes → network input: the one preprocessing rule, shared by training and the service.
+"""TIFF bytes → planes → prepared images → network input: the one preprocessing rule, shared by training and the service.
 
-Knows nothing of plates or networks. Bytes come from strangers: the header is checked before a pixel is decoded, one
-page is decoded from memory alone, and no other file is ever opened.
+A site is prepared by itself, and finished when its batch's scale is known. Knows nothing of plates or networks. Bytes come
+from strangers: the header is checked before a pixel is decoded, one page is decoded from memory alone, and no other file
+is ever opened.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, repeat
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tifffile
@@ -19,16 +19,19 @@ from PIL import Image
 
 from model.errors import (
     BlankImageError,
+    ContextError,
     ImageError,
     ImageTooLargeError,
     ImageTooSmallError,
     MixedSizesError,
+    NoControlsError,
     NonFiniteImageError,
     PixelSizeError,
     SaturatedImageError,
     TruncatedImageError,
     UnsupportedImageError,
 )
+from model.scale import BatchScale, common_surfaces, field_surfaces
 from model.tiff import grey_plane_stream
 
 Plane = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
@@ -37,6 +40,7 @@ _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 50000: "zs
 _DTYPES = ("uint8", "uint16", "float32")
 _MIN_IS_BLACK = 1
 _DECLARED_PER_FILE_BYTE = 2_000  # a constant 16-bit plane deflates about 1,000:1; bombs start beyond
+_SAMPLED = 64
 _MAX_SEGMENTS = 65_536
 _RESAMPLING = (0.05, 20.0)
 """Smallest and largest factor by which planes are resampled to the network's pixel size."""
@@ -200,6 +204,12 @@ def check_saturation(plane: Plane, limits: ImageLimits = ImageLimits()) -> float
 # --- network input ---------------------------------------------------------------------------------------------------
 
 
+Scaling = Literal["percentile-8bit", "fixed-scale", "control-scale"]
+Illumination = Literal["none", "controls"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+ILLUMINATIONS: tuple[Illumination, ...] = get_args(Illumination)
+
+
 @dataclass(frozen=True)
 class ImageRecipe:
     """How a site's planes become the network's input.
@@ -208,27 +218,66 @@ class ImageRecipe:
     ``shrink``-th pixel is taken), scaled to about 0…1, cropped about their centre to ``size`` x ``size``, and per
     channel shifted by ``mean`` and divided by ``std``.
 
-    ``percentile`` scaling (Sanchez-Fernandez et al. 2026) maps each plane's minimum…``percentile``-th percentile to 0…1
-    in 256 steps; it removes a plane's absolute intensity. ``fixed`` scaling divides by ``full_scale`` per channel and
-    keeps it.
+    ``percentile-8bit`` scaling (Sanchez-Fernandez et al. 2026) maps each plane's minimum…``percentile``-th percentile to
+    0…1 in 256 steps; it removes a plane's absolute intensity. ``fixed-scale`` divides by ``full_scale`` per channel and
+    keeps it. ``control-scale`` maps to 0…1, per channel and for all sites of a batch alike, what lies between
+    ``control_percentiles`` of the batch's control sites (median over the sites of the context): intensity between the
+    wells of a plate is kept, gain and offset of stain and camera go.
+
+    ``illumination`` ``controls`` also divides by how bright the light of the batch's control sites is over the field, once
+    their floor is subtracted. It needs a linear scaling: ``percentile-8bit`` is the paper's, made of each image alone, and
+    its numbers would no longer be those.
     """
 
     channels: tuple[str, ...]
     size: int
     shrink: int = 2
     pixel_size_um: float | None = None
-    scaling: Literal["percentile", "fixed"] = "percentile"
+    scaling: Scaling = "percentile-8bit"
     percentile: float = 99.99
     full_scale: tuple[float, ...] | None = None
+    control_percentiles: tuple[float, float] = (1.0, 99.9)
+    illumination: Illumination = "none"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scaling == "fixed" and len(self.full_scale or ()) != len(self.channels):
-            raise ValueError("fixed scaling needs a full_scale per channel")
+        for name, allowed in (("scaling", SCALINGS), ("illumination", ILLUMINATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; expected one of {', '.join(allowed)}")
+        if self.scaling == "fixed-scale" and len(self.full_scale or ()) != len(self.channels):
+            raise ValueError("fixed-scale needs a full_scale per channel")
+        if self.scaling == "percentile-8bit" and self.illumination != "none":
+            raise ValueError("percentile-8bit scales each image by itself: illumination needs fixed-scale or control-scale")
+        low, high = self.control_percentiles
+        if not 0 <= low < high <= 100:  # noqa: PLR2004 (percent)
+            raise ValueError(f"control_percentiles {low:g} and {high:g} are not two of 0 to 100, the lower first")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} needs one value per channel")
+
+    @property
+    def scaled_by_batch(self) -> bool:
+        """Whether a site is scaled by what its batch's control sites show: without controls it is no input."""
+        return self.scaling == "control-scale" or self.illumination == "controls"
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """A site's centre crop before its batch's scale: ``pixels`` float32 (channels, size, size).
+
+    They are 0…1 for ``percentile-8bit``, grey levels at the network's pixel size for the linear scalings. ``field`` is how
+    bright each whole plane is over the field of view, (channels, 2, terms), for recipes that correct illumination.
+    """
+
+    pixels: NDArray[np.float32]
+    field: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of_planes(cls, planes: Iterable[NDArray[np.float32]], recipe: ImageRecipe) -> "PreparedImage":
+        """Cut a site's whole planes, (height, width) each, as ``prepare_field`` returns them."""
+        crops, fields = zip(*(_cut(plane, recipe) for plane in planes), strict=True)
+        return cls(np.stack(crops), np.stack(fields) if recipe.illumination == "controls" else None)
 
 
 def prepare_site(
@@ -236,8 +285,8 @@ def prepare_site(
     recipe: ImageRecipe,
     pixel_size_um: float | None = None,
     limits: ImageLimits = ImageLimits(),
-) -> NDArray[np.float32]:
-    """Turn a site's planes, in the recipe's channel order, into the network's input.
+) -> PreparedImage:
+    """Bring a site's planes, in the recipe's channel order, to the network's pixel size and crop them.
 
     Args:
         planes: one (height, width) plane per channel, all of one size; taken one at a time, so that they may be decoded
@@ -246,39 +295,118 @@ def prepare_site(
         pixel_size_um: µm per pixel of these planes, when known.
         limits: what resampling may give.
 
-    Returns:
-        float32 (channels, size, size).
-
     Raises:
         MixedSizesError, ImageTooSmallError, PixelSizeError: the planes do not fit the recipe.
         BlankImageError: nothing is left of a plane to scale.
     """
-    scaled = _scaled_planes(planes, recipe, pixel_size_um, limits)
-    return normalise(np.stack(list(map(centre_crop, scaled, repeat(recipe.size)))), recipe)
+    return PreparedImage.of_planes(_fields(planes, recipe, pixel_size_um, limits), recipe)
 
 
-def scale_site(planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
-    """Bring planes to the network's pixel size and to about 0…1, whole: float32 (channels, height, width)."""
-    return np.stack(list(_scaled_planes(planes, recipe, pixel_size_um, ImageLimits())))
+def prepare_field(planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
+    """Bring planes to the network's pixel size, whole: float32 (channels, height, width).
+
+    They are 0…1 for ``percentile-8bit``, grey levels for the linear scalings. Raises what ``prepare_site`` does.
+    """
+    return np.stack(list(_fields(planes, recipe, pixel_size_um, ImageLimits())))
 
 
-def _scaled_planes(
+def measure_scale(sites: Sequence[PreparedImage], recipe: ImageRecipe) -> BatchScale | None:
+    """Measure a batch's scale on the control sites of its context, in any order; None for a recipe that has none.
+
+    Raises:
+        ContextError: there are no sites, or a channel of them shows nothing to scale by.
+    """
+    if not recipe.scaled_by_batch:
+        return None
+    if not sites:
+        raise NoControlsError("no control sites: this image recipe takes its scale from them")
+    floor, light = _light(sites, recipe)
+    if recipe.scaling == "fixed-scale":
+        return BatchScale.of(floor - floor[:, :1] * light, np.array(recipe.full_scale)[:, None] * light)
+    flat = BatchScale.of(floor, light)
+    levels = np.median([_percentiles(flat(site.pixels, recipe.size), recipe) for site in sites], axis=0)  # (channels, 2)
+    for name, (low, high) in zip(recipe.channels, levels, strict=True):
+        if not low < high:
+            raise ContextError(f"channel {name} of the control images is all but blank: it gives no scale", channel=name)
+    low, high = levels[:, :1], levels[:, 1:]
+    return BatchScale.of(floor + low * light, (high - low) * light)
+
+
+def scale_pixels(
+    pixels: NDArray[np.float32], recipe: ImageRecipe, scale: BatchScale | None, corner: tuple[int, int] = (0, 0)
+) -> NDArray[np.float32]:
+    """Scale prepared pixels to about 0…1.
+
+    Args:
+        pixels: (…, channels, height, width).
+        recipe: what they were prepared by.
+        scale: their batch's.
+        corner: row and column of their first pixel, counted from the centre crop's.
+
+    Raises:
+        ValueError: the recipe needs a scale.
+    """
+    if scale is not None:
+        return scale(pixels, recipe.size, corner)
+    if recipe.scaled_by_batch:
+        raise ValueError(f"{recipe.scaling} with illumination {recipe.illumination} needs the batch's scale")
+    if recipe.scaling == "percentile-8bit":
+        return pixels
+    return pixels / np.array(recipe.full_scale, np.float32)[:, None, None]
+
+
+def finish_site(site: PreparedImage, recipe: ImageRecipe, scale: BatchScale | None) -> NDArray[np.float32]:
+    """Turn a prepared site into the network's input: float32 (channels, size, size).
+
+    Raises:
+        NonFiniteImageError: its pixels span more than single precision can scale.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        finished = normalise(scale_pixels(site.pixels, recipe, scale), recipe)
+    if not np.isfinite(finished).all():
+        raise NonFiniteImageError("the pixels span more than single precision can scale")
+    return finished
+
+
+def centre_crop(site: NDArray[Any], size: int) -> NDArray[Any]:
+    """Crop (…, height, width) about its centre."""
+    top, left = crop_corner(site.shape, size)
+    return site[..., top : top + size, left : left + size]
+
+
+def crop_corner(shape: tuple[int, ...], size: int) -> tuple[int, int]:
+    """Row and column of the first pixel of the centre crop of (…, height, width)."""
+    return (shape[-2] - size) // 2, (shape[-1] - size) // 2
+
+
+def normalise(site: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.float32]:
+    """Shift and divide each channel by the recipe's mean and std: (…, channels, height, width), contiguous."""
+    if not recipe.mean:
+        return np.ascontiguousarray(site)
+    mean = np.asarray(recipe.mean, np.float32)[:, None, None]
+    std = np.asarray(recipe.std, np.float32)[:, None, None]
+    return np.ascontiguousarray((site - mean) / std)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _fields(
     planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None, limits: ImageLimits
 ) -> Iterator[NDArray[np.float32]]:
-    """Scale planes one by one; ``map`` lets go of each before the next is asked for."""
+    """Prepare planes one by one; ``map`` lets go of each before the next is asked for."""
     sizes: set[tuple[int, ...]] = set()
-    return map(partial(_scaled_plane, recipe, pixel_size_um, limits, sizes), planes, count())
+    return map(partial(_field, recipe, pixel_size_um, limits, sizes), planes)
 
 
-def _scaled_plane(
+def _field(
     recipe: ImageRecipe,
     pixel_size_um: float | None,
     limits: ImageLimits,
     sizes: set[tuple[int, ...]],
     plane: Plane,
-    index: int,
 ) -> NDArray[np.float32]:
-    """Scale the plane of a channel; ``sizes`` are those of the site's planes so far."""
+    """Prepare one plane; ``sizes`` are those of the site's planes so far."""
     sizes.add(plane.shape)
     if len(sizes) != 1:
         listed = ", ".join(f"{h} x {w}" for h, w in sorted(sizes))
@@ -289,22 +417,7 @@ def _scaled_plane(
         raise ImageTooSmallError(
             f"the planes give {height} x {width} pixels at the network's pixel size; it needs {recipe.size} x {recipe.size}"
         )
-    return _scale(shrunk, recipe, index)
-
-
-def centre_crop(site: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Crop (…, height, width) about its centre."""
-    top, left = (site.shape[-2] - size) // 2, (site.shape[-1] - size) // 2
-    return site[..., top : top + size, left : left + size]
-
-
-def normalise(site: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.float32]:
-    """Shift and divide each channel by the recipe's mean and std: (channels, height, width), contiguous."""
-    if not recipe.mean:
-        return np.ascontiguousarray(site)
-    mean = np.asarray(recipe.mean, np.float32)[:, None, None]
-    std = np.asarray(recipe.std, np.float32)[:, None, None]
-    return np.ascontiguousarray((site - mean) / std)
+    return _contrasted(shrunk, recipe)
 
 
 def _at_network_pixel_size(
@@ -324,15 +437,58 @@ def _at_network_pixel_size(
     return np.asarray(resized, np.float32)  # antialiased: Pillow widens the filter when it shrinks
 
 
-def _scale(plane: NDArray[np.float32], recipe: ImageRecipe, index: int) -> NDArray[np.float32]:
+def _contrasted(plane: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.float32]:
+    """Stretch a plane to 0…1 in 256 steps for ``percentile-8bit``; else check that there is something to scale."""
     low, high = np.float32(plane.min()), np.float32(plane.max())
-    if recipe.scaling == "percentile":
-        high = np.float32(np.percentile(plane, recipe.percentile))
+    if recipe.scaling == "percentile-8bit":
+        high = _percentile(plane, recipe.percentile)
     if high <= low:  # nothing to stretch
         raise BlankImageError(f"the image is blank at the network's pixel size: all but a few pixels are {low:g}")
-    if recipe.scaling == "fixed":
-        assert recipe.full_scale is not None
-        return plane / np.float32(recipe.full_scale[index])
+    if recipe.scaling != "percentile-8bit":
+        return plane
     steps = np.floor(np.clip((plane - low) / (high - low), 0.0, 1.0) * 255.0)
     scaled: NDArray[np.float32] = (steps / np.float32(255.0)).astype(np.float32)
     return scaled
+
+
+def _percentile(plane: NDArray[np.float32], share: float) -> np.float32:
+    """Return what ``np.percentile`` does, bit for bit; for a high one the brightest pixels alone are sorted."""
+    pixels = plane.reshape(-1)
+    place = (pixels.size - 1) * (share / 100)
+    below = math.floor(place)
+    tail = pixels.size - below  # pixels from the one below the percentile to the brightest
+    sample = pixels[::_SAMPLED]
+    expected = min(sample.size, 2 * tail // _SAMPLED + 8)
+    bright = pixels[pixels >= np.partition(sample, -expected)[-expected]]
+    if bright.size < tail:
+        bright = pixels
+    first = bright.size - tail
+    second = min(first + 1, bright.size - 1)
+    part = np.partition(bright, (first, second))
+    low, high, weight = part[first], part[second], place - below
+    step = high - low
+    return np.float32(high - step * (1 - weight) if weight >= 0.5 else low + step * weight)  # noqa: PLR2004 (numpy's rule)
+
+
+def _cut(plane: NDArray[np.float32], recipe: ImageRecipe) -> tuple[NDArray[np.float32], NDArray[np.float64] | None]:
+    field = field_surfaces(plane, recipe.size) if recipe.illumination == "controls" else None
+    return centre_crop(plane, recipe.size).copy(), field
+
+
+def _light(sites: Sequence[PreparedImage], recipe: ImageRecipe) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Floor and relative brightness of the control sites over the field: (channels, terms) each, the latter 1 on average."""
+    if recipe.illumination == "none":
+        return np.zeros((len(recipe.channels), 1)), np.ones((len(recipe.channels), 1))
+    common = common_surfaces([site.field for site in sites if site.field is not None])
+    floor, light = common[:, 0], common[:, 1]
+    for name, brightness in zip(recipe.channels, light[:, 0], strict=True):
+        if not brightness > 0:
+            raise ContextError(f"channel {name} of the control images is all but blank: it shows no light", channel=name)
+    return floor, light / light[:, :1]
+
+
+def _percentiles(pixels: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.float64]:
+    """Grey levels of a site at the recipe's percentiles of every fourth pixel: (channels, 2)."""
+    some = pixels[:, ::2, ::2].reshape(len(pixels), -1)
+    ranks = [round(share / 100 * (some.shape[1] - 1)) for share in recipe.control_percentiles]
+    return np.partition(some, ranks, axis=1)[:, ranks].astype(np.float64)

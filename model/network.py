@@ -72,8 +72,14 @@ class FromContext:
         self.variances: list[Tensor] = []
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
+        fused = torch.is_grad_enabled() and not self.stop_gradient and self.prior is None
+        if fused and x.device.type in ("cpu", "cuda"):
+            normalised, mean, variance = _ByContext.apply(x, layer.weight, layer.bias, self.context)  # type: ignore[no-untyped-call]
+            self.means.append(mean)
+            self.variances.append(variance)
+            return normalised  # type: ignore[no-any-return]
         rows = x[self.context]
-        mean = rows.mean(dim=(0, 2, 3))
+        mean = rows.mean(dim=(0, 2, 3), dtype=_exact(x.dtype))
         variance = (rows - mean[:, None, None]).square().mean(dim=(0, 2, 3))
         if self.stop_gradient:
             mean, variance = mean.detach(), variance.detach()
@@ -82,13 +88,59 @@ class FromContext:
             mean, variance = blended(mean, variance, prior.mean[at], prior.variance[at], prior.weight[at])
         self.means.append(mean)
         self.variances.append(variance)
-        # Written out: F.batch_norm has no gradient for the statistics it is given.
+        # F.batch_norm has no gradient for the statistics it is given.
         scale = layer.weight * torch.rsqrt(variance + EPS)
-        return x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        written_out: Tensor = x * scale[:, None, None] + (layer.bias - mean * scale)[:, None, None]
+        return written_out.to(x.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of all layers, (features,) each."""
         return torch.cat(self.means), torch.cat(self.variances)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics of values of a type are computed in: float32 for bfloat16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _ByContext(torch.autograd.Function):
+    """What ``FromContext`` computes, for training: torch's fused kernels, and ``x`` alone kept for the way back.
+
+    With n context elements a feature, z the normalised input, and sums over ALL rows, the gradient of x is that of given
+    statistics, less scale / n * (sum(g) + z * sum(g * z)) on the context rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, context: slice) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x[context]
+        running = [torch.zeros_like(weight, dtype=_exact(x.dtype)) for _ in range(2)]  # their type is the statistics' type
+        mean, variance = torch.ops.aten.batch_norm_update_stats(rows, *running, 0.0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.context, ctx.elements = context, rows.numel() // rows.shape[1]
+        ctx.set_materialize_grads(False)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=EPS), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, of_mean: Tensor | None, of_variance: Tensor | None) -> tuple[Any, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, EPS, [True, True, True]
+        )
+        deviation = torch.rsqrt(variance + EPS)
+        to_mean = -weight * deviation * of_bias
+        to_variance = -0.5 * weight * deviation.square() * of_weight
+        if of_mean is not None:
+            to_mean = to_mean + of_mean
+        if of_variance is not None:
+            to_variance = to_variance + of_variance
+        slope = 2 * to_variance / ctx.elements
+        offset = to_mean / ctx.elements - slope * mean
+        share = torch.addcmul(offset[:, None, None], x[ctx.context], slope[:, None, None])
+        of_x[ctx.context].add_(share)
+        return of_x, of_weight, of_bias, None
 
 
 class Given:

@@ -196,6 +196,11 @@ def statistics_id(
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
+def with_scale(statistics_id: str, scale_digest: str) -> str:
+    """Name statistics of a recipe whose scale the batch sets: by what they were measured on, and by that scale."""
+    return hashlib.sha256(canonical_json({"measured": statistics_id, "scale": scale_digest})).hexdigest()
+
+
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces, UTF-8: one value, one text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -19,9 +19,11 @@ from pydantic import BaseModel
 from model.bundle import Bundle, recipe_digest
 from model.context import require_wells
 from model.errors import ContextError, NoControlsError, NonFiniteImageError, TooFewControlsError
+from model.images import PreparedImage, finish_site, measure_scale
 from model.layout import Role, SiteKey
 from model.predictions import ControlCentre, WellAnswer, classify_well, mean_of_wells
-from model.statistics import BatchNormStatistics
+from model.scale import BatchScale
+from model.statistics import BatchNormStatistics, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.engine import Engine
@@ -108,13 +110,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a request's wells are normalised with: the batch's adaptation, or the source statistics.
+    """What a request's wells are normalised with: the batch's adaptation, or the source statistics; and its scale.
 
     It is ``fresh`` when the store said so now, and not only this process remembers it.
     """
 
     statistics: BatchNormStatistics
     adaptation: Adaptation | None
+    scale: BatchScale | None = None
     fresh: bool = True
 
 
@@ -267,7 +270,7 @@ class Batches:
     def _new_controls(
         self, batch: BatchRecord, sent: Mapping[SiteKey, PreparedSite], role: Role, *, replace: bool
     ) -> list[tuple[ControlSite, bytes]]:
-        """Return the sites that are not kept yet as they were sent, with their network input."""
+        """Return the sites that are not kept yet as they were sent, as they were prepared."""
         new, shard = [], new_shard()
         for key, site in sent.items():
             kept = batch.controls.get(key)
@@ -345,24 +348,30 @@ class Batches:
         """Return the statistics that are wanted of a batch, with what was sent to it just now: measured before, or now."""
         context, name = wanted.context, wanted.name
         if name not in measured:
-            kept = store.adaptation(batch.batch_id, self.bundle.digest, name)
+            known = wanted.statistics_id
+            kept = None if known is None else store.adaptation(batch.batch_id, self.bundle.digest, known)
             if kept is None:
                 self._require_prepared(store, deed, batch, set(context.used) - set(sent), watch)
                 images = [self._image(store, batch, site, sent) for site in context.used]
                 with watch.stage("measure"):
-                    kept = self._measure(wanted, np.stack(images))
+                    kept = self._measure(wanted, images)
             measured[name] = kept
         return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
-    def _image(self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]) -> Float:
+    def _image(
+        self, store: BatchStore, batch: BatchRecord, site: SiteKey, sent: Mapping[SiteKey, PreparedSite]
+    ) -> PreparedImage:
         image = sent[site].image if site in sent else store.image(batch, site)
         if image is None:
             raise RevisionConflictError
         return image
 
-    def _measure(self, wanted: Wanted, images: Float) -> Adaptation:
-        """Measure a context in one pass, and where its control wells lie under its own statistics."""
+    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage]) -> Adaptation:
+        """Measure a context's scale, its statistics in one pass, and where its control wells lie under them."""
         context, prior = wanted.context, wanted.prior
+        of_controls = [image for site, image in zip(context.used, prepared, strict=True) if site.well not in wanted.panel]
+        scale = measure_scale(of_controls, self.bundle.manifest.recipe)
+        images = self._finished(context.used, prepared, scale)
         mean, variance = self.engine.measure(images, prior)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise ContextError("the statistics of these controls are not finite: an image of them is out of scale")
@@ -373,7 +382,7 @@ class Batches:
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,
-            statistics_id=wanted.name,
+            statistics_id=wanted.name if scale is None else with_scale(wanted.name, scale.digest),
             statistics=statistics,
             control_centre=mean_of_wells([well for well in wells if well in controls], np.concatenate(embeddings)),
             used=context.used,
@@ -387,7 +396,20 @@ class Batches:
             context=wanted.rule,
             panel=tuple(sorted(wanted.panel)),
             prior_weight=None if prior is None else prior.share,
+            scale=scale,
+            unscaled_id="" if scale is None else wanted.name,
         )
+
+    def _finished(self, sites: Sequence[SiteKey], prepared: Sequence[PreparedImage], scale: BatchScale | None) -> Float:
+        """Return sites as the network takes them: (sites, channels, size, size)."""
+        recipe = self.bundle.manifest.recipe
+        images = np.empty((len(sites), len(recipe.channels), recipe.size, recipe.size), np.float32)
+        for place, (site, image) in enumerate(zip(sites, prepared, strict=True)):
+            try:
+                images[place] = finish_site(image, recipe, scale)
+            except NonFiniteImageError as error:
+                raise error.about(well=site.well, site=site.site) from None
+        return images
 
     # --- steps of classify -------------------------------------------------------------------------------------------
 
@@ -396,18 +418,23 @@ class Batches:
     ) -> tuple[BatchRecord, Frame]:
         """Return the batch and its statistics under the served bundle, measured again when the bundle is a new one.
 
-        While the store is away they are those that this process knows.
+        A recipe that takes its scale from the controls needs them for source statistics, too. While the store is away they
+        are those that this process knows.
         """
 
         def story(batch: BatchRecord) -> tuple[BatchRecord, Frame]:
             require_incarnation(batch, upload.incarnation)
-            if context == SOURCE:
+            scaled, blend = self.bundle.manifest.recipe.scaled_by_batch, context == BLENDED
+            if context == SOURCE and not scaled:
                 return batch, Frame(self.bundle.training_statistics.source, None)
-            usable, blend = self.view.usable(batch), context == BLENDED
+            usable = self.view.usable(batch)
+            if context == SOURCE:  # any controls give a scale
+                blend = self.view.wells_needed(usable) > 0
             self._require_controls(batch, usable, blend=blend)
-            wanted = self.view.wanted(batch, usable, blend=blend)
-            adaptation = self._adaptation(store, deed, batch, wanted, {}, {}, watch)
-            return batch, Frame(adaptation.statistics, adaptation)
+            adaptation = self._adaptation(store, deed, batch, self.view.wanted(batch, usable, blend=blend), {}, {}, watch)
+            if context == SOURCE:
+                return batch, Frame(self.bundle.training_statistics.source, None, adaptation.scale)
+            return batch, Frame(adaptation.statistics, adaptation, adaptation.scale)
 
         try:
             return retold(store, batch_id, story)
@@ -422,11 +449,16 @@ class Batches:
 
     def _require_controls(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite], *, blend: bool) -> None:
         manifest = self.bundle.manifest
+        source = (
+            f"this bundle takes the images' scale from them ({manifest.recipe.scaling}), for ?context=source as well"
+            if manifest.recipe.scaled_by_batch
+            else "or ask for ?context=source, the answer without adaptation"
+        )
         if not batch.control_wells:
             raise NoControlsError(
                 f"batch {batch.batch_id} has no controls: send the images of at least {manifest.minimum_control_wells} of "
                 f"its negative-control wells to /batches/{batch.batch_id}/controls, each site with "
-                f"{', '.join(manifest.channels)}; or ask for ?context=source, the answer without adaptation",
+                f"{', '.join(manifest.channels)}; {source}",
                 batch_id=batch.batch_id,
                 wells_needed=manifest.minimum_control_wells,
             )
@@ -447,8 +479,9 @@ class Batches:
 
     def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
+        images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
         try:
-            logits, embeddings = self._classify(np.stack([site.image for site in sites]), frame.statistics)
+            logits, embeddings = self._classify(images, frame.statistics)
         except NonFiniteImageError as error:
             raise error.about(well=well) from None
         adaptation = frame.adaptation
@@ -523,6 +556,7 @@ class Batches:
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(None if adaptation is None else adaptation.scale),
                 "pixel_size_um": batch.pixel_size_um,
                 "notices": (
                     *notices(self.bundle.manifest, adaptation, batch, upload, unusable_sites=unusable),
@@ -559,6 +593,7 @@ class Batches:
                 **provenance(self.bundle, self.engine),
                 **context_report(self.bundle.manifest, frame.adaptation),
                 "batch_id": batch.batch_id,
+                "scale_id": _name_of(frame.scale),
                 "pixel_size_um": pixel_size_um,
                 "notices": (
                     *notices(self.bundle.manifest, frame.adaptation, prepared, upload, unusable_sites=unusable),
@@ -591,6 +626,10 @@ def _names(adaptation: Adaptation) -> tuple[str, str]:
     return adaptation.bundle_digest, adaptation.statistics_id
 
 
+def _name_of(scale: BatchScale | None) -> str | None:
+    return None if scale is None else scale.digest
+
+
 def _where(wells: Sequence[str], well: str) -> list[int]:
     return [index for index, name in enumerate(wells) if name == well]
 
@@ -620,4 +659,4 @@ def _by_well(
 
 
 def _without_image(site: PreparedSite) -> PreparedSite:
-    return PreparedSite(site.key, site.planes, site.saturation, np.empty(0, np.float32))
+    return PreparedSite(site.key, site.planes, site.saturation, PreparedImage(np.empty(0, np.float32)))

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 
 from model.errors import ImageError, NonFiniteImageError, UndecodableImageError
-from model.images import ImageLimits, ImageRecipe, Plane, check_saturation, decode_plane, prepare_site
+from model.images import ImageLimits, ImageRecipe, Plane, PreparedImage, check_saturation, decode_plane, prepare_site
 from model.layout import SiteKey
 from model.ome import channel_pages
 from service.errors import DecoderKilledError
@@ -53,17 +52,17 @@ class FileSlice:
 
 @dataclass(frozen=True, eq=False)
 class DecodedSite:
-    """One site as the network takes it, float32 (channels, size, size), with each plane's sha256 and saturated share."""
+    """One prepared site, with each plane's sha256 and saturated share."""
 
     planes: Mapping[str, str]
     saturation: Mapping[str, float]
-    image: NDArray[np.float32]
+    image: PreparedImage
     decode_s: float = 0.0
     preprocess_s: float = 0.0
 
 
 class Decoder(Protocol):
-    """Turns a site's files, one per channel, into network input."""
+    """Turns a site's files, one per channel, into a prepared site."""
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         """Begin to decode a site; the future raises ImageError with members that name well, site, file and channel."""
@@ -109,7 +108,7 @@ class SiteDecoder:
         try:
             with np.errstate(over="ignore", invalid="ignore"), closing(decoded()) as each:
                 image = prepare_site(each, self.recipe, pixel_size_um, self.limits)
-            if not np.isfinite(image).all():
+            if not np.isfinite(image.pixels).all():
                 raise NonFiniteImageError("the pixels span more than single precision can scale")
         except ImageError as error:
             raise error.about(**at) from None

@@ -12,7 +12,7 @@ from typing import TypeVar
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, wells_needed
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
-from model.statistics import Prior, statistics_id
+from model.statistics import Prior, statistics_id, with_scale
 from service import schemas
 from service.deeds import Deed
 from service.errors import BatchBusyError, PlateMapNotFoundError, StagedConflictError
@@ -58,12 +58,16 @@ def retold(store: BatchStore, batch_id: str, story: Callable[[BatchRecord], T]) 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """Statistics that a batch is to have: by which rule, of which sites (``panel`` wells among them), and their name."""
+    """Statistics that a batch is to have: by which rule, of which sites (``panel`` wells among them), and their name.
+
+    The ``statistics_id`` adds their scale to the name, for a recipe that has one: None until that is measured.
+    """
 
     rule: str
     context: Context
     panel: frozenset[str]
     name: str
+    statistics_id: str | None
     prior: Prior | None = None
 
 
@@ -127,22 +131,34 @@ class BundleView:
             panel=panel,
             blend_wells=wells,
         )
+        known = self._named(batch, name)
         if wells is not None:
-            return Wanted(BLENDED, context, panel, name, self.bundle.training_statistics.prior(wells))
-        return Wanted(PANEL if panel else CONTROLS, context, panel, name)
+            return Wanted(BLENDED, context, panel, name, known, self.bundle.training_statistics.prior(wells))
+        return Wanted(PANEL if panel else CONTROLS, context, panel, name, known)
+
+    def _named(self, batch: BatchRecord, name: str) -> str | None:
+        """Return the id of statistics by their name without a scale; None when their scale is not measured yet."""
+        if not self.bundle.manifest.recipe.scaled_by_batch:
+            return name
+        scale = batch.scales.get(name)
+        return None if scale is None else with_scale(name, scale)
 
     def current(self, batch: BatchRecord) -> frozenset[tuple[str, str]]:
-        """Return the bundle and statistics that a well of this batch could be answered with, blended ones too."""
+        """Return the bundle and statistics that a well of this batch could be answered with, blended ones too.
+
+        Those whose scale is not measured yet are not among them.
+        """
         usable = self.usable(batch)
         plain = [] if self.wells_needed(usable) else [self.wanted(batch, usable)]
         blend = [self.wanted(batch, usable, blend=True)] if sites_of(usable, Role.CONTROL) else []
-        return frozenset((self.bundle.digest, wanted.name) for wanted in (*plain, *blend))
+        ids = (wanted.statistics_id for wanted in (*plain, *blend))
+        return frozenset((self.bundle.digest, name) for name in ids if name is not None)
 
     def summary(self, batch: BatchRecord) -> schemas.BatchSummary:
         """Tell what is kept of a batch."""
         usable = self.usable(batch)
         needed = self.wells_needed(usable)
-        current = None if needed else self.wanted(batch, usable).name
+        current = None if needed else self.wanted(batch, usable).statistics_id
         adapted = (self.bundle.digest, current) in batch.adaptations
         assert batch.changed_at is not None
         return schemas.BatchSummary(

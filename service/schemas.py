@@ -78,6 +78,9 @@ class Measured(Provenance):
     statistics_id: str | None = Field(
         description="digest of what the statistics were measured on and with; None: not adapted"
     )
+    scale_id: str | None = Field(
+        description="digest of the scale that the batch's controls gave the images; None: the bundle's recipe has none"
+    )
     context: str = Field(
         description="controls; panel, with the panel beside them; blended, with the mean of the training plates; or source, "
         "the answer without adaptation"
@@ -288,9 +291,17 @@ class Recipe(_Value):
     size: int = Field(description="pixels of the network's input, along each side")
     shrink: int = Field(description="every so many pixels one is taken, when the pixel size is not known")
     pixel_size_um: float | None = Field(description="the network's pixel size, which planes are resampled to")
-    scaling: Literal["percentile", "fixed"]
-    percentile: float
-    full_scale: tuple[float, ...] | None
+    scaling: Literal["percentile-8bit", "fixed-scale", "control-scale"] = Field(
+        description="control-scale takes its scale from the batch's control images"
+    )
+    percentile: float = Field(description="percentile-8bit: the percentile of each plane that becomes 1")
+    full_scale: tuple[float, ...] | None = Field(description="fixed-scale: the grey level of each channel that becomes 1")
+    control_percentiles: tuple[float, float] = Field(
+        description="control-scale: the percentiles of the control images that become 0 and 1"
+    )
+    illumination: Literal["none", "controls"] = Field(
+        description="whether the control images' light over the field is divided out"
+    )
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

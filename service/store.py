@@ -22,7 +22,9 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from model.images import PreparedImage
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
+from model.scale import BatchScale
 from model.statistics import BatchNormStatistics, canonical_json
 from service.blobs import Blobs
 from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
@@ -51,10 +53,11 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class ControlSite:
-    """One kept site of a control well, or of the panel: its files' sha256 by channel, and its network input's recipe.
+    """One kept site of a control well, or of the panel: its files' sha256 by channel, and the recipe it was prepared by.
 
-    ``blob`` is where that input lies: a name like no other (``new_blob``), so that who forgets it never means another's.
-    ``files`` are the channels' files, where they are kept; ``size`` is what all of it takes, in bytes.
+    ``blob`` is where it lies as it was prepared, before any scale of the batch's: a name like no other (``new_blob``), so
+    that who forgets it never means another's. ``files`` are the channels' files, where they are kept; ``size`` is what all
+    of it takes, in bytes.
     """
 
     key: SiteKey
@@ -77,6 +80,8 @@ class Adaptation:
 
     ``context`` is the rule: controls; panel, when ``panel`` wells are among those ``used``; or blended, with the weight of
     the prior, averaged over features. The ``control_centre`` is of control wells alone.
+    ``scale`` is the one that its context gave, for a recipe that has one; ``unscaled_id`` what the statistics are named
+    before it is measured.
     """
 
     bundle_digest: str
@@ -94,6 +99,8 @@ class Adaptation:
     context: str = "controls"
     panel: tuple[str, ...] = ()
     prior_weight: float | None = None
+    scale: BatchScale | None = None
+    unscaled_id: str = ""
 
     @property
     def control_wells(self) -> tuple[str, ...]:
@@ -117,6 +124,8 @@ class Adaptation:
             "panel": self.panel,
             "prior_weight": self.prior_weight,
         }
+        if self.scale is not None:
+            rest |= {"scale": self.scale.to_json(), "unscaled_id": self.unscaled_id}
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -134,6 +143,7 @@ class Adaptation:
             if int(stored["version"]) != 1:
                 raise ValueError(f"adaptation of version {int(stored['version'])}; this release reads 1")
             rest: dict[str, Any] = json.loads(stored["rest"].tobytes())
+            scale = rest.get("scale")
             return cls(
                 **{
                     **rest,
@@ -142,6 +152,7 @@ class Adaptation:
                     "used": tuple(SiteKey(well, site) for well, site in rest["used"]),
                     "left_out": tuple(SiteKey(well, site) for well, site in rest["left_out"]),
                     "created_at": datetime.fromisoformat(rest["created_at"]),
+                    "scale": None if scale is None else BatchScale.from_json(scale),
                     "panel": tuple(rest.get("panel", ())),
                 }
             )
@@ -196,7 +207,8 @@ class BatchRecord:
     """One batch as kept, without its arrays; ``revision`` is None for a batch that is not kept yet.
 
     ``controls`` are the sites whose images may enter the statistics, the panel's too; ``adaptations`` the (bundle digest,
-    statistics id) that can be read; ``planned`` the wells that the plate map calls treated.
+    statistics id) that can be read; ``scales`` the digests of their scales, by what the statistics are named without;
+    ``planned`` the wells that the plate map calls treated.
     """
 
     batch_id: str
@@ -208,6 +220,7 @@ class BatchRecord:
     planned: frozenset[str] = frozenset()
     adaptations: frozenset[tuple[str, str]] = frozenset()
     changed_at: datetime | None = None
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def incarnation(self) -> str | None:
@@ -257,6 +270,7 @@ class BatchRecord:
                 "planned": sorted(self.planned),
                 "adaptations": sorted(self.adaptations),
                 "changed_at": None if self.changed_at is None else self.changed_at.isoformat(),
+                **({"scales": dict(self.scales)} if self.scales else {}),  # a record from before has none, to the byte
             }
         )
 
@@ -275,6 +289,7 @@ class BatchRecord:
             planned=frozenset(value["planned"]),
             adaptations=frozenset((bundle, statistics) for bundle, statistics in value["adaptations"]),
             changed_at=datetime.fromisoformat(value["changed_at"]),
+            scales=value.get("scales", {}),
         )
 
 
@@ -292,7 +307,7 @@ def _control_site(value: Mapping[str, Any]) -> ControlSite:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one commit adds: control sites with their network input, treated wells, an adaptation, answers, a plate map."""
+    """What one commit adds: control sites as they were prepared, treated wells, an adaptation, answers, a plate map."""
 
     changed_at: datetime
     pixel_size_um: float | None = None
@@ -369,8 +384,8 @@ class BatchStore:
             known = self._known.get(batch_id)
         return None if known is None else known[1]
 
-    def image(self, batch: BatchRecord, site: SiteKey) -> NDArray[np.float32] | None:
-        """The network input of a kept control site; None when it is gone: the batch was changed or deleted since.
+    def image(self, batch: BatchRecord, site: SiteKey) -> PreparedImage | None:
+        """A kept control site as it was prepared; None when it is gone: the batch was changed or deleted since.
 
         Raises:
             BlobMissingError: it is gone although the batch is as it was, or it was damaged.
@@ -633,6 +648,7 @@ def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
     """The batch as it is after a change, under a new revision; a new batch begins its one incarnation."""
     adaptation = change.adaptation
     new = frozenset() if adaptation is None else frozenset({(adaptation.bundle_digest, adaptation.statistics_id)})
+    scale = {} if adaptation is None or adaptation.scale is None else {adaptation.unscaled_id: adaptation.scale.digest}
     controls = {**batch.controls, **{site.key: site for site, _ in change.controls}}
     return BatchRecord(
         batch_id=batch.batch_id,
@@ -644,6 +660,7 @@ def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
         planned=batch.planned if change.platemap is None else change.platemap.wells(Role.TREATED),
         adaptations=batch.adaptations | new,
         changed_at=change.changed_at,
+        scales={**batch.scales, **scale},
     )
 
 
@@ -670,14 +687,17 @@ def _is_whole(blob: str, data: bytes) -> bool:
     return blob.rpartition("/")[2].partition("-")[0] == sha256(data).hexdigest()
 
 
-def image_bytes(image: NDArray[np.float32]) -> bytes:
-    """Serialise network input as .npy, the format's own version and type in its header."""
+def image_bytes(image: PreparedImage) -> bytes:
+    """Serialise a prepared site as .npy, the format's own version and type in its header; its field, if any, as another."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(image, dtype="<f4"), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(image.pixels, dtype="<f4"), allow_pickle=False)
+    if image.field is not None:
+        np.save(buffer, np.ascontiguousarray(image.field, dtype="<f8"), allow_pickle=False)
     return buffer.getvalue()
 
 
-def image_from_bytes(data: bytes) -> NDArray[np.float32]:
+def image_from_bytes(data: bytes) -> PreparedImage:
     """Read what ``image_bytes`` wrote."""
-    image: NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
-    return image
+    buffer = io.BytesIO(data)
+    pixels = np.load(buffer, allow_pickle=False)
+    return PreparedImage(pixels, np.load(buffer, allow_pickle=False) if buffer.tell() < len(data) else None)

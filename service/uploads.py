@@ -1,4 +1,4 @@
-"""A received form → verified sites: which file is which plane, then bytes → sha256, pixels, network input.
+"""A received form → verified sites: which file is which plane, then bytes → sha256, pixels, prepared sites.
 
 Knows nothing of batches or statistics. Names are read first, before any pixel: a form that does not hold together costs
 no decoding. Sites are then prepared in sorted order, a few ahead of whoever consumes them, so that a whole plate never
@@ -15,9 +15,6 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from model.errors import (
     AnchorwellError,
     BlankImageError,
@@ -26,7 +23,7 @@ from model.errors import (
     MissingChannelError,
     SaturatedImageError,
 )
-from model.images import ImageRecipe
+from model.images import ImageRecipe, PreparedImage
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
     PIXEL_SIZE_DECIMALS,
@@ -113,7 +110,7 @@ class Upload:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSite:
-    """One site as the network takes it: float32 (channels, size, size), with each plane's sha256 and saturated share.
+    """One prepared site, with each plane's sha256 and saturated share.
 
     ``files`` are what whoever was to keep its files made of them.
     """
@@ -121,7 +118,7 @@ class PreparedSite:
     key: SiteKey
     planes: Mapping[str, str]
     saturation: Mapping[str, float]
-    image: NDArray[np.float32]
+    image: PreparedImage
     files: Mapping[str, KeptFile] = field(default_factory=dict)
 
 
@@ -284,7 +281,7 @@ def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str])
     return dict(sites)
 
 
-# --- bytes to network input ------------------------------------------------------------------------------------------
+# --- bytes to prepared sites ------------------------------------------------------------------------------------------
 
 
 Keeper = Callable[[Mapping[str, FileSlice]], Mapping[str, KeptFile]]
@@ -293,7 +290,7 @@ Keeper = Callable[[Mapping[str, FileSlice]], Mapping[str, KeptFile]]
 
 @dataclass(frozen=True)
 class Preparer:
-    """Turns an upload's files into network input by the bundle's recipe, a few sites ahead of whoever takes them."""
+    """Prepares an upload's sites by the bundle's recipe, a few sites ahead of whoever takes them."""
 
     recipe: ImageRecipe
     decoder: Decoder
@@ -331,11 +328,11 @@ class Preparer:
 
     @property
     def max_sites(self) -> int:
-        """How many sites' network input may be held together."""
+        """How many prepared sites may be held together."""
         return self.max_input_bytes // (4 * len(self.recipe.channels) * self.recipe.size**2)
 
     def require_room(self, sites: int) -> None:
-        """Check that the network input of sites which are held together is not too large.
+        """Check that the prepared sites which are held together are not too large.
 
         Raises:
             UploadTooLargeError: it is; says how many fit.

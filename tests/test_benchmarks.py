@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks import real_images
+from benchmarks import real_images, train_profile
 from benchmarks.bars import Bar, table, write_bars
 from benchmarks.first_light import LABS, bars, by_split, headline, measures, resampled
 
@@ -112,3 +112,25 @@ def test_each_row_and_seed_is_scored_by_rank_and_by_its_trained_columns() -> Non
     assert scores["rho"].to_dict() == pytest.approx({True: 1.0, False: -1.0})
     assert scores["negative_called"].to_dict() == {True: 1.0, False: 0.0}
     assert "1.00 (1.00 to 1.00)" in real_images.by_row(scores.reset_index())
+
+
+def test_a_steps_time_is_divided_without_the_first_steps() -> None:
+    clock = train_profile.Clock()
+    clock.recorded_durations = {
+        "[Strategy]One.backward": [9.0, 9.0, 1.0, 2.0, 7.0], "[Strategy]One.training_step": [9.0, 9.0, 1.0, 1.0, 7.0]
+    }  # fmt: skip
+    assert clock.seconds("One.backward", 4) == 1.5
+    inline = train_profile.Shares(step_s=2.0, forward_s=0.5, backward_s=1.3, optimiser_s=0.1, waiting_s=0.05)
+    starved = replace(inline, step_s=3.0, waiting_s=1.2)
+    rows = {bar.name: bar for bar in train_profile.share_bars("net", inline, starved)}
+    assert rows["train_net_computing_share"].value == pytest.approx(0.9)
+    assert rows["train_net_computing_share"].holds
+    assert rows["train_net_worker_waiting_share"].value == pytest.approx(0.4)
+    assert rows["train_net_worker_waiting_share"].holds is False
+
+
+def test_a_profiled_plate_has_controls_and_every_class() -> None:
+    plate = train_profile.simulated_plate(1, treated=16, controls=4)
+    assert plate.controls.sum() == 4
+    assert set(plate.labels[plate.treated]) == set(range(train_profile.CLASSES))
+    assert len(set(plate.wells)) == len(plate.wells) == 20

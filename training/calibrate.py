@@ -6,6 +6,7 @@ was fitted without the batch they come from; and a control well is scored agains
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,6 +176,7 @@ def _scored_others(
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
     others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
+    plate = plate.scaled_by(context)
     norm = _normaliser(network, method, statistics_of(network, plate, recipe, context, prior))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
@@ -239,7 +241,20 @@ def _folds(plates: Sequence[_Wells]) -> list[tuple[list[_Wells], list[_Wells]]]:
 # --- temperature -----------------------------------------------------------------------------------------------------
 
 
-def fit_temperature(plates: Sequence[_Wells]) -> float:
+class CalledWells(Protocol):
+    """What of a plate's wells the temperature is fitted to, as ``_Wells`` has it."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def controls(self) -> NDArray[np.bool_]: ...
+    @property
+    def site_logits(self) -> NDArray[np.float32]: ...
+    @property
+    def site_wells(self) -> NDArray[np.int64]: ...
+
+
+def fit_temperature(plates: Sequence[CalledWells]) -> float:
     """Choose the class temperature that gives held-out treated wells the highest likelihood."""
 
     def nll(log_temperature: float) -> float:

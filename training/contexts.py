@@ -5,27 +5,43 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.context import choose_context
+from model.context import MAX_CONTEXT_SITES
+from model.errors import NoControlsError
 from model.images import ImageRecipe
-from model.layout import SiteKey
 from model.network import Given, ResNet
 from model.statistics import BatchNormStatistics, Prior
 from training.dataset import PlateSites
 from training.methods import Method, measured
 
-MAX_CONTEXT_SITES = 128
-
 
 def context_rows(plate: PlateSites, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
     """Control rows that enter the statistics, by the rule the service uses."""
-    seen: dict[str, int] = {}
-    keys: dict[SiteKey, int] = {}
-    for row in plate.control_rows:
-        well = str(plate.wells[row])
-        seen[well] = seen.get(well, 0) + 1
-        keys[SiteKey(well, seen[well])] = int(row)
-    context = choose_context(keys, max_sites)
-    return np.array([keys[site] for site in context.used], np.int64)
+    require_controls(plate)
+    return plate.context_rows(max_sites)
+
+
+def require_controls(plate: PlateSites) -> None:
+    """Check that a plate has negative controls.
+
+    Raises:
+        NoControlsError: it has none; says which contexts remain.
+    """
+    if not plate.controls.any():
+        raise NoControlsError(
+            f"plate {plate.plate} has no negative-control wells: of the contexts, treated, source (of erm) and instance "
+            f"need none"
+        )
+
+
+def panel_rows(plate: PlateSites, wells_per_class: int) -> NDArray[np.int64]:
+    """Rows of a plate's panel: all sites of the first ``wells_per_class`` wells, by name, of every class on it."""
+    rows = plate.treated
+    wells = {
+        well
+        for label in np.unique(plate.labels[rows])
+        for well in np.unique(plate.wells[rows[plate.labels[rows] == label]])[:wells_per_class]
+    }
+    return rows[np.isin(plate.wells[rows], sorted(wells))]
 
 
 def statistics_of(

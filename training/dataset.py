@@ -1,37 +1,69 @@
-"""Plates in memory: every site's planes at the network's pixel size, scaled, not yet cropped.
+"""A plate's sites as training reads them: planes prepared by a recipe, whole, by row, scaled when they are asked for.
 
-Percentile scaling gives 256 steps, so such sites are kept as uint8 without loss; fixed scaling keeps float32.
+Knows nothing of files: ``training.plates`` opens what was fetched, and anything that gives images by rows will do.
 """
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from model.bundle import recipe_json
-from model.errors import ImageError
-from model.images import ImageRecipe, Plane, centre_crop, decode_plane, normalise, scale_site
-from model.layout import Role
-from model.statistics import canonical_json
-from training.index import path_column
+from model.context import MAX_CONTEXT_SITES, choose_context
+from model.errors import ContextError
+from model.images import ImageRecipe, PreparedImage, centre_crop, crop_corner, measure_scale, normalise, scale_pixels
+from model.layout import SiteKey
+from model.scale import BatchScale
 
 NO_LABEL = -1
+_CHUNK_SITES = 64
+_CHUNK_PIXELS = 16_384
+
+
+class SiteImages(Protocol):
+    """Images (sites, channels, height, width), read by rows: an array, or a file that is opened when it is asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> NDArray[Any]: ...
+
+
+class PlaneFiles(Protocol):
+    """The files that a plate's planes were read from."""
+
+    def digests(self) -> NDArray[np.str_]:
+        """sha256 of each, hexadecimal (sites, channels)."""
+
+    def places(self, rows: Sequence[int], channels: Sequence[int]) -> list[str]:
+        """Where they lay: one for each row and channel number."""
+
+
+class NoFiles:
+    """Of planes that came from no file."""
+
+    def digests(self) -> NDArray[np.str_]:
+        """None."""
+        return np.empty((0, 0), np.str_)
+
+    def places(self, rows: Sequence[int], channels: Sequence[int]) -> list[str]:  # noqa: ARG002
+        """No place."""
+        return [""] * len(rows)
 
 
 @dataclass(frozen=True, eq=False)
 class PlateSites:
     """One plate's sites.
 
-    ``images`` (sites, channels, height, width) uint8 or float32; ``labels`` (sites,) class numbers, NO_LABEL where the
-    well has no class of those learned; ``intensities`` (sites, channels, 2): mean and standard deviation of the raw
-    planes, for the intensity null.
+    ``images`` (sites, channels, height, width), prepared by ``recipe``, whose mean and std are not used here: uint8 for
+    percentile-8bit, else ``steps`` times grey levels. ``scale`` is the plate's own, for a recipe that has one. ``names``
+    (sites,) are the wells' labels, ``labels`` (sites,) class numbers, NO_LABEL where the well has no class of those learned.
+    ``intensities`` (sites, channels, 2): mean and standard deviation of the raw planes, for the intensity null.
+    ``site_moments`` (sites, channels, 2): mean and mean square of scaled pixels; without them they are counted when they are
+    asked for. ``files`` are those of the planes.
     """
 
     plate: str
@@ -41,8 +73,13 @@ class PlateSites:
     names: NDArray[np.str_]
     labels: NDArray[np.int64]
     controls: NDArray[np.bool_]
-    images: NDArray[Any]
+    images: SiteImages
     intensities: NDArray[np.float32]
+    recipe: ImageRecipe
+    scale: BatchScale | None = None
+    steps: float = 1.0
+    site_moments: NDArray[np.float64] | None = None
+    files: PlaneFiles = field(default_factory=NoFiles)
 
     @property
     def treated(self) -> NDArray[np.int64]:
@@ -54,46 +91,111 @@ class PlateSites:
         """Rows of control sites."""
         return np.flatnonzero(self.controls)
 
+    @property
+    def digests(self) -> NDArray[np.str_]:
+        """sha256 of every plane's file, hexadecimal (sites, channels); read anew each time; of no site without files."""
+        return self.files.digests()
+
+    def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
+        """Control rows that enter the statistics, by the rule the service uses."""
+        return self.even_rows(self.control_rows, max_sites)
+
+    def even_rows(self, rows: NDArray[np.int64], max_sites: int) -> NDArray[np.int64]:
+        """At most ``max_sites`` of some rows, evenly over wells, by the rule the service uses."""
+        seen: dict[str, int] = {}
+        keys: dict[SiteKey, int] = {}
+        for row in rows:
+            well = str(self.wells[row])
+            seen[well] = seen.get(well, 0) + 1
+            keys[SiteKey(well, seen[well])] = int(row)
+        context = choose_context(keys, max_sites)
+        return np.array([keys[site] for site in context.used], np.int64)
+
+    def with_classes(self, classes: Sequence[str]) -> "PlateSites":
+        """Return the plate with class numbers in the order of ``classes``; other labels get NO_LABEL."""
+        number = {name: position for position, name in enumerate(classes)}
+        return replace(self, labels=np.array([number.get(name, NO_LABEL) for name in self.names.tolist()], np.int64))
+
+    def scaled_by(self, rows: NDArray[np.int64] | None = None) -> "PlateSites":
+        """Return the plate at the scale that control rows give, as the service would scale it had it those alone.
+
+        Without rows it is at its own scale: that of its whole context.
+
+        Raises:
+            ContextError: they give none; names the plate.
+        """
+        if not self.recipe.scaled_by_batch:
+            return self
+        try:
+            chosen = self.images[self.context_rows() if rows is None else rows]
+            sites = [PreparedImage.of_planes(self._grey(site), self.recipe) for site in chosen]
+            return replace(self, scale=measure_scale(sites, self.recipe), site_moments=None)
+        except ContextError as error:
+            raise error.about(plate=self.plate) from None
+
     def unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows scaled to about 0…1: float32 (rows, channels, height, width)."""
-        images = self.images[rows]
-        return images.astype(np.float32) / np.float32(255.0) if images.dtype == np.uint8 else images
+        return self.scaled(self.images[rows])
+
+    def scaled(self, window: NDArray[Any], corner: tuple[int, int] = (0, 0)) -> NDArray[np.float32]:
+        """Scale a window (…, channels, height, width) of stored images to about 0…1; ``corner`` is its first pixel's."""
+        if self.recipe.scaling == "percentile-8bit":
+            return self._grey(window)
+        top, left = crop_corner(self.images.shape, self.recipe.size)
+        return scale_pixels(self._grey(window), self.recipe, self.scale, (corner[0] - top, corner[1] - left))
+
+    def _grey(self, window: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored values as the recipe prepared them: 0…1, or grey levels."""
+        values: NDArray[np.float32] = window.astype(np.float32, copy=False)
+        steps = np.float32(255.0 if window.dtype == np.uint8 else self.steps)
+        return values if steps == 1 else values / steps
 
     def served(self, rows: NDArray[np.int64], recipe: ImageRecipe) -> NDArray[np.float32]:
         """Rows as the service prepares them: centre crop, normalised."""
-        sites = centre_crop(self.unit(rows), recipe.size)
-        return np.stack([normalise(site, recipe) for site in sites])
+        sites = centre_crop(self.images[rows], recipe.size)
+        return normalise(self.scaled(sites, crop_corner(self.images.shape, recipe.size)), recipe)
 
-    def augmented(
-        self, rows: NDArray[np.int64], recipe: ImageRecipe, crop: int, rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Rows as training sees them: random crops, flips and quarter turns, normalised."""
-        sites = self.unit(rows)
-        return np.stack([normalise(_augment(site, crop, rng), recipe) for site in sites])
-
-    def zscore_recipe(self, recipe: ImageRecipe) -> ImageRecipe:
-        """Return the recipe with this plate's control mean and std per channel in place of the training set's."""
-        mean, std = moments([self], controls_only=True)
+    def zscore_recipe(self, recipe: ImageRecipe, rows: NDArray[np.int64] | None = None) -> ImageRecipe:
+        """Return the recipe with mean and std per channel of this plate's controls (all, or ``rows``) instead."""
+        controls = self if rows is None else replace(self, controls=np.isin(np.arange(len(self.wells)), rows))
+        mean, std = moments([controls], controls_only=True)
         return replace(recipe, mean=mean, std=std)
 
+    def moments_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Mean and mean square of scaled pixels, per site and channel: (rows, channels, 2)."""
+        if self.site_moments is not None:
+            return self.site_moments[rows]
+        return np.concatenate([_moments(self.unit(part)) for part in _chunks(rows)])
 
-def _augment(site: NDArray[np.float32], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    top, left = (int(rng.integers(extent - size + 1)) for extent in site.shape[-2:])
-    crop = site[:, top : top + size, left : left + size]
-    crop = np.rot90(crop, k=int(rng.integers(4)), axes=(1, 2))
-    return crop[:, :, ::-1] if rng.random() < 0.5 else crop  # noqa: PLR2004
+
+def _moments(sites: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean and mean square of every plane of (sites, channels, height, width): (sites, channels, 2)."""
+    return np.array([[plane_moments(plane) for plane in site] for site in sites])
+
+
+def plane_moments(plane: NDArray[Any]) -> tuple[float, float]:
+    """Mean and mean square of a plane, in double precision: exact for integers."""
+    pixels = plane.reshape(-1)
+    total = square = 0.0
+    for start in range(0, len(pixels), _CHUNK_PIXELS):  # which fit a processor's cache
+        part = pixels[start : start + _CHUNK_PIXELS].astype(np.float64)
+        total += float(part.sum())
+        square += float(part @ part)
+    return total / len(pixels), square / len(pixels)
+
+
+def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    return (rows[start : start + _CHUNK_SITES] for start in range(0, len(rows), _CHUNK_SITES))
 
 
 def moments(plates: Iterable[PlateSites], *, controls_only: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of scaled pixels over plates, every plate counting once."""
-    means, squares = [], []
+    found = []
     for plate in plates:
         rows = plate.control_rows if controls_only else np.arange(len(plate.wells))
-        pixels = plate.unit(rows)
-        means.append(pixels.mean(axis=(0, 2, 3), dtype=np.float64))
-        squares.append(np.square(pixels).mean(axis=(0, 2, 3), dtype=np.float64))
-    mean = np.mean(means, axis=0)
-    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-12))
+        found.append(plate.moments_of(rows).mean(axis=0))
+    mean, square = np.mean(found, axis=0).T
+    std = np.sqrt(np.maximum(square - mean**2, 1e-12))
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)
 
 
@@ -102,105 +204,3 @@ def group_means(values: NDArray[np.floating], where: NDArray[np.int64], groups: 
     sums = np.zeros((groups, values.shape[1]))
     np.add.at(sums, where, values)
     return sums / np.bincount(where, minlength=groups)[:, None]
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_plates(
-    index: pd.DataFrame,
-    recipe: ImageRecipe,
-    classes: Sequence[str],
-    *,
-    cache: Path | None = None,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, PlateSites]:
-    """Load every plate of an index.
-
-    Args:
-        index: see ``training.index``.
-        recipe: mean and std are not used here.
-        classes: labels in the order of the network's outputs; a label not among them gets NO_LABEL.
-        cache: a folder for scaled sites, keyed by recipe and files, to load them once for many trainings.
-        workers: processes that decode.
-        progress: told (plates done, plates in all).
-    """
-    groups = list(index.groupby("Metadata_Plate", sort=True))
-    plates: dict[str, PlateSites] = {}
-    with ProcessPoolExecutor(max(1, workers)) as pool:
-        for done, (name, rows) in enumerate(groups, start=1):
-            plates[str(name)] = _plate(rows, recipe, classes, _pixels(rows, recipe, cache, pool))
-            if progress:
-                progress(done, len(groups))
-    return plates
-
-
-def _plate(
-    rows: pd.DataFrame,
-    recipe: ImageRecipe,
-    classes: Sequence[str],
-    pixels: tuple[NDArray[Any], NDArray[np.float32]],
-) -> PlateSites:
-    number = {name: position for position, name in enumerate(classes)}
-    first = rows.iloc[0]
-    assert pixels[0].shape[1] == len(recipe.channels)
-    return PlateSites(
-        plate=str(first["Metadata_Plate"]),
-        lab=str(first["Metadata_Source"]),
-        batch=str(first["Metadata_Batch"]),
-        wells=rows["Metadata_Well"].to_numpy(dtype=str),
-        names=rows["label"].to_numpy(dtype=str),
-        labels=np.array([number.get(str(label), NO_LABEL) for label in rows["label"]], np.int64),
-        controls=(rows["role"] == Role.CONTROL.value).to_numpy(dtype=bool),
-        images=pixels[0],
-        intensities=pixels[1],
-    )
-
-
-def _pixels(
-    rows: pd.DataFrame, recipe: ImageRecipe, cache: Path | None, pool: ProcessPoolExecutor
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    columns = [path_column(channel) for channel in recipe.channels]
-    paths = [tuple(map(str, row)) for row in rows[columns].to_numpy()]
-    sizes = [None if pd.isna(size) else float(size) for size in rows["pixel_size_um"]]
-    stored = None if cache is None else cache / f"{_cache_key(recipe, paths, sizes)}.npz"
-    if stored is not None and stored.is_file():
-        with np.load(stored, allow_pickle=False) as arrays:
-            return arrays["images"], arrays["intensities"]
-    sites = list(pool.map(_load_site, paths, [recipe] * len(paths), sizes, chunksize=8))
-    size = min(min(image.shape[1:]) for image, _ in sites)
-    images = np.stack([centre_crop(image, size) for image, _ in sites])
-    intensities = np.stack([intensity for _, intensity in sites])
-    if stored is not None:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.npz")  # other runs may be filling the cache too
-        np.savez(partial, images=images, intensities=intensities)
-        partial.replace(stored)
-    return images, intensities
-
-
-def _load_site(
-    paths: tuple[str, ...], recipe: ImageRecipe, pixel_size_um: float | None
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    planes = [_decoded(path) for path in paths]
-    try:
-        scaled = scale_site(planes, recipe, pixel_size_um)
-    except ImageError as error:
-        raise error.about(files=list(paths)) from None
-    images = np.round(scaled * 255).astype(np.uint8) if recipe.scaling == "percentile" else scaled
-    return images, np.array([(plane.mean(), plane.std()) for plane in planes], np.float32)
-
-
-def _decoded(path: str) -> Plane:
-    try:
-        return decode_plane(Path(path).read_bytes())
-    except ImageError as error:
-        raise error.about(file=path) from None
-
-
-def _cache_key(recipe: ImageRecipe, paths: Sequence[tuple[str, ...]], sizes: Sequence[float | None]) -> str:
-    """Name a plate's scaled sites by the recipe and by each file's path, size and time of change."""
-    content = recipe_json(replace(recipe, mean=(), std=()))
-    stats = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for site in paths for path in site]
-    return hashlib.sha256(canonical_json([content, stats, list(sizes)])).hexdigest()

@@ -1,31 +1,44 @@
 """The index: one row a site, JUMP-style, saying which plate it is of, what was done to its well, and where its planes lie.
 
 Columns: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``, ``Metadata_Well``, ``Metadata_Site``, ``label``,
-``role`` (control | treated), ``pixel_size_um`` (empty when unknown) and ``Path_<channel>`` per channel, relative to the
-index file's folder or absolute.
+``role`` (control | treated), ``pixel_size_um`` (empty when unknown) and ``Path_<channel>`` per channel: an s3:// URL, or a
+path relative to the index file's folder or absolute. Other columns ride along. A plate's rows lie together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from model.errors import LayoutError, MissingChannelError
+from model.errors import AnchorwellError, LayoutError, MissingChannelError
 from model.layout import WELL_COLUMNS, Role, parse_platemap, parse_site, parse_well
 
 KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 COLUMNS = [*KEYS, "label", "role", "pixel_size_um"]
+RESOLUTION = "Metadata_ImageResolutionX"
 _PATH = "Path_"
+_BATCH_ROWS = 20_000
 
 
 def channels_of(index: pd.DataFrame) -> tuple[str, ...]:
     """Return the channels an index has paths for, in its column order."""
-    return tuple(name.removeprefix(_PATH) for name in index.columns if name.startswith(_PATH))
+    return _channels(list(index.columns))
+
+
+def _channels(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name.removeprefix(_PATH) for name in columns if name.startswith(_PATH))
 
 
 def path_column(channel: str) -> str:
     """Name the column that holds a channel's paths."""
     return f"{_PATH}{channel}"
+
+
+# --- a folder tree ---------------------------------------------------------------------------------------------------
 
 
 def index_plate(load_data: Path, platemap: Path, channels: Sequence[str]) -> pd.DataFrame:
@@ -58,7 +71,7 @@ def index_plate(load_data: Path, platemap: Path, channels: Sequence[str]) -> pd.
     index["role"] = [roles[well].value for well in wells]
     index["pixel_size_um"] = _pixel_sizes(table)
     for channel in channels:
-        index[path_column(channel)] = _paths(table, channel, load_data.parent)
+        index[path_column(channel)] = plane_places(table, channel, load_data.parent)
     return index
 
 
@@ -66,46 +79,80 @@ def index_tree(root: Path, channels: Sequence[str]) -> pd.DataFrame:
     """Index every folder below ``root`` that holds ``load_data.csv`` (or .parquet) and ``platemap.csv``.
 
     Raises:
-        LayoutError: there is none, a site is there twice, a plate has no controls, or an image is not there.
+        LayoutError: there is none, a site is there twice, or an image is not there; tells of all plates at once.
     """
     tables = sorted([*root.rglob("load_data.csv"), *root.rglob("load_data.parquet")])
     if not tables:
         raise LayoutError(f"no load_data.csv below {root}")
-    index = checked(pd.concat([index_plate(t, t.parent / "platemap.csv", channels) for t in tables], ignore_index=True))
-    _require_controls(index)
-    _require_images(index)
-    return index
-
-
-def _require_controls(index: pd.DataFrame) -> None:
-    key = KEYS[:3]
-    plates = index[key].drop_duplicates()
-    controls = index.loc[index["role"] == Role.CONTROL.value, key].drop_duplicates()
-    merged = plates.merge(controls, on=key, how="left", indicator=True)
-    without = list(merged.loc[merged["_merge"] == "left_only", "Metadata_Plate"])
-    if without:
-        raise LayoutError(f"{len(without)} plates have no control site in their tables: {', '.join(without[:8])}")
+    plates, problems = [], []
+    for table in tables:
+        try:
+            plates.append(index_plate(table, table.parent / "platemap.csv", channels))
+            _require_images(plates[-1])
+        except AnchorwellError as error:
+            problems.append(error if str(table.parent) in error.detail else error.about(table=str(table)))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise LayoutError("\n".join(error.detail for error in problems))
+    return checked(pd.concat(plates, ignore_index=True))
 
 
 def _require_images(index: pd.DataFrame) -> None:
     paths = [path for channel in channels_of(index) for path in index[path_column(channel)]]
-    absent = [path for path in paths if not Path(path).is_file()]
+    absent = [path for path in paths if "://" not in path and not Path(path).is_file()]
     if absent:
         raise LayoutError(f"{len(absent)} of {len(paths)} images are not there, the first is {absent[0]}")
 
 
+def plane_places(table: pd.DataFrame, channel: str, folder: Path) -> pd.Series:
+    """Return where a channel's planes lie by a LoadData table: its URL column, or its path and file name columns.
+
+    Args:
+        table: the LoadData table, its cells text.
+        channel: as in ``URL_Orig<channel>``.
+        folder: what relative paths are relative to.
+
+    Raises:
+        MissingChannelError: the table has neither.
+    """
+    url, name, place = (f"{kind}_Orig{channel}" for kind in ("URL", "FileName", "PathName"))
+    if url in table.columns:
+        return table[url].astype(str)
+    if name not in table.columns:
+        raise MissingChannelError(f"the LoadData table has no column {url} or {name}", channel=channel)
+    names = table[name].astype(str)
+    folders = table[place].astype(str) if place in table.columns else pd.Series("", index=table.index)
+    absolute = {text: _absolute(text, folder) for text in folders.unique()}
+    return (folders.map(absolute) + names).where(names != "", "")
+
+
+def _absolute(text: str, folder: Path) -> str:
+    """A path column's entry with a slash at its end."""
+    return f"{text.rstrip('/')}/" if "://" in text else f"{(folder / text).resolve()}/"
+
+
+# --- checking, writing, reading ---------------------------------------------------------------------------------------
+
+
 def checked(index: pd.DataFrame) -> pd.DataFrame:
-    """Check an index's columns and that no site is there twice; return it sorted.
+    """Check an index's columns, that no path is empty, no site there twice and no plate in two batches; return it sorted.
 
     Raises:
         LayoutError: as it says.
     """
-    missing = [name for name in COLUMNS if name not in index.columns]
-    if missing or not channels_of(index):
-        raise LayoutError(f"the index lacks the columns {', '.join(missing) or 'Path_<channel>'}")
+    _require_columns(list(index.columns))
     wrong = sorted(set(index["role"]) - {role.value for role in Role})
     if wrong:
         raise LayoutError(f"the role is control or treated, not {', '.join(map(str, wrong))}")
+    for name in map(path_column, channels_of(index)):
+        empty = index[index[name].isna() | (index[name] == "")]
+        if len(empty):
+            raise LayoutError(f"{len(empty)} sites have no {name}, the first is {' '.join(map(str, empty.iloc[0][KEYS]))}")
+    plates = index[KEYS[:3]].drop_duplicates()
+    several = sorted(plates.loc[plates.duplicated("Metadata_Plate"), "Metadata_Plate"].astype(str))
+    if several:
+        raise LayoutError(f"plates of one name in several batches: {', '.join(several[:8])}; give them names of their own")
     twice = index[index.duplicated(KEYS)]
     if len(twice):
         raise LayoutError(f"{len(twice)} sites are there twice, the first is {' '.join(map(str, twice.iloc[0][KEYS]))}")
@@ -115,26 +162,129 @@ def checked(index: pd.DataFrame) -> pd.DataFrame:
 def write_index(index: pd.DataFrame, path: Path) -> None:
     """Write an index as Parquet or CSV, by the file's ending; paths below its folder become relative to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    portable = index.copy()
-    base = path.parent.resolve()
-    for channel in channels_of(index):
-        name = path_column(channel)
-        portable[name] = [str(Path(p).relative_to(base)) if Path(p).is_relative_to(base) else str(p) for p in portable[name]]
+    portable = with_relative_paths(index, path.parent)
     if path.suffix == ".parquet":
         portable.to_parquet(path, index=False)
     else:
         portable.to_csv(path, index=False)
 
 
+def write_index_of(plates: Iterable[pd.DataFrame], path: Path) -> None:
+    """Write the index of many plates as Parquet, one after the other; they may differ in the columns that ride along.
+
+    Nothing is written where ``plates`` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        parts = []
+        for number, rows in enumerate(plates):
+            parts.append(Path(folder) / f"{number}.parquet")
+            with_relative_paths(rows, path.parent).to_parquet(parts[-1], index=False)
+        schema = pa.unify_schemas([pq.read_schema(part).remove_metadata() for part in parts], promote_options="permissive")
+        with pq.ParquetWriter(Path(folder) / path.name, schema) as writer:
+            for part in parts:
+                writer.write_table(_with_schema(pq.read_table(part), schema))
+        (Path(folder) / path.name).replace(path)
+
+
+def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns = [
+        table[name] if name in table.column_names else pa.nulls(len(table), schema.field(name).type) for name in schema.names
+    ]
+    return pa.table(columns, schema.names).cast(schema)
+
+
+def with_relative_paths(index: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Return an index whose paths below a folder are relative to it."""
+    base = f"{folder.resolve()}/"
+    return index.assign(**{
+        name: index[name].astype(str).str.removeprefix(base) for name in map(path_column, channels_of(index))
+    })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """An index on disk, read plate by plate; ``channels`` in its column order, ``sites`` its rows."""
+
+    path: Path
+    channels: tuple[str, ...]
+    sites: int
+
+    @classmethod
+    def open(cls, path: Path) -> "IndexFile":
+        """Look at an index's columns.
+
+        Raises:
+            LayoutError: it is none.
+        """
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                columns, sites = file.schema_arrow.names, file.metadata.num_rows
+        else:
+            index = _read_csv(path)
+            columns, sites = list(index.columns), len(index)
+        _require_columns(columns)
+        return cls(path, _channels(columns), sites)
+
+    def plates(self) -> Iterator[pd.DataFrame]:
+        """Yield every plate's rows, paths absolute.
+
+        Raises:
+            LayoutError: see ``checked``; or a plate's rows lie apart.
+        """
+        seen: set[str] = set()
+        for rows in self._parts():
+            plate = str(rows["Metadata_Plate"].iloc[0])
+            if plate in seen:
+                raise LayoutError(f"the rows of plate {plate} lie apart in {self.path}: sort it by plate")
+            seen.add(plate)
+            yield checked(_with_absolute_paths(rows, self.path.parent))
+
+    def _parts(self) -> Iterator[pd.DataFrame]:
+        pending: list[pd.DataFrame] = []
+        for part in self._batches():
+            plate = part["Metadata_Plate"].astype(str)
+            for _, rows in part.groupby((plate != plate.shift()).cumsum(), sort=False):
+                if pending and str(pending[0]["Metadata_Plate"].iloc[0]) != str(rows["Metadata_Plate"].iloc[0]):
+                    yield pd.concat(pending, ignore_index=True)
+                    pending = []
+                pending.append(rows)
+        if pending:
+            yield pd.concat(pending, ignore_index=True)
+
+    def _batches(self) -> Iterator[pd.DataFrame]:
+        if self.path.suffix != ".parquet":
+            yield _read_csv(self.path).sort_values(KEYS[:3], kind="stable")
+            return
+        with pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                yield batch.to_pandas()
+
+
 def read_index(path: Path) -> pd.DataFrame:
-    """Read an index (Parquet or CSV); paths come back absolute."""
-    text = dict.fromkeys([*KEYS[:4], "role"], str)
-    index = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=text)
-    index["label"] = index["label"].fillna("").astype(str)
-    for channel in channels_of(index):
-        name = path_column(channel)
-        index[name] = [str((path.parent / p).resolve()) for p in index[name]]
-    return checked(index)
+    """Read a whole index (Parquet or CSV); paths come back absolute."""
+    index = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    _require_columns(list(index.columns))
+    return checked(_with_absolute_paths(index, path.parent))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=dict.fromkeys([*KEYS[:4], "role", "label"], str), low_memory=False)
+
+
+def _with_absolute_paths(index: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    base = f"{folder.resolve()}/"
+    columns = {"label": index["label"].fillna("").astype(str)}
+    for name in map(path_column, channels_of(index)):
+        paths = index[name].astype(str)
+        columns[name] = paths.where(paths.str.startswith("/") | paths.str.contains("://", regex=False), base + paths)
+    return index.assign(**columns)
+
+
+def _require_columns(columns: Sequence[str]) -> None:
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing or not _channels(columns):
+        raise LayoutError(f"the index lacks the columns {', '.join(missing) or 'Path_<channel>'}")
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -155,14 +305,6 @@ def _labels(platemap: Path) -> dict[str, str]:
 
 
 def _pixel_sizes(table: pd.DataFrame) -> pd.Series:
-    if "Metadata_ImageResolutionX" not in table.columns:
-        return pd.Series([float("nan")] * len(table))
-    return table["Metadata_ImageResolutionX"].astype(float) * 1e6  # metres → µm
-
-
-def _paths(table: pd.DataFrame, channel: str, folder: Path) -> list[str]:
-    name, place = f"FileName_Orig{channel}", f"PathName_Orig{channel}"
-    if name not in table.columns:
-        raise MissingChannelError(f"the LoadData table has no column {name}", channel=channel)
-    places = table[place] if place in table.columns else ["."] * len(table)
-    return [str((folder / str(p) / str(n)).resolve()) for p, n in zip(places, table[name], strict=True)]
+    if RESOLUTION not in table.columns:
+        return pd.Series(float("nan"), index=table.index)
+    return table[RESOLUTION].astype(float) * 1e6  # metres → µm

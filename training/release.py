@@ -7,22 +7,28 @@ import numpy as np
 import pandas as pd
 
 from model.bundle import SERVED_CONTEXTS, Bundle, Manifest, Parity
+from model.context import MAX_CONTEXT_SITES
 from training.calibrate import calibrate
-from training.contexts import MAX_CONTEXT_SITES, context_rows
-from training.dataset import PlateSites, load_plates
+from training.contexts import context_rows
+from training.dataset import PlateSites
 from training.evaluate import evaluate, evaluate_nulls
 from training.export import export_bundle
-from training.index import read_index
 from training.methods import Method
+from training.plates import open_plates, require_recipe
 from training.train import Run, load_network
 
 GOLDEN_SITES = 4
 
 
 def load_run_plates(run: Run) -> dict[str, PlateSites]:
-    """Load the plates of a run's index as it was trained on."""
-    cache = Path(run.config.cache) if run.config.cache else None
-    return load_plates(read_index(Path(run.config.index)), run.recipe, run.classes, cache=cache, workers=2)
+    """Open a run's plates, with the classes that it was trained on.
+
+    Raises:
+        RunError: they are not there any more, or were prepared otherwise.
+    """
+    folder = Path(run.config.plates)
+    require_recipe(folder, run.recipe)
+    return open_plates(folder, run.classes)
 
 
 def evaluate_run(path: Path) -> pd.DataFrame:

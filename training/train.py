@@ -1,10 +1,15 @@
-"""Training: an index, a method and a budget in; a run directory out, that resumes where it stopped.
+"""Training: fetched plates, a method and a budget in; a run directory out, that resumes where it stopped.
 
 A run directory holds ``run.json`` (config, split, classes, recipe), ``checkpoints/best.ckpt`` and ``last.ckpt``, and the
-logs ``logs/metrics.csv`` and TensorBoard's. The minibatch of a step depends on the seed and the step's number alone, so a
-resumed run sees what an unbroken one would have seen.
+logs ``logs/metrics.csv`` and TensorBoard's. The minibatch of a step depends on the seed and the step's number alone, and
+no other number is drawn after the first weights: a resumed run goes the way an unbroken one would have gone.
+
+Several processes share every step's plates, one process a GPU (or, on a CPU, as many as asked for). Statistics are those
+of a plate, and a plate is never divided, so processes exchange gradients alone. For erm a minibatch is what passes
+through one process at once; its running statistics are the mean over processes, taken before each validation.
 """
 
+import errno
 import json
 import logging
 import math
@@ -16,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import pandas as pd
+import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,45 +33,61 @@ from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import NetworkSpec, ResNet
-from training.dataset import PlateSites, load_plates, moments
-from training.episodes import Episode, Episodes, EpisodeShape
+from training.contexts import panel_rows, require_controls
+from training.dataset import PlateSites, moments
+from training.episodes import Episode, Episodes, EpisodeShape, Share
 from training.evaluate import score_plate
-from training.index import channels_of, read_index
 from training.methods import Method, make_method, training_loss
-from training.splits import Split, split_by_batch
+from training.plates import open_plates, plate_table, plates_recipe, require_recipe, write_whole
+from training.progress import (
+    BEST,
+    LAST,
+    RESUMABLE,
+    Checkpoints,
+    MetricsTable,
+    Stopping,
+    WholeCheckpoints,
+    read_checkpoint,
+    require_weights,
+    sweep,
+)
+from training.splits import Split, check_split, read_split, refuse_repeated_images, split_by_batch
 
 RUN = "run.json"
-_HOW = frozenset({"accelerator", "loader_workers", "cache", "steps"})
-"""What a resumed run may do otherwise; ``steps`` is looked at by itself."""
+_HOW = frozenset({"accelerator", "devices", "num_nodes", "accumulate", "loader_workers", "steps"})
+"""What a resumed run may do otherwise; ``steps`` and how a step is divided are looked at by themselves."""
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 log = logging.getLogger("anchorwell.training")
-BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything a run depends on but its index's pixels.
+    """Everything a run depends on but its plates' pixels.
 
-    ``steps`` optimiser steps at most, validated every ``validate_every``; training stops when the validation loss has not
-    fallen for ``patience`` validations. ``crop`` is the side of the random crops trained on (``size`` by default; smaller
-    ones train faster), ``size`` that of the centre crops validated on and served. ``schedule`` ``constant`` is the
-    paper's; ``cosine`` decays to a hundredth, for short budgets.
+    ``plates`` is a folder that was fetched, with its recipe. ``split`` is a file of purposes (see ``training.splits``);
+    without it whole batches, and ``test_lab``, are held out by rule. ``steps`` optimiser steps at most, validated every
+    ``validate_every``; training stops when the validation loss has not fallen for ``patience`` validations. ``crop`` is the
+    side of the random crops trained on (``size`` by default; smaller ones train faster), ``size`` that of the centre crops
+    validated on and served. ``schedule`` ``constant`` is the paper's; ``cosine`` decays to a hundredth, for short budgets.
+
+    A step's plates are divided among ``devices`` processes on each of ``num_nodes`` machines (which share the run
+    directory), and there pass in ``accumulate`` parts one after the other: less memory, the same step. ``precision``
+    ``bf16`` computes convolutions and activations in bfloat16, weights and BN statistics in float32; validation is always
+    in float32, as networks are served. ``fp32`` is torch's: convolutions in TF32 where a GPU has it.
     """
 
-    index: str
+    plates: str
     method: str = "cs-arm-bn"
     context: str = "controls"
     stop_gradient: bool = False
     test_lab: str | None = None
+    split: str | None = None
     depth: Literal[18, 34, 50] = 50
     width: int = 64
     antialiased: bool = True
     size: int = 256
     crop: int | None = None
-    shrink: int = 2
-    pixel_size_um: float | None = None
-    scaling: Literal["percentile", "fixed"] = "percentile"
-    full_scale: tuple[float, ...] | None = None
     classes: tuple[str, ...] | None = None
     shape: EpisodeShape = field(default_factory=EpisodeShape)
     steps: int = 20_000
@@ -76,8 +98,21 @@ class TrainingConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     seed: int = 0
     accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
     loader_workers: int = 0
-    cache: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train."""
+        return self.devices * self.num_nodes
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a step's plates pass, over all processes."""
+        return self.ranks * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -116,7 +151,7 @@ class Run:
             "classes": self.classes,
             "recipe": recipe_json(self.recipe),
         }
-        (self.path / RUN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / RUN, json.dumps(content, indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> "Run":
@@ -133,8 +168,8 @@ class Run:
 
 def config_from_json(value: Mapping[str, Any]) -> TrainingConfig:
     """Read what ``dataclasses.asdict`` made of a config."""
-    tuples = {name: tuple(value[name]) for name in ("full_scale", "classes") if value[name] is not None}
-    return TrainingConfig(**{**value, **tuples, "shape": EpisodeShape(**value["shape"])})
+    classes = None if value["classes"] is None else tuple(value["classes"])
+    return TrainingConfig(**{**value, "classes": classes, "shape": EpisodeShape(**value["shape"])})
 
 
 class MetaTraining(lightning.LightningModule):
@@ -147,45 +182,83 @@ class MetaTraining(lightning.LightningModule):
         self.network = ResNet(run.spec).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_plates = [plates[name] for name in run.split.train]
         self.validation_plates = [plates[name] for name in run.split.validation]
+        self.losses: list[Tensor] = []  # of the step's parts that have passed
+        self.scores = torch.zeros(0)
+
+    @property
+    def share(self) -> Share:
+        """What of a step is this process's."""
+        return Share(self.trainer.global_rank, self.trainer.world_size, self.run.config.accumulate)
 
     def train_dataloader(self) -> DataLoader[list[Episode]]:
         """Return the coming epoch's steps: an epoch is what lies between two validations."""
-        config = self.run.config
+        config, first = self.run.config, self.trainer.global_step
         episodes = Episodes(
             self.train_plates,
             self.run.recipe,
             config.shape,
             crop=config.crop or config.size,
             seed=config.seed,
-            first=self.current_epoch * config.validate_every,
-            steps=config.validate_every,
+            first=first,
+            steps=min(config.validate_every, config.steps - first),
             with_controls=self.method.with_controls,
             zscore=self.method.zscore,
+            panels=[panel_rows(plate, config.shape.panel_wells) for plate in self.train_plates]
+            if self.method.context == "panel"
+            else (),
+            share=self.share,
         )
-        return DataLoader(episodes, batch_size=None, shuffle=False, num_workers=config.loader_workers)
+        return DataLoader(
+            episodes,
+            batch_size=None,
+            shuffle=False,
+            num_workers=config.loader_workers,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def val_dataloader(self) -> DataLoader[int]:
-        """Return the validation plates' numbers."""
-        return DataLoader(range(len(self.validation_plates)), batch_size=None)  # type: ignore[arg-type]
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ARG002
-        """Move a step's episodes; plate numbers stay where they are."""
-        if not isinstance(batch, list):
-            return batch
-        return [replace(e, images=e.images.to(device), labels=e.labels.to(device)) for e in batch]
+        """Return numbers of this process's validation plates: as many on each, some beyond the last plate."""
+        share = self.share
+        rounds = math.ceil(len(self.validation_plates) / share.ranks)
+        return DataLoader(range(share.rank, rounds * share.ranks, share.ranks), batch_size=None)  # type: ignore[arg-type]
 
     def training_step(self, episodes: list[Episode], _number: int) -> Tensor:
-        """One step's loss."""
+        """One part's loss; the step's, the mean over parts and processes, is logged with its last part."""
         loss = training_loss(self.network, self.method, episodes)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(episodes))
+        self.losses.append(loss.detach())
+        if len(self.losses) == self.run.config.accumulate:
+            self.log("train_loss", torch.stack(self.losses).mean(), prog_bar=True, batch_size=1, sync_dist=True)
+            self.losses.clear()
         return loss
+
+    def on_validation_start(self) -> None:
+        """Take the mean of the processes' running statistics: what one average over all their minibatches would be."""
+        if self.trainer.world_size > 1 and self.method.context == "source":
+            for buffer in self.network.buffers():
+                buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+        self.scores = torch.zeros(len(self.validation_plates), 2, device=self.device)
 
     def validation_step(self, number: int, _number: int) -> None:
         """Score a held-out plate as the method would be used on it."""
+        if number >= len(self.validation_plates):
+            return
         plate = self.validation_plates[int(number)]
-        score = score_plate(self.network, self.method, plate, self.run.recipe, self.method.context)
-        self.log("val_loss", score.image_nll, prog_bar=True, batch_size=1)
-        self.log("val_well_accuracy", score.well_accuracy, prog_bar=True, batch_size=1)
+        with torch.autocast(self.device.type, enabled=False):
+            score = score_plate(
+                self.network,
+                self.method,
+                plate,
+                self.run.recipe,
+                self.method.context,
+                panel_wells=self.run.config.shape.panel_wells,
+            )
+        self.scores[number] = self.scores.new_tensor([score.image_nll, score.well_accuracy])
+
+    def on_validation_epoch_end(self) -> None:
+        """Bring the plates' scores together: every process knows all of them, and stops when the others do."""
+        scores = self.trainer.strategy.reduce(self.scores, reduce_op="sum")
+        for name, value in zip(("val_loss", "val_well_accuracy"), scores.mean(dim=0), strict=True):
+            self.log(name, value, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Adam, as in the paper; decoupled weight decay where asked for."""
@@ -206,53 +279,137 @@ def cosine(step: int, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def prepare_run(config: TrainingConfig, path: Path, index: pd.DataFrame) -> tuple[Run, dict[str, PlateSites]]:
-    """Split the index, load its plates and take the recipe's mean and std from the training plates."""
-    split = split_by_batch(index, config.test_lab)
-    treated = index[(index["role"] == "treated") & index["Metadata_Plate"].isin(split.train)]
-    classes = config.classes or tuple(sorted({label for label in treated["label"] if label}))
-    if len(classes) < 2:  # noqa: PLR2004
-        raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
-    absent = sorted(set(classes) - set(treated["label"]))
-    if absent:
-        known = ", ".join(sorted(set(treated["label"]) - {""}))
-        raise LayoutError(f"no training well is labelled {', '.join(absent)}; the labels are {known}"[:600])
-    recipe = ImageRecipe(
-        channels=channels_of(index),
-        size=config.size,
-        shrink=config.shrink,
-        pixel_size_um=config.pixel_size_um,
-        scaling=config.scaling,
-        full_scale=config.full_scale,
-    )
-    plates = load_plates(index, recipe, classes, cache=Path(config.cache) if config.cache else None, workers=2)
+def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, PlateSites]]:
+    """Open the fetched plates, split them, and take the recipe's mean and std from the training plates.
+
+    Raises:
+        LayoutError: they cannot be split or have no such classes. RunError: nothing was fetched, or smaller fields.
+        LeakError: the split lets training see what it is tested on.
+    """
+    folder = Path(config.plates)
+    recipe = replace(plates_recipe(folder), size=config.size)
+    require_recipe(folder, recipe)
+    unlabelled = open_plates(folder)
+    _require_size(unlabelled, max(config.size, config.crop or 0))
+    split = _split(config, unlabelled)
+    classes = _classes([unlabelled[name] for name in split.train], config.classes)
+    plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
     mean, std = moments([plates[name] for name in split.train])
     return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
+
+
+def _split(config: TrainingConfig, plates: Mapping[str, PlateSites]) -> Split:
+    table = plate_table(plates)
+    if config.split is not None and config.test_lab is not None:
+        raise RunError("a split in a file says which lab is tested on: leave test_lab out")
+    split = split_by_batch(table, config.test_lab) if config.split is None else read_split(Path(config.split), table)
+    check_split(split, table)
+    repeated = refuse_repeated_images(split, plates)
+    if repeated:
+        log.warning("%d images are there several times:\n%s", len(repeated), "\n".join(map(str, repeated)))
+    bare = [plate for plate in split.purposes() if not plates[plate].controls.any()]
+    if bare:
+        log.warning("no negative controls on %s: only methods that need none can use them", ", ".join(bare))
+    return split
+
+
+def _require_size(plates: Mapping[str, PlateSites], size: int) -> None:
+    for plate in plates.values():
+        height, width = plate.images.shape[-2:]
+        if min(height, width) < size:
+            raise RunError(f"plate {plate.plate} was fetched with {height} x {width} pixels; the network asks for {size}")
+
+
+def _classes(train: Sequence[PlateSites], asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    labels = {label for plate in train for label in np.unique(plate.names[~plate.controls]).tolist() if label}
+    classes = asked or tuple(sorted(labels))
+    if len(classes) < 2:  # noqa: PLR2004
+        raise LayoutError(f"the training plates have {len(classes)} labels; a classifier needs two or more")
+    absent = sorted(set(classes) - labels)
+    if absent:
+        raise LayoutError(
+            f"no training well is labelled {', '.join(absent)}; the labels are {', '.join(sorted(labels))}"[:600]
+        )
+    return classes
 
 
 def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train as ``config`` says into the run directory ``path``.
 
-    ``resume`` goes on from the last checkpoint if there is one.
+    ``resume`` goes on from the last checkpoint if there is one. With several devices the program is started once for each,
+    by Lightning (which repeats the command line) or by torchrun or a cluster's scheduler: all of them call this.
 
     Raises:
-        RunError: the directory holds a run and ``resume`` is off, or the run was started with another config.
+        RunError: the machine lacks the devices; a step cannot be divided so; the directory holds a run and ``resume`` is
+            off, the run was started with another config, or its checkpoint is not whole; the disk is full.
+        NoControlsError: the method is trained on controls, and a plate has none.
     """
-    if (path / RUN).is_file():
-        require_same_run(Run.load(path).config, config, path, resume=resume)
+    require_devices(config)
+    require_division(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     last = path / LAST
-    resumed = resume and last.is_file()
-    run, plates = prepare_run(config, path, read_index(Path(config.index)))
-    run.save()
-    module = MetaTraining(run, plates)
-    done = _steps_done(last) if resumed else -1
-    with _quietly(quiet=quiet):
-        trainer = _trainer(run, resumed=resumed, quiet=quiet)
-        trainer.fit(module, ckpt_path=str(last) if resumed else None, weights_only=True)
-    if trainer.global_step == done:
+    stored = read_checkpoint(last, RESUMABLE) if resume and last.is_file() else None
+    done, epochs = (0, 0) if stored is None else (int(stored["global_step"]), int(stored["epoch"]) + 1)
+    epochs += math.ceil(max(0, config.steps - done) / config.validate_every)
+    with _quietly(quiet=quiet), _disk(path):
+        trainer = make_trainer(config, path, epochs=epochs, done=done, quiet=quiet)
+        if trainer.is_global_zero and (path / RUN).is_file():
+            require_same_run(Run.load(path).config, config, path, resume=resume)
+        run, plates = prepare_run(config, path)
+        require_same_split(run)
+        _require_context(run, plates)
+        module = MetaTraining(run, plates)
+        if stored is not None:
+            require_weights(last, stored["state_dict"], module.state_dict())
+        if trainer.is_global_zero:
+            run.save()
+            sweep(last.parent)
+        try:
+            trainer.fit(module, ckpt_path=None if stored is None else str(last), weights_only=True)
+        except BaseException:
+            for process in getattr(trainer.strategy.launcher, "procs", []):  # they would wait for this one
+                process.kill()
+            raise
+    if trainer.is_global_zero and not (path / BEST).is_file():
+        raise RunError(f"{path}: the validation loss was never a finite number; try a lower learning rate")
+    if stored is not None and trainer.global_step == done:
         log.warning("nothing is left to train: %s has had its steps, or stopped early", path)
     return run
+
+
+def require_devices(config: TrainingConfig) -> None:
+    """Check that this machine has what the config asks for.
+
+    Raises:
+        RunError: it has not; says what it has.
+    """
+    gpus = torch.cuda.device_count()
+    on_gpu = config.accelerator == "gpu" or (config.accelerator == "auto" and (gpus > 0 or config.devices > 1))
+    if on_gpu and config.accelerator == "gpu" and not gpus:
+        raise RunError("torch sees no GPU on this machine: train with the accelerator cpu, or install a torch with CUDA")
+    if on_gpu and gpus < config.devices:
+        raise RunError(
+            f"{config.devices} devices are asked for and torch sees {gpus} GPUs on this machine: "
+            "ask for fewer, or for the accelerator cpu, which takes any number of processes"
+        )
+    if on_gpu and gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise RunError(f"{torch.cuda.get_device_name()} has no bfloat16: train with the precision fp32")
+
+
+def require_division(config: TrainingConfig) -> None:
+    """Check that a step's plates can be divided among processes and parts.
+
+    Raises:
+        RunError: they cannot.
+    """
+    for name in ("devices", "num_nodes", "accumulate", "steps", "validate_every"):
+        if getattr(config, name) < 1:
+            raise RunError(f"{name} is {getattr(config, name)}; it is 1 or more")
+    if config.shape.plates % config.parts:
+        raise RunError(
+            f"a step's {config.shape.plates} plates cannot be divided evenly among {config.ranks} processes in "
+            f"{config.accumulate} parts: make plates a multiple of {config.parts}"
+        )
 
 
 def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path, *, resume: bool) -> None:
@@ -271,44 +428,80 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
     longer = asked.schedule == "constant" and asked.steps >= started.steps
     if asked.steps != started.steps and not longer:
         differences.append(f"steps (it is {started.steps}; only more, at a constant rate, can be gone on with)")
+    mixed = make_method(asked.method, asked.context).context == "source"
+    if mixed and asked.parts != started.parts:  # its minibatches would be others
+        differences.append(f"devices x num_nodes x accumulate (it is {started.parts}, asked for is {asked.parts})")
     if differences:
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
 
 
-def _steps_done(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+def require_same_split(run: Run) -> None:
+    """Check that a run that is gone on with still has the plates and purposes that it was started with.
+
+    Raises:
+        RunError: its folder of plates, or the file that splits them, was changed.
+    """
+    if (run.path / RUN).is_file():
+        started = Run.load(run.path).split.purposes()
+        now = run.split.purposes()
+        changed = sorted(plate for plate in started.keys() | now.keys() if started.get(plate) != now.get(plate))
+        if changed:
+            raise RunError(
+                f"{run.path} was started with other purposes of the plates {', '.join(changed)}: start another run"
+            )
 
 
-def _trainer(run: Run, *, resumed: bool, quiet: bool) -> lightning.Trainer:
-    config = run.config
-    folder = run.path / "checkpoints"
-    callbacks: list[Any] = [
-        EarlyStopping("val_loss", patience=config.patience),
-        ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False),
-        ModelCheckpoint(folder, "last", enable_version_counter=False),  # every validation's, to resume from
-    ]
+def _require_context(run: Run, plates: Mapping[str, PlateSites]) -> None:
+    """Check that every plate has the context that the method is trained with.
+
+    Raises:
+        NoControlsError: a plate without controls. RunError: no images of the panel are asked for.
+    """
+    if run.method.context == "panel" and not run.config.shape.panel:
+        raise RunError("the context panel is trained on images of the panel: say how many a step draws (shape.panel)")
+    if run.method.needs_controls:
+        for name in (*run.split.train, *run.split.validation):
+            require_controls(plates[name])
+
+
+def make_trainer(config: TrainingConfig, path: Path, *, epochs: int, done: int, quiet: bool) -> lightning.Trainer:
+    """Return a trainer of so many epochs in all, whose first ``done`` steps were taken before."""
+    callbacks = [MetricsTable(path), Stopping(config.patience), Checkpoints(path)]
     if not quiet:
         callbacks.append(TQDMProgressBar())
     return lightning.Trainer(
         accelerator=config.accelerator,
-        devices=1,
-        max_epochs=math.ceil(config.steps / config.validate_every),
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        # Running statistics are brought together before each validation, instead of overwritten in every pass.
+        strategy=DDPStrategy(broadcast_buffers=False) if config.ranks > 1 else "auto",
+        use_distributed_sampler=False,
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        accumulate_grad_batches=config.accumulate,
+        max_epochs=epochs,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
-        log_every_n_steps=max(1, min(10, config.validate_every)),
+        log_every_n_steps=1,
         callbacks=callbacks,
-        logger=_loggers(run.path, resumed=resumed),
+        logger=TensorBoardLogger(path, name="logs", version="", purge_step=done),
+        plugins=[WholeCheckpoints()],
         enable_progress_bar=not quiet,
         enable_model_summary=False,
     )
 
 
-def _loggers(path: Path, *, resumed: bool) -> Sequence[Any]:
-    """Log to CSV and TensorBoard; a resumed run keeps the CSV of its earlier parts beside the new one."""
-    metrics = path / METRICS
-    if resumed and metrics.is_file():
-        metrics.rename(metrics.with_name(f"metrics-{len(list(metrics.parent.glob('metrics-*.csv'))) + 1}.csv"))
-    return [CSVLogger(path, name="logs", version=""), TensorBoardLogger(path, name="logs", version="")]
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Say in one sentence that a run's disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise RunError(
+            f"no space is left to write {path} ({error.strerror}); what was checkpointed before is whole: "
+            "free some, then resume the run"
+        ) from error
 
 
 @contextmanager
@@ -326,9 +519,14 @@ def _quietly(*, quiet: bool) -> Iterator[None]:
 
 
 def load_network(run: Run, checkpoint: str = BEST) -> ResNet:
-    """Return a run's trained network, on the CPU, in evaluation mode."""
-    stored = torch.load(run.path / checkpoint, map_location="cpu", weights_only=True)
+    """Return a run's trained network, on the CPU, in evaluation mode.
+
+    Raises:
+        RunError: the checkpoint is not there, not whole, or of another network.
+    """
+    stored = read_checkpoint(run.path / checkpoint)["state_dict"]
     network = ResNet(run.spec)
-    prefix = "network."
-    network.load_state_dict({name.removeprefix(prefix): value for name, value in stored["state_dict"].items()})
+    weights = {name.removeprefix("network."): value for name, value in stored.items()}
+    require_weights(run.path / checkpoint, weights, network.state_dict())
+    network.load_state_dict(weights)
     return network.eval()

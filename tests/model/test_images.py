@@ -11,6 +11,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import images
 from model.errors import (
     BlankImageError,
     ImageError,
@@ -30,12 +31,18 @@ from model.images import (
     centre_crop,
     check_saturation,
     decode_plane,
+    finish_site,
     prepare_site,
     saturated_share,
 )
 from model.layout import parse_file_name
 
 RAMP = np.arange(24 * 32, dtype=np.uint16).reshape(24, 32)
+
+
+def finished(planes, recipe, pixel_size_um=None):
+    """Network input of a site by a recipe that needs no batch."""
+    return finish_site(prepare_site(planes, recipe, pixel_size_um), recipe, None)
 
 
 def tiff(plane, **options):
@@ -237,7 +244,7 @@ def test_a_pixel_size_far_from_the_networks_is_refused(pixel_size_um):
         prepare_site([RAMP], recipe, pixel_size_um, ImageLimits(max_pixels=40_000))
 
 
-@pytest.mark.parametrize("scaling", ["percentile", "fixed"])
+@pytest.mark.parametrize("scaling", ["percentile-8bit", "fixed-scale", "control-scale"])
 def test_a_plane_of_which_shrinking_leaves_nothing_is_blank(scaling):
     plane = np.full((48, 48), 100, np.uint16)
     plane[1, 1] = 4_000
@@ -289,32 +296,50 @@ def test_saturation_is_a_share_and_has_a_limit():
 
 def test_percentile_scaling_maps_a_plane_to_256_steps():
     recipe = ImageRecipe(channels=("DNA",), size=24, shrink=1, percentile=100)
-    site = prepare_site([RAMP], recipe)
+    site = finished([RAMP], recipe)
     expected = np.floor(RAMP / RAMP.max() * 255) / 255
     np.testing.assert_allclose(site[0], expected[:, 4:28], atol=1 / 255)
     assert (site.shape, site.dtype, site.flags.c_contiguous) == ((1, 24, 24), np.float32, True)
 
 
+def test_percentile_scaling_is_the_published_arithmetic_to_the_bit():
+    rng = np.random.default_rng(4)
+    planes = rng.gamma(2, 900, (2, 60, 48)).astype(np.uint16)
+    recipe = ImageRecipe(channels=("DNA", "ER"), size=20, mean=(0.1, 0.2), std=(0.3, 0.4))
+    halved = planes[:, ::2, ::2].astype(np.float32)
+    high = np.stack([np.percentile(plane, 99.99) for plane in halved])[:, None, None]
+    low = halved.min(axis=(1, 2), keepdims=True)
+    steps = np.floor(np.clip((halved - low) / (high - low), 0, 1) * 255)[:, 5:25, 2:22] / np.float32(255)
+    expected = (steps - np.array([[[0.1]], [[0.2]]], np.float32)) / np.array([[[0.3]], [[0.4]]], np.float32)
+    np.testing.assert_array_equal(finished(planes, recipe), expected)
+
+
 def test_percentile_scaling_ignores_gain_and_fixed_scaling_keeps_it():
-    kept = ImageRecipe(channels=("DNA",), size=24, shrink=1, scaling="fixed", full_scale=(1_000.0,))
+    kept = ImageRecipe(channels=("DNA",), size=24, shrink=1, scaling="fixed-scale", full_scale=(1_000.0,))
     lost = ImageRecipe(channels=("DNA",), size=24, shrink=1)
-    np.testing.assert_allclose(prepare_site([RAMP * 2], lost), prepare_site([RAMP], lost), atol=1 / 255)
-    np.testing.assert_allclose(prepare_site([RAMP * 2], kept), 2 * prepare_site([RAMP], kept), rtol=1e-6)
+    np.testing.assert_allclose(finished([RAMP * 2], lost), finished([RAMP], lost), atol=1 / 255)
+    np.testing.assert_allclose(finished([RAMP * 2], kept), 2 * finished([RAMP], kept), rtol=1e-6)
 
 
 def test_shrinking_takes_every_nth_pixel_and_a_known_pixel_size_resamples():
-    recipe = ImageRecipe(channels=("DNA",), size=12, shrink=2, pixel_size_um=1.0, scaling="fixed", full_scale=(1.0,))
-    np.testing.assert_array_equal(prepare_site([RAMP], recipe)[0], RAMP[::2, ::2][:, 2:14])
-    resampled = prepare_site([RAMP], recipe, pixel_size_um=0.5)[0]
+    recipe = ImageRecipe(channels=("DNA",), size=12, shrink=2, pixel_size_um=1.0, scaling="fixed-scale", full_scale=(1.0,))
+    np.testing.assert_array_equal(finished([RAMP], recipe)[0], RAMP[::2, ::2][:, 2:14])
+    resampled = finished([RAMP], recipe, pixel_size_um=0.5)[0]
     assert resampled.shape == (12, 12)
     assert abs(float(resampled.mean()) - RAMP[:, 4:28].mean()) < 1
 
 
 def test_channels_are_shifted_and_divided_by_their_own_mean_and_std():
     recipe = ImageRecipe(
-        channels=("DNA", "ER"), size=24, shrink=1, scaling="fixed", full_scale=(1.0, 1.0), mean=(1.0, 2.0), std=(2.0, 4.0)
+        channels=("DNA", "ER"),
+        size=24,
+        shrink=1,
+        scaling="fixed-scale",
+        full_scale=(1.0, 1.0),
+        mean=(1.0, 2.0),
+        std=(2.0, 4.0),
     )
-    site = prepare_site([RAMP, RAMP], recipe)
+    site = finished([RAMP, RAMP], recipe)
     np.testing.assert_allclose(site, np.stack([(RAMP - 1.0) / 2, (RAMP - 2.0) / 4])[:, :, 4:28], rtol=1e-6)
 
 
@@ -334,7 +359,13 @@ def test_the_crop_is_about_the_centre():
 
 def test_a_recipe_without_its_numbers_is_refused():
     with pytest.raises(ValueError, match="full_scale"):
-        ImageRecipe(channels=("DNA",), size=8, scaling="fixed")
+        ImageRecipe(channels=("DNA",), size=8, scaling="fixed-scale")
+    with pytest.raises(ValueError, match="scaling 'percentile' is not known; expected one of percentile-8bit"):
+        ImageRecipe(channels=("DNA",), size=8, scaling="percentile")
+    with pytest.raises(ValueError, match="percentile-8bit scales each image by itself"):
+        ImageRecipe(channels=("DNA",), size=8, illumination="controls")
+    with pytest.raises(ValueError, match="control_percentiles 99 and 1"):
+        ImageRecipe(channels=("DNA",), size=8, scaling="control-scale", control_percentiles=(99, 1))
     with pytest.raises(ValueError, match="mean"):
         ImageRecipe(channels=("DNA", "ER"), size=8, mean=(0.1,))
 
@@ -363,3 +394,18 @@ def test_all_zero_cv8000_planes_are_refused_as_blank(shared_data):
         with pytest.raises(BlankImageError) as refused:
             decode_plane(path.read_bytes())
         assert well in refused.value.about(well=well, file=path.name).detail
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 50.0, 99.0, 99.9, 99.99, 99.9999, 100.0])
+@pytest.mark.parametrize("kind", ["gamma", "ties", "flat but one", "sorted", "floats"])
+def test_the_percentile_is_numpys_to_the_bit(share: float, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 2), (3, 5), (16, 16), (64, 61), (270, 270), (303, 301)):
+        plane = {
+            "gamma": rng.gamma(2, 300, (height, width)).astype(np.uint16),
+            "ties": rng.integers(0, 4, (height, width)),
+            "flat but one": np.arange(height * width).reshape(height, width) // (height * width - 1),
+            "sorted": np.arange(height * width).reshape(height, width),
+            "floats": rng.normal(size=(height, width)),
+        }[kind].astype(np.float32)
+        assert images._percentile(plane, share).tobytes() == np.float32(np.percentile(plane, share)).tobytes()

@@ -95,6 +95,55 @@ def test_gradients_flow_through_the_statistics_as_finite_differences_say() -> No
     torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
 
 
+def written_out(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, context: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    variance, mean = torch.var_mean(x[context], dim=(0, 2, 3), correction=0)
+    scaled = (x - mean[:, None, None]) / torch.sqrt(variance + EPS)[:, None, None]
+    return scaled * weight[:, None, None] + bias[:, None, None], mean, variance
+
+
+@pytest.mark.parametrize("context", [slice(None), slice(0, 3), slice(2, 5)])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_fused_normalisation_has_the_gradients_that_torch_finds_for_the_formula(
+    context: slice, memory: torch.memory_format
+) -> None:
+    torch.manual_seed(1)
+    x = (3 * torch.randn(5, 4, 6, 6, dtype=torch.float64) + 1).to(memory_format=memory).requires_grad_()
+    layer = BatchNorm(4).double()
+    torch.nn.init.uniform_(layer.weight)
+    torch.nn.init.uniform_(layer.bias)
+    norm = FromContext(context)
+    found = (norm(x, layer), norm.means[0], norm.variances[0])
+    expected = written_out(x, layer.weight, layer.bias, context)
+    inputs = (x, layer.weight, layer.bias)
+    for outputs in ([0], [0, 1, 2], [1], [2]):  # the answer alone, with the statistics, and the statistics alone
+        cotangents = [torch.randn_like(expected[i]) for i in outputs]
+        gradients = [
+            torch.autograd.grad([values[i] for i in outputs], inputs, cotangents, retain_graph=True, materialize_grads=True)
+            for values in (expected, found)
+        ]
+        for reference, gradient in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, reference)
+    for reference, value in zip(expected, found, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+@pytest.mark.parametrize("measuring", [False, True])
+def test_statistics_are_float32_where_the_rest_is_bfloat16(stop_gradient: bool, measuring: bool) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(64, 4, 24, 24) + 30).to(torch.bfloat16)  # a bfloat16 mean of 30 is off by up to 0.06
+    norm, layer = FromContext(slice(0, 32), stop_gradient=stop_gradient), BatchNorm(4)
+    with torch.set_grad_enabled(not measuring):
+        answer = norm(x, layer)
+    assert answer.dtype == torch.bfloat16
+    variance, mean = torch.var_mean(x[:32].double(), dim=(0, 2, 3), correction=0)
+    assert norm.means[0].dtype == norm.variances[0].dtype == torch.float32
+    torch.testing.assert_close(norm.means[0].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.variances[0].double(), variance, rtol=1e-5, atol=0)
+
+
 def test_stopping_the_gradient_changes_the_gradient_but_not_the_answer() -> None:
     network, images = small(), torch.randn(6, 3, 64, 64)
     answers, gradients = [], []

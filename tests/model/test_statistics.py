@@ -77,7 +77,7 @@ def test_log_variances_have_a_floor():
 
 BASE = {
     "bundle_digest": "b",
-    "recipe": {"size": 8, "scaling": "percentile"},
+    "recipe": {"size": 8, "scaling": "percentile-8bit"},
     "pixel_size_um": None,
     "context": "controls",
     "precision": "fp32",
@@ -92,7 +92,7 @@ def test_statistics_are_named_by_everything_that_made_them_and_by_no_order():
     )
     others = [
         {"bundle_digest": "c"},
-        {"recipe": {"size": 9, "scaling": "percentile"}},
+        {"recipe": {"size": 9, "scaling": "percentile-8bit"}},
         {"pixel_size_um": 0.6},
         {"context": "panel"},
         {"precision": "fp16"},
@@ -106,7 +106,7 @@ def test_statistics_are_named_by_everything_that_made_them_and_by_no_order():
 
 
 def test_plain_statistics_keep_the_names_that_they_had_before_there_were_blends_and_panels():
-    assert statistics_id(**BASE) == "223171fa91a1ab277e9f2cfcfef0d0db8b2d1f8684459422287a46a8ef03f07c"
+    assert statistics_id(**BASE) == "0f1f2ab6194364f6a50df9090da29824f486cd2381dcb8aaeea4dcbe974c04ce"
 
 
 def test_a_blend_is_the_mixture_of_samples():

@@ -25,6 +25,11 @@ class Handler(BaseHTTPRequestHandler):
         if "list-type=2" in parts.query:
             return self.listed(parts)
         name = unquote(parts.path)
+        if self.server.hiccups > 0:
+            self.server.hiccups -= 1
+            return self.answer(503, b"<Error><Code>SlowDown</Code></Error>")
+        if name in self.server.forbidden:
+            return self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
         if name in self.server.redirects:
             return self.answer(302, b"", {"Location": self.server.redirects[name]})
         if name not in self.server.objects:
@@ -86,6 +91,7 @@ def s3(monkeypatch):
     """A running S3 that every client finds by the environment."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.objects, server.redirects, server.failing = {}, {}, False
+    server.hiccups, server.forbidden = 0, set()
     server.handle_error = lambda *_: None  # who waited for an answer went away
     server.goes_on = threading.Event()
     server.goes_on.set()

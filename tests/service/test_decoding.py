@@ -60,7 +60,7 @@ def named(files, name):
 
 def test_a_worker_gives_what_the_same_process_would(files, workers):
     far, near = (decoder.site(KEY, files, None).result(60) for decoder in (workers, InlineDecoder(DECODE)))
-    assert far.image.tobytes() == near.image.tobytes()
+    assert far.image.pixels.tobytes() == near.image.pixels.tobytes()
     assert (far.planes, far.saturation) == (near.planes, near.saturation)
 
 
@@ -78,7 +78,7 @@ def test_a_file_that_ends_its_worker_costs_its_request_alone(name, error, words,
         workers.site(KEY, named(files, name), None).result(60)
     if error is UndecodableImageError:
         assert raised.value.members == {"well": "A01", "site": 1}
-    assert workers.site(KEY, files, None).result(60).image.shape == (2, 16, 16)
+    assert workers.site(KEY, files, None).result(60).image.pixels.shape == (2, 16, 16)
 
 
 def test_a_faulty_file_is_named_from_the_worker(files, workers):

@@ -336,7 +336,7 @@ def test_more_than_a_thousand_files_are_taken(client):
 
 
 def test_a_plate_unlike_training_is_out_of_range_in_every_answer(settings, storage, tmp_path):
-    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, scaling="fixed", full_scale=(1.0, 1.0, 1.0))
+    recipe = ImageRecipe(channels=CHANNELS, size=16, shrink=1, scaling="fixed-scale", full_scale=(1.0, 1.0, 1.0))
     far = fake_bundle(tmp_path / "far", recipe=recipe)
     with running(settings.model_copy(update={"bundle": far.path}), FakeEngine(), storage) as client:
         report = adapted(client)

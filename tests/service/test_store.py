@@ -9,7 +9,9 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
+from model.images import PreparedImage
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
+from model.scale import BatchScale
 from model.statistics import BatchNormStatistics
 from service.deeds import Deed
 from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
@@ -34,7 +36,7 @@ NEW = BatchRecord("P1")
 
 
 def control(key, seed=0):
-    image = image_bytes(pixels_of(key, seed))
+    image = image_bytes(PreparedImage(pixels_of(key, seed)))
     site = ControlSite(key, {"DNA": "0" * 64, "ER": f"{seed:064d}"}, "recipe", new_blob(image, "0a1"), len(image))
     return site, image
 
@@ -89,13 +91,37 @@ def test_a_commit_keeps_all_of_a_change_and_reads_back_as_it_was(kept):
     assert (batch.treated, batch.planned) == ({"E05"}, {"E05"})
     assert batch.adaptations == {("b1", "s1")}
     assert (batch.pixel_size_um, batch.plate, batch.changed_at) == (0.65, "BR1", NOW)
-    assert kept.image(batch, A01).tobytes() == pixels_of(A01).tobytes()
+    assert kept.image(batch, A01).pixels.tobytes() == pixels_of(A01).tobytes()
     read = kept.adaptation("P1", "b1", "s1")
     assert read.to_bytes() == adaptation().to_bytes()
     assert (read.used, read.left_out, read.control_wells) == ((A01, B01), (SiteKey("B01", 13),), ("A01", "B01"))
     (told,) = kept.answers("P1")
     assert told.to_bytes() == answer("E05").to_bytes()
     assert kept.platemap("P1") == platemap
+
+
+def test_an_adaptation_keeps_its_scale_and_the_batch_its_name(kept):
+    scale = BatchScale(low=((0.1,), (300.5,)), span=((4_000.0,), (1 / 3,)))
+    kept.commit(NEW, Change(NOW, adaptation=replace(adaptation(), scale=scale, unscaled_id="s0")))
+    read = kept.adaptation("P1", "b1", "s1")
+    assert (read.scale, read.unscaled_id) == (scale, "s0")
+    kept.commit(kept.batch("P1"), Change(NOW, treated=frozenset({"E05"})))
+    assert kept.batch("P1").scales == {"s0": scale.digest}
+
+
+def test_what_was_kept_before_there_were_scales_reads_and_writes_as_it_did():
+    before = BatchRecord("P1", "a.b", 0.65, "BR1", {A01: control(A01)[0]}, changed_at=NOW).to_bytes()
+    assert b"scale" not in before
+    assert BatchRecord.from_bytes("P1", before).to_bytes() == before, "the store compares what it reads to the byte"
+    assert b"scale" not in adaptation().to_bytes()
+    assert Adaptation.from_bytes(adaptation().to_bytes()).scale is None
+
+
+def test_a_prepared_site_is_kept_with_its_field():
+    pixels, field = pixels_of(A01), np.random.default_rng(1).random((1, 2, 6))
+    read = image_from_bytes(image_bytes(PreparedImage(pixels, field)))
+    assert (read.pixels.tobytes(), read.field.tobytes()) == (pixels.tobytes(), field.tobytes())
+    assert image_from_bytes(image_bytes(PreparedImage(pixels))).field is None
 
 
 def test_the_panel_and_what_was_blended_read_back(kept):
@@ -159,7 +185,7 @@ def test_a_site_sent_again_takes_the_place_of_the_kept_one_and_the_old_file_goes
     site, image = control(A01, seed=1)
     kept.commit(before, Change(NOW, controls=[(site, image)]))
     assert kept.batch("P1").controls == {A01: site}
-    assert kept.image(kept.batch("P1"), A01).tobytes() == pixels_of(A01, 1).tobytes()
+    assert kept.image(kept.batch("P1"), A01).pixels.tobytes() == pixels_of(A01, 1).tobytes()
     assert kept.image(before, A01) is None
     assert any_storage.blobs.names("batches/mine") == [f"batches/mine/{site.blob}"]
 

@@ -1,4 +1,4 @@
-"""Small simulated plates, an index of them, and a run trained for a handful of steps."""
+"""Small simulated plates, an index of them, what was fetched by it, and a run trained for a handful of steps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from model.images import ImageRecipe
 from training.episodes import EpisodeShape
-from training.index import index_tree, write_index
+from training.fetch import fetch
+from training.index import index_tree
 from training.simulate import CHANNELS, CLASSES, SimulationPlan, simulate
 from training.train import Run, TrainingConfig, train
 
 PLAN = SimulationPlan(labs=2, batches=2, plates=2, seed=3, sites=1, size_px=128, wells_per_class=1, inactive_wells=1)
+RECIPE = ImageRecipe(channels=CHANNELS, size=64, pixel_size_um=1.196)
 
 
 @pytest.fixture(scope="session")
@@ -27,22 +30,26 @@ def index(plates_root: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def config(index: pd.DataFrame, plates_root: Path) -> TrainingConfig:
-    write_index(index, plates_root / "index.parquet")
+def fetched(index: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fetched")
+    fetch(index, folder, RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(fetched: Path) -> TrainingConfig:
     return TrainingConfig(
-        index=str(plates_root / "index.parquet"),
+        plates=str(fetched),
         classes=CLASSES,
         depth=18,
         width=4,
         size=64,
         crop=48,
-        pixel_size_um=1.196,
         shape=EpisodeShape(treated=6, controls_min=2, controls_max=6, plates=2),
         steps=6,
         validate_every=2,
         seed=1,
         accelerator="cpu",
-        cache=str(plates_root / "cache"),
     )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import made_up
+
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "lightning", "pandas", "onnx", "sklearn"):
@@ -45,11 +47,20 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
     [
         (("simulate", "{out}", "--wells-per-class", "50"), "the plate has room for 80"),
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
-        (("train", "{out}/index.csv", "{out}/run", "--method", "magic"), "no method 'magic'"),
-        (("train", "{out}/index.csv", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
-        (("train", "{out}/index.csv", "{out}/run", "--accelerator", "tpu"), "--accelerator is one of auto, cpu, gpu"),
+        (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "index.csv"),
+        (("train", "{out}/plates", "{out}/run"), "holds no plates"),
+        (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
+        (("train", "{out}/plates", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
+        (("train", "{out}/plates", "{out}/run", "--accelerator", "tpu"), "--accelerator is one of auto, cpu, gpu"),
+        (("evaluate", "--out", "{out}/results"), "name runs to evaluate, or a grid file with seeds to train"),
+        (("evaluate", "{out}/run", "--out", "{out}/results"), "run.json"),
+        (("index", "{out}", "--out", "{out}/i.csv", "--load-data", "x"), "--out ends in .parquet"),
+        (("index", "{out}", "--out", "{out}/i.parquet", "--load-data", "x"), "no plate.csv or plate.csv.gz in it"),
         (("export", "{out}/run", "."), "is not empty"),
         (("export", "{out}/run", "{out}/bundle"), "run.json"),
+        (("report", "{out}", "--out", "{out}/report"), "has no cells.parquet"),
+        (("embeddings", "{out}/table.parquet", "--out", "{out}"), "table.parquet"),
+        (("cost", "--depth", "19", "--out", "{out}"), "--depth is one of 18, 34, 50"),
     ],
 )
 def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
@@ -57,3 +68,15 @@ def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], tol
     assert done.returncode != 0
     assert told in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_embeddings_are_scored_into_a_results_folder_and_reported_beside_the_rest(tmp_path: Path) -> None:
+    folder = made_up.write(tmp_path / "results")
+    embedded = run("embeddings", str(folder / "embeddings.parquet"), "--out", str(folder))
+    assert embedded.returncode == 0, embedded.stderr
+    assert "tvn erm source new_lab: " in embedded.stdout
+    reported = run("report", str(folder), "--out", str(tmp_path / "report"), "--method", "arm-bn", "--context", "treated")
+    assert reported.returncode == 0, reported.stderr
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| tvn (erm source) |" in text
+    assert "arm-bn (treated) in domain" in text, "the method asked for has the confusions"

@@ -1,4 +1,6 @@
-"""Each method takes its statistics from where it says, in training and evaluation."""
+"""Each method takes its statistics from where it says, in training."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.network import FromContext, NetworkSpec, ResNet
 from training.episodes import Episode
-from training.methods import METHODS, classify, make_method, plate_normaliser, training_loss
+from training.methods import METHODS, NETWORKS, WAYS, make_method, training_loss
 
 
 def network() -> ResNet:
@@ -31,7 +33,7 @@ def test_the_loss_of_a_step_is_the_mean_over_plates_of_the_treated_rows_alone() 
     torch.testing.assert_close(found, torch.stack(expected).mean())
 
 
-@pytest.mark.parametrize(("name", "context"), [("cs-arm-bn", "controls"), ("cs-arm-bn", "union")])
+@pytest.mark.parametrize(("name", "context"), [("cs-arm-bn", "controls"), ("cs-arm-bn", "union"), ("cs-arm-bn", "panel")])
 def test_control_images_get_gradients(name: str, context: str) -> None:
     one = episode(1)
     one.images.requires_grad_()
@@ -66,17 +68,27 @@ def test_every_method_learns_two_kinds_of_image_apart(name: str) -> None:
     assert np.median(losses[-7:]) < 0.5 * losses[0]
 
 
-def test_answers_from_controls_do_not_depend_on_the_treated_wells_sent_and_others_do() -> None:
-    net = network()
-    controls, treated = (np.random.default_rng(s).normal(size=(6, 2, 64, 64)).astype(np.float32) for s in (1, 2))
-    for context, independent in (("controls", True), ("treated", False), ("union", False)):
-        whole, _ = classify(net, treated, plate_normaliser(net, context, controls, treated))  # type: ignore[arg-type]
-        part, _ = classify(net, treated[:2], plate_normaliser(net, context, controls, treated[:2]))  # type: ignore[arg-type]
-        assert np.allclose(whole[:2], part, atol=1e-4) is independent
+def test_a_panel_enters_the_statistics_and_not_the_loss() -> None:
+    net, one = network(), replace(episode(1, controls=5), controls=3, panel=2)
+    logits, _ = net(one.images, FromContext(slice(0, 5)))
+    found = training_loss(net, make_method("cs-arm-bn", "panel"), [one])
+    torch.testing.assert_close(found, F.cross_entropy(logits[5:], one.labels))
+
+
+def test_every_way_has_a_name_of_its_own_and_a_network_that_is_trained() -> None:
+    assert len({way.name for way in WAYS}) == len(WAYS)
+    assert len({(way.method, way.context, way.blended) for way in WAYS}) == len(WAYS), "tables tell ways apart by these"
+    assert {way.network for way in WAYS} == set(NETWORKS)
+
+
+def test_every_network_can_be_made_from_what_a_run_says_of_it() -> None:
+    for method in NETWORKS.values():
+        context = method.context if method.with_controls else "controls"
+        assert make_method(method.name, context, stop_gradient=method.stop_gradient) == method
 
 
 def test_unknown_methods_and_contexts_are_refused() -> None:
     with pytest.raises(ValueError, match="no method 'magic'"):
         make_method("magic")
-    with pytest.raises(ValueError, match="contexts controls and union"):
+    with pytest.raises(ValueError, match="contexts controls, panel, union"):
         make_method("cs-arm-bn", "treated")

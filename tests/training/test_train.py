@@ -3,12 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from model.errors import LayoutError, RunError
-from training.train import BEST, LAST, Run, TrainingConfig, cosine, load_network, train
+from model.network import FromContext, NetworkSpec, ResNet
+from training.episodes import Episode
+from training.evaluate import score_plate
+from training.methods import make_method, training_loss
+from training.progress import BEST, LAST, METRICS
+from training.train import Run, TrainingConfig, cosine, load_network, prepare_run, train
 
 
 def test_a_run_leaves_its_config_checkpoints_and_logs(run: Run) -> None:
@@ -79,3 +85,49 @@ def test_the_schedule_rises_and_decays() -> None:
     factors = [cosine(step, 100) for step in range(100)]
     assert factors[0] < factors[4] == max(factors)
     assert factors[-1] == pytest.approx(0.01, abs=0.01)
+
+
+def test_bfloat16_runs_keep_float32_weights_and_validate_in_float32(config: TrainingConfig, tmp_path: Path) -> None:
+    runs = {
+        precision: train(replace(config, precision=precision), tmp_path / precision, quiet=True)  # type: ignore[arg-type]
+        for precision in ("fp32", "bf16")
+    }
+    losses = {precision: pd.read_csv(run.path / METRICS) for precision, run in runs.items()}
+    first = {precision: table["train_loss"].iloc[0] for precision, table in losses.items()}
+    assert first["bf16"] != first["fp32"]
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=0.05)
+    network = load_network(runs["bf16"], LAST)
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+    run, plates = prepare_run(runs["bf16"].config, runs["bf16"].path)
+    scores = [score_plate(network, run.method, plates[name], run.recipe, "controls") for name in run.split.validation]
+    assert losses["bf16"]["val_loss"].iloc[-1] == pytest.approx(np.mean([score.image_nll for score in scores]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cs-arm-bn", "erm"])
+def test_a_network_learns_in_bfloat16_with_statistics_in_float32(name: str) -> None:
+    torch.manual_seed(0)
+    network, method = ResNet(NetworkSpec(channels=2, classes=2, width=4)), make_method(name)
+    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
+    controls, losses = 4 if method.with_controls else 0, []
+    for _ in range(20):
+        labels = torch.arange(8) % 2
+        images = torch.randn(controls + 8, 2, 64, 64)
+        images[controls:][labels == 1, :, :, 32:] *= 0.3
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = training_loss(network, method, [Episode(images, labels, controls)])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert np.median(losses[-7:]) < 0.5 * losses[0]
+    norm = FromContext(slice(0, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = network(images, norm)
+    assert logits.dtype == torch.bfloat16
+    assert {value.dtype for value in (*norm.means, *norm.variances, *network.buffers())} == {torch.float32}
+
+
+def test_a_loader_in_another_process_brings_the_same_steps(config: TrainingConfig, tmp_path: Path) -> None:
+    brief = replace(config, steps=3, validate_every=3)
+    inline, worker = (train(replace(brief, loader_workers=n), tmp_path / str(n), quiet=True) for n in (0, 1))
+    pd.testing.assert_frame_equal(pd.read_csv(inline.path / METRICS), pd.read_csv(worker.path / METRICS))

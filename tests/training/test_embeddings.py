@@ -1,0 +1,224 @@
+"""Embedding baselines: TVN and z-scores against references, strict splits, and what is wrong with a table."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.linalg import fractional_matrix_power
+
+from model.errors import AnchorwellError, LayoutError, NoControlsError
+from tests.training import made_up
+from training.embeddings import (
+    Columns,
+    Wells,
+    evaluate_embeddings,
+    read_wells,
+    tvn,
+    variance_shares,
+    write_baselines,
+    zscore,
+)
+from training.results import CELL_COLUMNS, PREDICTION_COLUMNS, read_results
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it sets an option that pandas is about to drop
+    import pycytominer
+
+COLUMNS = Columns()
+
+
+def read(table: pd.DataFrame, folder: Path, name: str = "", train_batches: tuple[str, ...] = ()) -> list[Wells]:
+    table.to_parquet(folder / "table.parquet", index=False)
+    return read_wells(folder / "table.parquet", name, COLUMNS, train_batches)
+
+
+@pytest.fixture
+def erm(tmp_path: Path) -> Wells:
+    return next(wells for wells in read(made_up.embeddings(), tmp_path) if wells.name == "erm source")
+
+
+def test_tvn_is_whitening_by_the_roots_of_each_batches_control_covariance(erm: Wells) -> None:
+    controls = erm.features[erm.controls].astype(np.float64)
+    scaled = (erm.features - controls.mean(0)) / controls.std(0)
+    values, directions = np.linalg.eigh(np.cov(scaled[erm.controls].T))
+    found = tvn(erm)
+    for batch in set(erm.about["batch"]):
+        rows = (erm.about["batch"] == batch).to_numpy()
+        own = scaled[rows & erm.controls]
+        root = fractional_matrix_power(np.cov(own.T, ddof=1) + 0.5 * np.eye(own.shape[1]), -0.5)
+        # PCA only turns the axes, and so does not change what whitening does.
+        expected = (scaled[rows] - own.mean(0)) @ root @ directions[:, np.argsort(-values)]
+        signs = np.sign((expected * found[rows]).sum(axis=0))
+        np.testing.assert_allclose(found[rows], expected * signs, atol=1e-8)
+
+
+def test_tvn_centres_every_batch_on_its_controls_and_brings_covariances_together(erm: Wells) -> None:
+    found = tvn(erm)
+    for batch in set(erm.about["batch"]):
+        own = found[(erm.about["batch"] == batch).to_numpy() & erm.controls]
+        np.testing.assert_allclose(own.mean(axis=0), 0, atol=1e-9)
+        assert np.linalg.eigvalsh(np.cov(own.T)).max() < 1, "the ridge keeps every variance below 1"
+
+
+def test_tvn_takes_fewer_controls_than_features(tmp_path: Path) -> None:
+    wide = made_up.embeddings(dim=200)
+    assert np.isfinite(tvn(read(wide, tmp_path)[0])).all()
+
+
+def test_z_scores_are_pycytominers(erm: Wells, tmp_path: Path) -> None:
+    table = pd.read_parquet(tmp_path / "table.parquet")
+    own = table[table["Metadata_method"] == "erm"].reset_index(drop=True)
+    features = [f"e{number:03d}" for number in range(12)]
+    found = zscore(erm)
+    for plate, rows in own.groupby("Metadata_Plate"):
+        expected = pycytominer.normalize(
+            rows, features=features, meta_features=[c for c in own if c.startswith("Metadata_")],
+            samples="Metadata_pert_type == 'negcon'", method="standardize",
+        )  # fmt: skip
+        chosen = (erm.about["plate"] == plate).to_numpy()
+        np.testing.assert_allclose(found[chosen], expected[features].to_numpy(), rtol=1e-6)
+
+
+def test_pycytominer_spherizes_the_table_and_agrees_where_there_is_no_ridge(
+    erm: Wells, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one batch and no ridge, TVN's distances between wells are those after whitening by pycytominer."""
+    monkeypatch.setattr("training.embeddings.TVN_RIDGE", 0.0)
+    one = erm.about["batch"] == "B0"
+    wells = Wells("", 0, erm.features[one.to_numpy()], erm.about[one].reset_index(drop=True))
+    table = pd.read_parquet(tmp_path / "table.parquet")
+    own = table[(table["Metadata_method"] == "erm") & (table["Metadata_Batch"] == "B0")].reset_index(drop=True)
+    features = [f"e{number:03d}" for number in range(12)]
+    expected = pycytominer.normalize(
+        own, features=features, meta_features=[c for c in own if c.startswith("Metadata_")],
+        samples="Metadata_pert_type == 'negcon'", method="spherize", spherize_method="ZCA-cor", spherize_epsilon=0,
+    )[features].to_numpy()  # fmt: skip
+    found = tvn(wells)
+    distances = [np.linalg.norm(values[:20, None] - values[None, 20:40], axis=2) for values in (found, expected)]
+    np.testing.assert_allclose(distances[0], distances[1], rtol=1e-6)
+
+
+def test_controls_cure_a_batch_effect_and_rows_are_those_of_the_report(tmp_path: Path) -> None:
+    folder = made_up.write(tmp_path / "results")
+    write_baselines(folder / "embeddings.parquet", folder, "", COLUMNS)
+    cells, predictions = read_results(folder).cells, read_results(folder).predictions
+    assert set(cells.columns) == set(CELL_COLUMNS)
+    assert predictions is not None
+    assert set(PREDICTION_COLUMNS) <= set(predictions.columns)
+    new = (
+        cells[(cells["context"] == "erm source") & (cells["setting"] == "new_batch")]
+        .groupby("method")["well_accuracy"]
+        .mean()
+    )
+    assert new["embedding-raw"] < 0.7
+    assert new["embedding-zscore"] > 0.9
+    assert new["tvn"] > 0.9
+    assert new["null: majority"] == pytest.approx(0.25)
+    assert new["null: position"] < 0.6
+    one = predictions[(predictions["method"] == "tvn") & (predictions["setting"] == "new_batch")]
+    assert np.allclose(one.filter(like="p:").sum(axis=1), 1)
+    row = cells[(cells["method"] == "tvn") & (cells["context"] == "erm source") & (cells["setting"] == "new_batch")].iloc[0]
+    wells = one[(one["plate"] == row["plate"]) & (one["context"] == "erm source")]
+    assert row["well_accuracy"] == (wells["called"] == wells["label"]).mean()
+    assert row["wells"] == len(wells) == 16
+
+
+def test_batches_named_for_training_make_the_settings(tmp_path: Path) -> None:
+    table = made_up.embeddings()
+    table = table[table["Metadata_method"] == "erm"].drop(
+        columns=[f"Metadata_{n}" for n in ("method", "context", "setting", "seed")]
+    )
+    (wells,) = read(table, tmp_path, "dino", ("B0", "B1"))
+    assert wells.name == "dino"
+    settings = wells.about.drop_duplicates("batch").set_index("batch")["setting"]
+    assert settings.to_dict() == {
+        "B0": "train", "B1": "train", "B2": "new_batch", "B7": "new_batch", "B8": "new_batch", "B9": "new_lab"
+    }  # fmt: skip
+    cells, _ = evaluate_embeddings(wells)
+    assert set(cells["context"]) == {"dino"}
+    assert set(cells["method"]) == {"embedding-raw", "embedding-zscore", "tvn", "null: majority", "null: position"}
+
+
+def one_network() -> pd.DataFrame:
+    table = made_up.embeddings()
+    return table[table["Metadata_method"] == "erm"].reset_index(drop=True)
+
+
+def relabelled(table: pd.DataFrame, column: str, value: object, **where: object) -> pd.DataFrame:
+    rows = np.logical_and.reduce([table[f"Metadata_{name}"] == wanted for name, wanted in where.items()])
+    return table.assign(**{column: table[column].where(~rows, value)})
+
+
+def one_control(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep a single plate of batch B9, with a single control."""
+    other = table["Metadata_Batch"] != "B9"
+    kept = (table["Metadata_Plate"] == "B9p2") & (
+        (table["Metadata_pert_type"] != "negcon") | (table["Metadata_Well"] == "A01")
+    )
+    return table[other | kept]
+
+
+def put(column: str, value: object, **where: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda table: relabelled(table, column, value, **where)
+
+
+WRONG: list[tuple[Callable[[pd.DataFrame], pd.DataFrame], type[AnchorwellError], str]] = [
+    (lambda t: t.drop(columns="Metadata_label"), LayoutError, "lacks the columns Metadata_label"),
+    (put("e003", np.nan, Plate="B1p0", Well="A02"), LayoutError, "'e003' of plate B1p0 well A02"),
+    (lambda t: t.assign(e004="word"), LayoutError, "the feature 'e004' is no number"),
+    (
+        lambda t: t.assign(Metadata_pert_type="trt"),
+        NoControlsError,
+        "no well has Metadata_pert_type 'negcon'; there are trt",
+    ),
+    (put("Metadata_pert_type", "trt", Plate="B7p2"), NoControlsError, "plate B7p2 of batch B7 has no control"),
+    (one_control, NoControlsError, "batch B9 of lab L2 has 1 control wells; TVN needs two"),
+    (put("Metadata_label", "omega", Plate="B8p3", Well="B01"), LayoutError, "plate B8p3 well B01 is of class 'omega'"),
+    (put("Metadata_label", "alpha", setting="train"), LayoutError, "1 labels"),
+    (put("Metadata_setting", "elsewhere", Batch="B9"), LayoutError, "Metadata_setting is 'elsewhere'"),
+    (lambda t: t.assign(Metadata_setting="train"), LayoutError, "no wells to test on"),
+    (lambda t: t.drop(columns="Metadata_setting"), LayoutError, "no column Metadata_setting"),
+    (put("Metadata_setting", "in_domain", Plate="B0p0", Well="A01"), LayoutError, "plate B0p0 of lab L1 is in training"),
+    (put("Metadata_setting", "new_batch", Plate="B0p1"), LayoutError, "batch B0 of lab L1 is in training"),
+    (put("Metadata_Source", "L1", Batch="B9"), LayoutError, "lab L1 is in training"),
+    (lambda t: pd.concat([t, t.tail(1)]), LayoutError, "has two rows"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), WRONG, ids=[words for _, _, words in WRONG])
+def test_a_table_that_would_mislead_is_refused_by_name(
+    change: Callable[[pd.DataFrame], pd.DataFrame], error: type[AnchorwellError], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        evaluate_embeddings(read(change(one_network()), tmp_path)[0])
+
+
+def test_a_training_well_under_another_plates_name_is_found(tmp_path: Path) -> None:
+    table = one_network()
+    features = [f"e{number:03d}" for number in range(12)]
+    train, test = table.index[table["Metadata_setting"] == "train"][10], table.index[table["Metadata_Plate"] == "B9p3"][10]
+    table.loc[test, features] = table.loc[train, features].to_numpy()
+    with pytest.raises(LayoutError, match="plate B9p3 well A11 has the features of plate B0p0 well A11, which trains"):
+        read(table, tmp_path)
+
+
+def test_batches_that_are_not_there_cannot_be_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="has no batch B77; it has B0, B1"):
+        read(one_network(), tmp_path, train_batches=("B0", "B77"))
+
+
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not '\.\./dino'"):
+        write_baselines(tmp_path / "table.parquet", tmp_path, "../dino", COLUMNS)
+
+
+def test_shares_of_variance_tell_batches_from_classes() -> None:
+    table = made_up.embeddings(each=10)
+    test = table[table["Metadata_setting"] != "train"]
+    shares = {name: variance_shares(rows) for name, rows in test.groupby("Metadata_method")}
+    assert shares["erm"][1] > 0.7
+    assert abs(shares["cs-arm-bn"][1]) < 0.05
+    assert shares["cs-arm-bn"][0] > shares["erm"][0]

@@ -1,0 +1,298 @@
+"""A grid leaves tidy tables of every method beside the nulls, goes on where it stopped, and makes anew what changed."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from model.errors import RunError
+from tests.conftest import ROOT
+from training.grid import Axes, FinishedRun, Grid, evaluate_grid, overview, read_grid, tasks_of
+from training.methods import NETWORKS, WAYS
+from training.progress import BEST
+from training.queries import ALL, DEFAULT, Cell
+from training.train import Run, TrainingConfig
+
+COLUMNS = {
+    "method", "context", "setting", "seed", "lab", "batch", "plate", "controls", "query", "alpha", "blended", "images",
+    "wells", "image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier", "temperature", "nll_before", "ece_before",
+    "brier_before",
+}  # fmt: skip
+NULLS = {"null: majority", "null: position", "null: intensity", "null: intensity-zscore"}
+OURS = ("erm", "adabn-treated", "cs-arm-bn controls", "cs-arm-bn controls blended", "cs-arm-bn source")
+GRID = Grid(
+    methods=OURS,
+    cells=(Axes(controls=(0, 1, 99)), Axes(query_wells=(1, 3)), Axes(query_wells=(3,), alpha=(0.1, 0))),
+    embeddings=("cs-arm-bn controls",),
+)
+
+
+def quiet(_done: int, _total: int) -> None:
+    """Show no progress."""
+
+
+def evaluated(runs, out: Path, grid: Grid = GRID, told: list[str] | None = None, progress=quiet):
+    return evaluate_grid(grid, runs, out, tell=(told if told is not None else []).append, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def results(run: Run, erm_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    evaluated([run, erm_run], out)
+    return out
+
+
+def parts(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "parts").iterdir()}
+
+
+def test_cells_have_a_row_a_plate_and_the_nulls_stand_beside_the_methods(results: Path, run: Run) -> None:
+    cells = pd.read_parquet(results / "cells.parquet")
+    assert set(cells.columns) >= COLUMNS
+    keys = ["method", "context", "setting", "seed", "lab", "batch", "plate", "controls", "query", "alpha", "blended"]
+    assert not cells.duplicated(keys).any()
+    default = cells[(cells["controls"] == ALL) & (cells["query"] == ALL) & np.isinf(cells["alpha"])]
+    tested = sum(map(len, run.split.tests().values()))
+    ways = default.groupby(["method", "context", "blended"])["plate"].nunique()
+    assert (ways == tested).all()
+    assert len(ways) == len(NULLS) + len(OURS)
+    assert set(default["method"]) >= NULLS
+    assert all(default[name].between(0, 1).all() for name in ("well_accuracy", "image_accuracy", "macro_f1", "ece"))
+    assert "cs-arm-bn controls blended" in overview(cells)
+
+
+def test_axes_vary_one_at_a_time_and_only_where_they_matter(results: Path) -> None:
+    cells = pd.read_parquet(results / "cells.parquet")
+    erm, ours = (
+        cells[(cells["method"] == m) & (cells["context"] == c)] for m, c in (("erm", "source"), ("cs-arm-bn", "controls"))
+    )
+    assert set(erm["controls"]) == {ALL}
+    assert set(erm["query_wells"]) == set(ours["query_wells"]) == {ALL, 1, 3}
+    assert set(ours.loc[ours["blended"], "controls"]) == {ALL, 0, 1}
+    assert set(ours.loc[~ours["blended"], "controls"]) == {ALL, 1}, "nothing can be measured on no wells"
+    assert set(cells.loc[np.isfinite(cells["alpha"]), "query"]) == {3}, "one site a well: three images are three wells"
+
+
+def test_a_well_alone_is_called_the_same_by_controls_and_another_way_by_treated(results: Path) -> None:
+    cells = pd.read_parquet(results / "cells.parquet").set_index(["method", "context", "blended", "query_wells"])
+    cells = cells[(cells["controls"] == ALL) & np.isinf(cells["alpha"])]
+    assert (cells.loc["adabn-treated", "treated", False, 1]["wells"] == 8).all()
+    for name, same in (("cs-arm-bn", True), ("adabn-treated", False)):
+        context = "controls" if same else "treated"
+        alone, together = (cells.loc[name, context, False, query].set_index("plate")["nll"] for query in (1, ALL))
+        assert np.allclose(alone, together) is same, "eight draws deal all eight wells"
+
+
+def test_predictions_are_of_the_default_cell_and_sum_to_one(results: Path, run: Run) -> None:
+    predictions = pd.read_parquet(results / "predictions.parquet")
+    probabilities = predictions[[f"p:{name}" for name in run.classes]]
+    assert np.allclose(probabilities.sum(axis=1), 1)
+    assert not predictions.duplicated(["method", "context", "seed", "plate", "well"]).any()
+    cells = pd.read_parquet(results / "cells.parquet")
+    cells = cells[(cells["controls"] == ALL) & (cells["query"] == ALL) & ~cells["blended"]]
+    right = (predictions["called"] == predictions["label"]).groupby([predictions["method"], predictions["plate"]]).mean()
+    expected = cells[cells["method"] == "erm"].set_index("plate")["well_accuracy"]
+    assert np.allclose(right.loc["erm"].sort_index(), expected.sort_index())
+    assert (probabilities.idxmax(axis=1).str.removeprefix("p:") == predictions["called"]).all()
+
+
+def test_embeddings_are_of_wells_with_controls_on_training_and_test_plates(results: Path, run: Run) -> None:
+    table = pd.read_parquet(results / "embeddings.parquet")
+    assert set(table["Metadata_setting"]) == {"train", *run.split.tests()}
+    assert set(table["Metadata_Plate"]).isdisjoint(run.split.validation)
+    assert set(table["Metadata_pert_type"]) == {"negcon", "trt"}
+    assert [name for name in table if not name.startswith("Metadata_")] == [f"e{number:03d}" for number in range(32)]
+    assert not table.duplicated(["Metadata_Plate", "Metadata_Well"]).any()
+    assert np.isfinite(table.filter(regex=r"^e\d").to_numpy()).all()
+
+
+def test_what_is_there_is_not_made_again(results: Path, run: Run, erm_run: Run) -> None:
+    before, cells = parts(results), pd.read_parquet(results / "cells.parquet")
+    evaluated([run, erm_run], results)
+    assert parts(results) == before
+    pd.testing.assert_frame_equal(pd.read_parquet(results / "cells.parquet"), cells)
+    more = GRID.model_copy(update={"cells": (*GRID.cells, Axes(query_wells=(2,)))})
+    evaluated([run, erm_run], results, more)
+    made = parts(results)
+    assert before.items() <= made.items()
+    assert len(made) - len(before) == len(NULLS) + len(OURS)
+    evaluated([run, erm_run], results)
+    pd.testing.assert_frame_equal(pd.read_parquet(results / "cells.parquet"), cells)
+
+
+class KilledError(Exception):
+    """The evaluation stops here."""
+
+
+def test_a_killed_evaluation_goes_on(results: Path, run: Run, erm_run: Run, tmp_path: Path) -> None:
+    def kill(done: int, total: int) -> None:  # noqa: ARG001 (a progress's shape)
+        if done == 7:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        evaluated([run, erm_run], tmp_path, progress=kill)
+    assert not (tmp_path / "cells.parquet").exists()
+    before = parts(tmp_path)
+    evaluated([run, erm_run], tmp_path)
+    assert before.items() <= parts(tmp_path).items()
+    assert parts(tmp_path).keys() == parts(results).keys() & parts(tmp_path).keys()
+    for name in ("cells", "predictions", "embeddings"):
+        whole, resumed = (pd.read_parquet(folder / f"{name}.parquet") for folder in (results, tmp_path))
+        pd.testing.assert_frame_equal(resumed, whole)
+
+
+def test_a_run_that_was_trained_on_is_evaluated_anew(erm_run: Run, tmp_path: Path) -> None:
+    copy = replace(erm_run, path=tmp_path / "run")
+    copy.save()
+    stored = torch.load(erm_run.path / BEST, map_location="cpu", weights_only=True)
+    (copy.path / BEST).parent.mkdir()
+    torch.save(stored, copy.path / BEST)
+    small = Grid(methods=("erm",), cells=())
+    evaluated([copy], tmp_path / "results", small)
+    before = parts(tmp_path / "results")
+    stored["state_dict"]["network.classifier.bias"] += torch.arange(8.0)
+    torch.save(stored, copy.path / BEST)
+    first = pd.read_parquet(tmp_path / "results" / "cells.parquet")
+    evaluated([copy], tmp_path / "results", small)
+    made = parts(tmp_path / "results").keys() - before.keys()
+    assert {name.split(".")[1] for name in made} == {"cells", "predictions"}
+    assert len(made) == 2, "the nulls stand"
+    again = pd.read_parquet(tmp_path / "results" / "cells.parquet")
+    assert len(again) == len(first)
+    assert not np.allclose(again["nll"], first["nll"])
+
+
+def test_the_folder_says_budgets_and_what_was_left_out(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    longer = replace(erm_run, config=replace(erm_run.config, learning_rate=0.5))
+    told: list[str] = []
+    evaluated([run, longer], tmp_path, Grid(methods=("erm", "arm-bn"), cells=()), told)
+    assert told == [
+        "seed 1: arm-bn is left out: no run of the network arm-bn",
+        "seed 1: budgets are NOT equal: the runs differ in learning_rate",
+    ]
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["told"] == told
+    assert {one["network"]: one["budget"]["learning_rate"] for one in about["runs"]} == {"cs-arm-bn": 1e-3, "erm": 0.5}
+    assert about["runs"][0]["budget"]["images_per_step"] == 2 * run.config.shape.rows
+    assert "one at a time" in about["cells"]
+
+
+def test_without_controls_what_needs_none_is_evaluated_and_the_rest_is_told(run: Run, erm_run: Run) -> None:
+    runs = {name: FinishedRun(one, name) for name, one in (("erm", erm_run), ("cs-arm-bn", run))}
+    bare = {name: replace(plate, controls=np.zeros(len(plate.wells), bool)) for name, plate in runs["erm"].plates.items()}
+    for one in runs.values():
+        one.__dict__["plates"] = bare
+    told: list[str] = []
+    grid = Grid(methods=("erm", "adabn-treated", "adabn-controls", "cs-arm-bn source"), cells=())
+    tasks = tasks_of(1, runs, grid, told.append)
+    assert [task.named["method"] for task in tasks] == [*sorted(NULLS - {"null: intensity-zscore"}, key=[
+        "null: majority", "null: position", "null: intensity"].index), "erm", "adabn-treated"]  # fmt: skip
+    assert len(told) == 2
+    assert all("needs negative controls, and plate" in text for text in told)
+
+
+def test_runs_that_cannot_be_compared_are_refused(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="same network and seed"):
+        evaluated([run, run], tmp_path)
+    other = replace(erm_run, classes=erm_run.classes[::-1])
+    with pytest.raises(RunError, match="not comparable"):
+        evaluated([run, other], tmp_path)
+    with pytest.raises(RunError, match="name runs to evaluate, or a grid file with seeds"):
+        evaluated([], tmp_path)
+    odd = replace(erm_run, config=replace(erm_run.config, method="cs-arm-bn", context="union", stop_gradient=True))
+    with pytest.raises(RunError, match="a network of no method that is evaluated"):
+        evaluated([odd], tmp_path)
+
+
+def written(path: Path, **content) -> Path:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def budget(config: TrainingConfig) -> dict:
+    return {
+        "depth": 18, "width": 4, "size": 64, "crop": 48, "steps": 2, "validate_every": 1,
+        "classes": list(config.classes or ()), "accelerator": "cpu",
+        "shape": {"treated": 6, "controls_min": 2, "controls_max": 6, "plates": 2},
+    }  # fmt: skip
+
+
+def test_a_grid_file_trains_what_is_missing_once(config: TrainingConfig, tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "grid.yaml",
+        seeds=[{"seed": 3, "plates": config.plates}],
+        runs=str(tmp_path / "runs"),
+        training=budget(config),
+        methods=["erm", "cs-arm-bn-stopgrad"],
+        cells=[{"controls": [1]}],
+        draws={"controls": 1, "queries": 2},
+    )
+    cells = evaluated([], tmp_path / "results", read_grid(path))
+    assert set(cells["method"]) == {*NULLS, "erm", "cs-arm-bn-stopgrad"}
+    assert set(cells["seed"]) == {3}
+    trained = Run.load(tmp_path / "runs" / "seed-3" / "cs-arm-bn-stopgrad")
+    assert (trained.config.context, trained.config.stop_gradient, trained.config.steps) == ("controls", True, 2)
+    before = parts(tmp_path / "results")
+    evaluated([], tmp_path / "results", read_grid(path))
+    assert parts(tmp_path / "results") == before
+
+
+def test_numbers_of_a_grid_file_may_be_words(tmp_path: Path) -> None:
+    path = written(tmp_path / "grid.yaml", cells=[{"controls": ["all", 2], "query_wells": [4], "alpha": ["none", 0, 0.1]}])
+    expected = {Cell(controls, 4, alpha) for controls in (ALL, 2) for alpha in (math.inf, 0, 0.1)} | {DEFAULT}
+    found = read_grid(path).every_cell
+    assert found[0] == DEFAULT
+    assert set(found) == expected
+    assert read_grid(path).ways == WAYS
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"metods": ["erm"]}, "metods: Extra inputs are not permitted"),
+        ({"cells": [{"controls": [-7]}]}, "no such cell"),
+        ({"cells": [{"alpha": [0.1]}]}, "give query_wells beside it"),
+        ({"methods": ["magic"]}, "no method 'magic'; the methods are erm, erm-zscore"),
+        ({"embeddings": ["cs-arm-bn controls blended"]}, "no embeddings of 'cs-arm-bn controls blended'"),
+        ({"training": {"seed": 4}}, "training in the grid has seed, which is not to be set there"),
+        ({"training": {"stepps": 4}}, "training in the grid has stepps, which is not to be set there"),
+        ({"training": {"steps": "many"}}, "training in the grid: steps: Input should be a valid integer"),
+        ({"runs": None}, "no folder for their runs"),
+        ({"seeds": [{"seed": 1, "plates": "a"}, {"seed": 1, "plates": "b"}]}, "a seed is named twice"),
+    ],
+)
+def test_a_wrong_grid_file_is_told_before_anything_is_trained(content: dict, told: str, tmp_path: Path) -> None:
+    asked = {"seeds": [{"seed": 1, "plates": str(tmp_path)}], "runs": str(tmp_path / "runs"), **content}
+    with pytest.raises(RunError, match=told):
+        evaluated([], tmp_path / "results", read_grid(written(tmp_path / "grid.yaml", **asked)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_some_of_the_seeds_can_be_asked_for(tmp_path: Path) -> None:
+    seeds = [{"seed": number, "plates": "p"} for number in (1, 2, 3)]
+    grid = read_grid(written(tmp_path / "grid.yaml", seeds=seeds, runs="runs"))
+    assert [asked.seed for asked in grid.only([3, 1]).seeds] == [1, 3]
+    assert grid.only(None) == grid
+    with pytest.raises(RunError, match="no seed 4"):
+        grid.only([4])
+
+
+def test_the_proposed_grid_trains_every_network_with_one_budget() -> None:
+    grid = read_grid(ROOT / "benchmarks" / "science.yaml")
+    configs = [grid.config(grid.seeds[0], NETWORKS[way.network]) for way in grid.ways]
+    assert {way.network for way in grid.ways} == set(NETWORKS)
+    same = {replace(config, method="erm", context="controls", stop_gradient=False) for config in configs}
+    assert len(same) == 1
+    assert len({asked.test_lab for asked in grid.seeds}) == len(grid.seeds) == 3
+
+
+def test_what_is_no_yaml_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("methods: [erm", encoding="utf-8")
+    with pytest.raises(RunError, match=r"grid\.yaml is not YAML: [^\n]*$"):
+        read_grid(tmp_path / "grid.yaml")

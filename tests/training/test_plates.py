@@ -1,0 +1,136 @@
+"""Plates on disk: opened without being read, as they were fetched, or not at all."""
+
+import hashlib
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.errors import RunError
+from model.images import ImageRecipe
+from training.dataset import NO_LABEL
+from training.plates import (
+    PlateFiles,
+    StoredFiles,
+    StoredImages,
+    open_plates,
+    plate_table,
+    plates_recipe,
+    require_recipe,
+    verify_plates,
+)
+from training.simulate import CHANNELS, CLASSES
+
+
+@pytest.fixture
+def copy(fetched: Path, tmp_path: Path) -> Path:
+    shutil.copytree(fetched, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_plates_open_by_name_with_the_recipe_they_were_fetched_by(fetched: Path) -> None:
+    plates = open_plates(fetched, CLASSES)
+    assert len(plates) == 8
+    assert plates_recipe(fetched) == ImageRecipe(channels=CHANNELS, size=64, pixel_size_um=1.196)
+    assert set(plate_table(plates)["Metadata_Source"]) == {"simulated_01", "simulated_02"}
+    assert all(plate.plate == name and plate.images.shape[:2] == (25, 5) for name, plate in plates.items())
+
+
+def test_without_classes_names_are_there_and_labels_are_not(fetched: Path) -> None:
+    plate = next(iter(open_plates(fetched).values()))
+    assert set(plate.labels) == {NO_LABEL}
+    assert set(CLASSES) < set(plate.names)
+    again = plate.with_classes(CLASSES)
+    assert {CLASSES[number] for number in again.labels[again.treated]} == set(CLASSES)
+
+
+def test_every_planes_digest_is_known(fetched: Path) -> None:
+    plate = next(iter(open_plates(fetched).values()))
+    assert plate.digests.shape == (25, 5)
+    assert len(np.unique(plate.digests)) == 125
+    assert all(len(digest) == 64 for digest in plate.digests.flat)
+    again = StoredFiles(PlateFiles(fetched, plate.plate).sites, CHANNELS[1:2]).digests()
+    np.testing.assert_array_equal(again[:, 0], plate.digests[:, 1])
+    (place,) = plate.files.places([3], [1])
+    assert place.startswith("site 1 ")
+    assert hashlib.sha256(Path(place.removeprefix("site 1 ")).read_bytes()).hexdigest() == plate.digests[3, 1]
+
+
+def test_images_are_sent_to_workers_by_path(fetched: Path) -> None:
+    images = next(iter(open_plates(fetched).values())).images
+    rows = np.array([3, 1])
+    assert len(pickle.dumps(images)) < 1_000
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(images))[rows], images[rows])
+    np.testing.assert_array_equal(np.asarray(images)[rows], images[rows])
+
+
+def test_more_plates_may_be_read_than_files_may_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 100
+    for number in range(200):
+        np.save(tmp_path / f"{number}.npy", np.full((1, 1, 2, 2), number, np.uint8))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 150, limits[1]))
+    try:
+        found = [int(StoredImages(tmp_path / f"{number}.npy")[0].max()) for number in range(200)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == list(range(200))
+
+
+@pytest.mark.parametrize("barcode", ["..", "../up", "a/b", ".hidden", "plate 1"])
+def test_a_barcode_that_is_no_file_name_stays_in_the_folder(barcode: str, tmp_path: Path) -> None:
+    path = PlateFiles(tmp_path, barcode).images
+    assert path.parent == tmp_path
+    assert path.resolve().parent == tmp_path.resolve()
+    assert not path.name.startswith(".")
+
+
+def test_a_folder_without_plates_says_how_to_fetch_them(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="anchorwell-train fetch"):
+        open_plates(tmp_path)
+
+
+def test_files_that_are_not_as_recorded_are_all_named(copy: Path) -> None:
+    first, second, *_ = sorted(copy.glob("*.npy"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    with pytest.raises(RunError, match=rf"fetch them again:\n.*{first.name}\n.*{second.name}$"):
+        open_plates(copy)
+
+
+def test_a_changed_byte_is_found_by_verifying(copy: Path) -> None:
+    assert verify_plates(copy) == 8
+    images = next(copy.glob("*.npy"))
+    data = bytearray(images.read_bytes())
+    data[-1] ^= 1
+    images.write_bytes(data)
+    assert len(open_plates(copy)) == 8
+    with pytest.raises(RunError, match=images.name):
+        verify_plates(copy)
+
+
+def test_a_plate_of_another_version_is_refused(copy: Path) -> None:
+    path = next(copy.glob("*.plate.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(RunError, match="has format 99"):
+        open_plates(copy)
+
+
+def test_another_recipe_is_told_by_what_differs(fetched: Path) -> None:
+    with pytest.raises(RunError, match=r"another shrink \(it is 2, asked for is 3\)"):
+        require_recipe(fetched, replace(plates_recipe(fetched), shrink=3))
+    require_recipe(fetched, replace(plates_recipe(fetched), size=32, mean=(1.0,) * 5))
+
+
+def test_a_scale_taken_from_the_controls_belongs_to_one_size(tmp_path: Path) -> None:
+    recipe = ImageRecipe(channels=("DNA",), size=64, scaling="control-scale")
+    from training.plates import write_recipe
+
+    write_recipe(tmp_path, recipe)
+    with pytest.raises(RunError, match=r"another size \(it is 64, asked for is 32\)"):
+        require_recipe(tmp_path, replace(recipe, size=32))

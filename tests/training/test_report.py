@@ -1,0 +1,231 @@
+"""The report: its figures are the hand-computed ones, and it says what it cannot show."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from model.errors import LayoutError, RunError
+from tests.training import made_up
+from training.intervals import Resamples
+from training.metrics import share_of_gap_closed
+from training.report import calibration_by_batch, cannot_show, confusion, curve, gaps, reliability, scores, write_report
+from training.results import SETTINGS, Results, read_results
+
+ERM, OURS = ("erm", "source"), ("cs-arm-bn", "controls")
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    table = made_up.cells()
+    return Results(table, made_up.predictions(table))
+
+
+def whole(cells: pd.DataFrame, way: tuple[str, str], setting: str) -> pd.DataFrame:
+    """One method's default cells, picked by hand."""
+    rows = cells[(cells["method"] == way[0]) & (cells["context"] == way[1]) & (cells["setting"] == setting)]
+    return rows[(rows["controls"] == -1) & (rows["query_wells"] == -1) & (rows["alpha"] == math.inf) & ~rows["blended"]]
+
+
+def test_every_metric_is_the_mean_over_plates_and_seeds(results: Results) -> None:
+    found = scores(results, Resamples(draws=100)).set_index(["method", "context", "setting"])
+    assert len(found) == len(made_up.LEVELS) * len(SETTINGS)
+    for way in made_up.LEVELS:
+        for setting in SETTINGS:
+            rows, row = whole(results.cells, way, setting), found.loc[(*way, setting)]
+            for metric in ("image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier", "nll_before", "ece_before"):
+                assert row[metric] == pytest.approx(rows[metric].mean()), (way, setting, metric)
+            assert row["well_accuracy_low"] < row["well_accuracy"] < row["well_accuracy_high"]
+            batches = rows.groupby("batch")["well_accuracy"].mean()
+            assert row["behind"] == ("9, 3, 1" if setting == "new_lab" else "18, 6, 2")
+            assert row["worst_batch_accuracy"] == pytest.approx(batches.min())
+            assert row["worst_batch"].endswith(f"/{batches.idxmin()}")
+
+
+def test_the_share_of_the_gap_closed_is_what_the_tables_were_made_with(results: Results) -> None:
+    found = gaps(results, Resamples()).set_index(["method", "setting"])
+    assert "in_domain" not in found.index.get_level_values("setting")
+    for setting in ("new_batch", "new_lab"):
+        means = {way: {s: whole(results.cells, way, s)["well_accuracy"].mean() for s in SETTINGS} for way in (ERM, OURS)}
+        row = found.loc["cs-arm-bn", setting]
+        assert row["well_gain"] == pytest.approx(means[OURS][setting] - means[ERM][setting])
+        expected = share_of_gap_closed(means[OURS][setting], means[ERM][setting], means[ERM]["in_domain"])
+        assert row["well_share"] == pytest.approx(expected)
+        assert row["image_share"] == pytest.approx(expected), "per image all are 0.05 lower"
+        true = (made_up.LEVELS[OURS][setting] - made_up.LEVELS[ERM][setting]) / (0.9 - made_up.LEVELS[ERM][setting])
+        assert row["well_share_low"] < true < row["well_share_high"]
+        assert found.loc["null: majority", setting]["well_share"] < 0
+
+
+def test_gains_are_taken_over_the_plates_that_both_have(results: Results) -> None:
+    absent = whole(results.cells, OURS, "new_lab")["plate"].iloc[0]
+    both = results.cells[results.cells["plate"] != absent]
+    cells = results.cells[(results.cells["plate"] != absent) | (results.cells["method"] != "cs-arm-bn")]
+    ours, erm = (whole(both, way, "new_lab")["well_accuracy"].mean() for way in (OURS, ERM))
+    found = gaps(Results(cells), Resamples(draws=50)).set_index(["method", "setting"])
+    assert found.loc[("cs-arm-bn", "new_lab"), "well_gain"] == pytest.approx(ours - erm)
+    assert erm != pytest.approx(whole(cells, ERM, "new_lab")["well_accuracy"].mean())
+
+
+def test_the_curve_of_controls_shows_blended_beside_plain_and_erm_as_a_level(results: Results) -> None:
+    found = curve(results, Resamples(draws=50), "controls")
+    assert found is not None
+    assert found.fixed == {"query_wells": -1.0, "alpha": math.inf}
+    rows = found.rows[found.rows["setting"] == "new_lab"]
+    ours = rows[rows["method"] == "cs-arm-bn"].set_index(["blended", "x"])["value"]
+    assert set(ours[False].index) == {1, 2, 4, 8, 16, -1}
+    assert set(ours[True].index) == {0, 1, 2, 4, 8, 16, -1}
+    assert ours[False, -1] - ours[False, 1] == pytest.approx(0.2)
+    assert ours[True, 1] - ours[False, 1] == pytest.approx(0.15)
+    assert rows[rows["method"] == "erm"]["x"].tolist() == [-1]
+    assert rows[rows["method"] == "null: intensity"]["x"].tolist() == [-1]
+    assert "instancenorm" not in set(rows["method"])
+
+
+def test_label_shift_is_shown_at_the_query_size_at_which_it_was_varied(results: Results) -> None:
+    found = curve(results, Resamples(draws=50), "alpha")
+    assert found is not None
+    assert found.fixed == {"controls": -1.0, "query_wells": made_up.SHIFTED_QUERY}
+    arm = found.rows[(found.rows["method"] == "arm-bn") & (found.rows["setting"] == "in_domain")].set_index("x")["value"]
+    assert arm[math.inf] - arm[0.0] == pytest.approx(0.6)
+    ours = found.rows[(found.rows["method"] == "cs-arm-bn") & (found.rows["setting"] == "in_domain")]["value"]
+    assert np.ptp(ours) == pytest.approx(0)
+
+
+def test_nothing_varied_is_no_curve(results: Results) -> None:
+    assert curve(Results(results.default), Resamples(draws=50), "query_wells") is None
+
+
+def test_reliability_counts_wells_by_confidence(results: Results) -> None:
+    assert results.predictions is not None
+    found = reliability(results, Resamples(draws=100))
+    mine = found[(found["method"] == "cs-arm-bn") & (found["setting"] == "new_lab")].set_index("bin")
+    rows = results.predictions
+    rows = rows[(rows["method"] == "cs-arm-bn") & (rows["setting"] == "new_lab")]
+    right = rows["called"] == rows["label"]
+    confident = rows.filter(like="p:").max(axis=1)
+    assert mine.index.tolist() == [6, 9]
+    for number, level in ((6, 0.65), (9, 0.95)):
+        chosen = np.isclose(confident, level)
+        assert mine.loc[number, "confidence"] == pytest.approx(level)
+        assert mine.loc[number, "value"] == pytest.approx(right[chosen].mean())
+        assert mine.loc[number, "wells"] == chosen.sum()
+
+
+def test_calibration_is_told_by_batch_before_and_after_and_pooled(results: Results) -> None:
+    assert results.predictions is not None
+    found = calibration_by_batch(results, ERM)
+    assert len(found) == 6 + 6 + 3
+    rows = whole(results.cells, ERM, "new_lab")
+    for _, row in found[found["setting"] == "new_lab"].iterrows():
+        own = rows[rows["batch"] == row["batch"]]
+        assert row["plates"] == 3
+        for name in ("ece_before", "ece", "nll_before", "nll"):
+            assert row[name] == pytest.approx(own[name].mean())
+        wells = results.predictions[
+            (results.predictions["batch"] == row["batch"]) & (results.predictions["method"] == "erm")
+        ]
+        right, confident = wells["called"] == wells["label"], wells.filter(like="p:").max(axis=1)
+        by_level = right.groupby(confident.round(6)).agg(["mean", "size"])
+        expected = (np.abs(by_level["mean"] - by_level.index) * by_level["size"]).sum() / len(wells)
+        assert row["pooled_ece"] == pytest.approx(expected)
+
+
+def test_confusions_count_every_well_once(results: Results) -> None:
+    assert results.predictions is not None
+    found = confusion(results, OURS, "new_lab")
+    rows = results.predictions
+    rows = rows[(rows["method"] == "cs-arm-bn") & (rows["setting"] == "new_lab")]
+    assert found.to_numpy().sum() == len(rows)
+    assert found.loc["alpha", "beta"] == ((rows["label"] == "alpha") & (rows["called"] == "beta")).sum()
+    assert found.index.tolist() == found.columns.tolist() == list(made_up.CLASSES)
+
+
+def test_what_cannot_be_shown_is_said() -> None:
+    table = made_up.cells(seeds=1, batches=1, each=2)
+    table = table[(table["setting"] != "new_lab") & (table["method"] != "erm") & ~table["method"].str.startswith("null")]
+    told = " ".join(cannot_show(Results(table.assign(lab="simulated_01"))))
+    for words in (
+        "simulated",
+        "one lab (simulated_01)",
+        "Not scored: new lab",
+        "One seed",
+        "No null",
+        "Unadapted ERM was not",
+    ):
+        assert words in told
+    assert "so few" in " ".join(cannot_show(Results(table)))
+    many = made_up.cells(batches=6)
+    many["lab"] = many["batch"].str[-1] + many["lab"]
+    assert cannot_show(Results(many)) == []
+
+
+def test_a_report_has_every_plot_and_nulls_in_every_table_of_methods(tmp_path: Path) -> None:
+    folder = made_up.write(tmp_path / "results")
+    path = write_report(folder, tmp_path / "report")
+    text = path.read_text(encoding="utf-8")
+    pictures = ("accuracy", "controls", "alpha", "query_wells", "reliability", "calibration", "confusion", "embedding")
+    for name in pictures:
+        assert f"({name}.png)" in text
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for section in (
+        "### In domain",
+        "### New batches",
+        "### New lab",
+        "## Domain gap",
+        "## Control wells",
+        "## Label shift",
+    ):
+        table = text.split(section)[1].split("\n#")[0]
+        assert "null: majority" in table, section
+        assert ("erm (unadapted)" in table) is (section != "## Domain gap"), section
+    assert "18 plates, 6 batches, 2 labs, 2 seeds" in text
+
+
+def test_cells_alone_are_reported_and_cost_beside_them(tmp_path: Path) -> None:
+    made_up.cells(seeds=1).to_parquet(tmp_path / "cells.parquet", index=False)
+    row = {"way": "forward", "needs": "nothing", "flops": 2e9, "seconds": 1.0, "seconds_low": 0.9, "seconds_high": 1.1,
+           "kept_bytes": 0, "peak_bytes": 3e8, "added_bytes": 1e8}  # fmt: skip
+    measure = {**row, "way": "measure", "needs": "controls", "flops": 5e8, "seconds": 0.3}
+    work = {
+        "spec": {"depth": 18, "width": 8, "channels": 5},
+        "size": 64,
+        "treated": 4,
+        "controls": 2,
+        "minibatch": 2,
+        "steps": 9,
+    }
+    cost = {"workload": work, "rounds": 3, "machine": {"processor": "x", "cores": 2, "threads": 1, "torch": "2"}}
+    (tmp_path / "cost.json").write_text(json.dumps({**cost, "rows": [row, measure]}))
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    assert "| measure | controls | 0.5 | 0.25 | 0.30 (0.90 to 1.10) | 0.30 |" in text
+    assert "reliability.png" not in text
+    assert not (tmp_path / "report" / "confusion.png").exists()
+
+
+def test_more_tables_of_a_folder_are_read_together(tmp_path: Path) -> None:
+    table = made_up.cells(seeds=1)
+    table.to_parquet(tmp_path / "cells.parquet", index=False)
+    table[table["method"] == "erm"].assign(method="tvn", context="dino").to_parquet(
+        tmp_path / "cells-dino.parquet", index=False
+    )
+    assert ("tvn", "dino") in read_results(tmp_path).ways()
+
+
+def test_tables_that_do_not_hold_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no cells\.parquet"):
+        read_results(tmp_path)
+    table = made_up.cells(seeds=1)
+    path = tmp_path / "cells.parquet"
+    for wrong, error in (
+        (table.drop(columns=["brier", "lab"]), r"cells\.parquet lacks the columns lab, brier"),
+        (table.assign(setting="elsewhere"), "setting 'elsewhere'"),
+        (pd.concat([table, table.head(1)]), "is scored twice for erm"),
+        (table.head(0), "has no row"),
+    ):
+        wrong.to_parquet(path, index=False)
+        with pytest.raises(LayoutError, match=error):
+            read_results(tmp_path)

@@ -1,0 +1,370 @@
+"""Embedding baselines: any network's wells, made comparable between plates by their controls, then logistic regression.
+
+Takes a table in pycytominer's shape, one row a well: ``Metadata_*`` columns and numeric features, of any origin, so that
+foundation models are compared without their weights. Knows nothing of images or of this project's networks.
+
+embedding-raw     features as they are, scaled by the training wells
+embedding-zscore  each plate's features in standard deviations from its own controls
+tvn               typical variation normalisation (Ando et al. 2017): scale and PCA fitted on all controls, then each batch
+                  centred on its controls and whitened by (covariance of its controls + 0.5 I)^(-1/2)
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from model.errors import LayoutError, NoControlsError
+from model.layout import parse_well, well_position
+from training.metrics import accuracy, calibrated, macro_f1
+from training.results import ALL, NULL, PROBABILITY, SETTINGS, grouped
+
+METADATA = "Metadata_"
+TRAIN = "train"
+TVN_RIDGE = 0.5
+_NETWORK = ("Metadata_method", "Metadata_context", "Metadata_seed")
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table's columns are called, and which value marks a negative control.
+
+    ``batch`` is what TVN whitens by; z-scores are always by plate.
+    """
+
+    label: str = "Metadata_label"
+    control: str = "Metadata_pert_type"
+    control_value: str = "negcon"
+    setting: str = "Metadata_setting"
+    lab: str = "Metadata_Source"
+    batch: str = "Metadata_Batch"
+    plate: str = "Metadata_Plate"
+    well: str = "Metadata_Well"
+
+
+@dataclass(frozen=True, eq=False)
+class Wells:
+    """Wells of one network: features (wells, dim) and, of each well, what ``about`` says.
+
+    ``about`` has the columns lab, batch, plate, well, setting, label and control; ``name`` and ``seed`` tell the network.
+    """
+
+    name: str
+    seed: int
+    features: Float
+    about: pd.DataFrame
+
+    @property
+    def controls(self) -> NDArray[np.bool_]:
+        """Which wells are negative controls."""
+        return self.about["control"].to_numpy(bool)
+
+    def where(self, setting: str) -> NDArray[np.int64]:
+        """Treated wells with a class, of one setting."""
+        chosen = ~self.controls & (self.about["label"] != "") & (self.about["setting"] == setting)
+        return np.flatnonzero(chosen)
+
+    def at(self, row: int) -> str:
+        """Name a well in a message."""
+        about = self.about.iloc[row]
+        return f"plate {about['plate']} well {about['well']}"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def features_of(table: pd.DataFrame) -> list[str]:
+    """Columns that hold features: all that are not ``Metadata_*``."""
+    return [str(name) for name in table.columns if not str(name).startswith(METADATA)]
+
+
+def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[str] = ()) -> list[Wells]:
+    """Read a table (.parquet or .csv): the wells of every network in it, which are named by its method, context and seed.
+
+    ``train_batches`` says which batches train where no setting column does; other batches of their labs are then
+    ``new_batch``, other labs ``new_lab``.
+
+    Raises:
+        LayoutError: a column is absent or not numeric, a feature is not finite, a well is there twice, or training and test
+            share a plate, a batch that should be new, a lab that should be new, or a row.
+    """
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={columns.plate: str})
+    keys = [key for key in _NETWORK if key in table]
+    groups = list(grouped(table, keys)) if keys else [((), table)]
+    return [_wells(path, _name(name, keys, key), _seed(keys, key), part, columns, train_batches) for key, part in groups]
+
+
+def _name(name: str, keys: Sequence[str], key: tuple[Any, ...]) -> str:
+    parts = [str(value) for column, value in zip(keys, key, strict=True) if column != "Metadata_seed"]
+    return " ".join([name, *parts]).strip()
+
+
+def _seed(keys: Sequence[str], key: tuple[Any, ...]) -> int:
+    return int(dict(zip(keys, key, strict=True)).get("Metadata_seed", 0))
+
+
+def _wells(path: Path, name: str, seed: int, table: pd.DataFrame, columns: Columns, train_batches: Sequence[str]) -> Wells:
+    needed = [columns.label, columns.control, columns.lab, columns.batch, columns.plate, columns.well]
+    absent = [column for column in needed if column not in table]
+    if absent:
+        raise LayoutError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(map(str, table.columns))[:300]}")
+    about = pd.DataFrame({
+        "lab": table[columns.lab].astype(str), "batch": table[columns.batch].astype(str),
+        "plate": table[columns.plate].astype(str), "well": table[columns.well].astype(str),
+        "label": table[columns.label].fillna("").astype(str),
+        "control": table[columns.control].astype(str) == columns.control_value,
+    }).reset_index(drop=True)  # fmt: skip
+    about["setting"] = _settings(path, table, about, columns, train_batches)
+    if not about["control"].any():
+        values = ", ".join(sorted(set(table[columns.control].astype(str)))[:8])
+        raise NoControlsError(f"{path}: no well has {columns.control} {columns.control_value!r}; there are {values}")
+    wells = Wells(name, seed, _features(path, table, about), about)
+    _check(path, wells)
+    return wells
+
+
+def _features(path: Path, table: pd.DataFrame, about: pd.DataFrame) -> Float:
+    names = [name for name in features_of(table) if not table[name].isna().all()]  # other networks' features
+    words = [name for name in names if not pd.api.types.is_numeric_dtype(table[name])]
+    if words or not names:
+        raise LayoutError(f"{path}: " + (f"the feature {words[0]!r} is no number" if words else "there are no features"))
+    features = table[names].to_numpy(np.float64)
+    bad = np.argwhere(~np.isfinite(features))
+    if len(bad):
+        row, column = bad[0]
+        place = f"plate {about['plate'][row]} well {about['well'][row]}"
+        raise LayoutError(f"{path}: {len(bad)} features are not finite, the first {names[column]!r} of {place}: drop such "
+                          "columns or impute them (pycytominer.feature_select, operation drop_na_columns)")  # fmt: skip
+    return features
+
+
+def _settings(
+    path: Path, table: pd.DataFrame, about: pd.DataFrame, columns: Columns, train_batches: Sequence[str]
+) -> Sequence[str]:
+    if train_batches:
+        unknown = sorted(set(train_batches) - set(about["batch"]))
+        if unknown:
+            raise LayoutError(
+                f"{path} has no batch {', '.join(unknown)}; it has {', '.join(sorted(set(about['batch'])))[:300]}"
+            )
+        trains = about["batch"].isin(train_batches)
+        labs = set(about.loc[trains, "lab"])
+        return [TRAIN if train else "new_batch" if lab in labs else "new_lab"
+                for train, lab in zip(trains, about["lab"], strict=True)]  # fmt: skip
+    if columns.setting not in table:
+        raise LayoutError(f"{path} has no column {columns.setting} that says which wells train: name training batches")
+    settings = table[columns.setting].astype(str).tolist()
+    unknown = sorted(set(settings) - {TRAIN, *SETTINGS})
+    if unknown:
+        raise LayoutError(f"{path}: {columns.setting} is {unknown[0]!r}; known are {TRAIN}, {', '.join(SETTINGS)}")
+    return settings
+
+
+def _check(path: Path, wells: Wells) -> None:
+    """Refuse what would let a test plate be known from training."""
+    about = wells.about
+    twice = about[about.duplicated(["lab", "batch", "plate", "well"])]
+    if not twice.empty:
+        raise LayoutError(f"{path}: {wells.at(int(twice.index[0]))} has two rows: aggregate sites to wells first "
+                          "(pycytominer.aggregate)")  # fmt: skip
+    train = about["setting"] == TRAIN
+    if not train.any() or train.all():
+        raise LayoutError(f"{path}: {wells.name or 'the table'} has {'no' if train.all() else 'only'} wells to test on; "
+                          "both training and test wells are needed")  # fmt: skip
+    for level, settings in (
+        (("lab", "batch", "plate"), set(SETTINGS)), (("lab", "batch"), {"new_batch", "new_lab"}), (("lab",), {"new_lab"}),
+    ):  # fmt: skip
+        tests = about[about["setting"].isin(settings)]
+        shared = set(about.loc[train, list(level)].itertuples(index=False, name=None))
+        leaked = sorted(shared & set(tests[list(level)].itertuples(index=False, name=None)))
+        if leaked:
+            place = f"{level[-1]} {leaked[0][-1]}" + (f" of lab {leaked[0][0]}" if len(level) > 1 else "")
+            raise LayoutError(f"{path}: {place} is in training and in the test")
+    known = {row.tobytes(): number for number, row in enumerate(wells.features) if train[number]}
+    for number in np.flatnonzero(~train):
+        same = known.get(wells.features[number].tobytes())
+        if same is not None:
+            raise LayoutError(f"{path}: {wells.at(int(number))} has the features of {wells.at(same)}, which trains")
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def raw(wells: Wells) -> Float:
+    """Features in standard deviations of the training wells."""
+    scaler = StandardScaler().fit(wells.features[wells.where(TRAIN)])
+    scaled: Float = scaler.transform(wells.features)
+    return scaled
+
+
+def zscore(wells: Wells) -> Float:
+    """Features in standard deviations from each plate's controls; as ``pycytominer.normalize`` with ``standardize``.
+
+    Raises:
+        NoControlsError: a plate has no control.
+    """
+    scaled = np.empty_like(wells.features)
+    for name, part in grouped(wells.about, ("lab", "batch", "plate")):
+        rows = part.index.to_numpy()
+        controls = rows[wells.controls[rows]]
+        if not len(controls):
+            raise NoControlsError(f"plate {name[-1]} of batch {name[1]} has no control well to be held against")
+        scaled[rows] = StandardScaler().fit(wells.features[controls]).transform(wells.features[rows])
+    return scaled
+
+
+def tvn(wells: Wells) -> Float:
+    """Typical variation normalisation; see the module's docstring.
+
+    Scale and PCA see the controls of test batches too, as published; neither sees a treated well of them, or a label.
+
+    Raises:
+        NoControlsError: a batch has fewer than two controls: no covariance.
+    """
+    controls = wells.features[wells.controls]
+    scaler = StandardScaler().fit(controls)
+    components: Float = PCA().fit(scaler.transform(controls)).transform(scaler.transform(wells.features))
+    for name, part in grouped(wells.about, ("lab", "batch")):
+        rows = part.index.to_numpy()
+        own = components[rows[wells.controls[rows]]]
+        if len(own) < 2:  # noqa: PLR2004 (a covariance)
+            raise NoControlsError(f"batch {name[1]} of lab {name[0]} has {len(own)} control wells; TVN needs two or more")
+        components[rows] = (components[rows] - own.mean(axis=0)) @ _inverse_root(np.atleast_2d(np.cov(own, rowvar=False)))
+    return components
+
+
+def _inverse_root(covariance: Float) -> Float:
+    values, vectors = np.linalg.eigh(covariance + TVN_RIDGE * np.eye(len(covariance)))
+    root: Float = (vectors / np.sqrt(values)) @ vectors.T
+    return root
+
+
+NORMALISATIONS: MappingProxyType[str, Callable[[Wells], Float]] = MappingProxyType(
+    {
+        "embedding-raw": raw,
+        "embedding-zscore": zscore,
+        "tvn": tvn,
+    }
+)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train on the training wells, call the others: cells and predictions (see ``training.results``), nulls beside.
+
+    Logistic regression has its default penalty everywhere: nothing is chosen on test plates. There is one row a well, so
+    accuracy per image is not known, and no temperature is fitted.
+
+    Raises:
+        LayoutError: fewer than two classes to learn, or a test well of a class that training does not have.
+        NoControlsError: see ``zscore`` and ``tvn``.
+    """
+    train = wells.where(TRAIN)
+    classes = sorted(set(wells.about["label"].iloc[train]))
+    if len(classes) < 2:  # noqa: PLR2004 (a classifier)
+        raise LayoutError(f"the training wells of {wells.name or 'the table'} have {len(classes)} labels; two are needed")
+    tests = np.concatenate([wells.where(setting) for setting in SETTINGS])
+    for row in tests:
+        if wells.about["label"][row] not in classes:
+            raise LayoutError(f"{wells.at(int(row))} is of class {wells.about['label'][row]!r}, which no training well has")
+    numbers = np.array([classes.index(label) if label in classes else -1 for label in wells.about["label"]])
+    answers = {name: _probabilities(normalise(wells), numbers, train, tests) for name, normalise in NORMALISATIONS.items()}
+    shares = np.bincount(numbers[train]) / len(train)
+    answers[f"{NULL}majority"] = np.tile(shares, (len(tests), 1))
+    answers[f"{NULL}position"] = _probabilities(_positions(wells), numbers, train, tests)
+    tables = [_tables(wells, method, tests, found, classes, numbers) for method, found in answers.items()]
+    return pd.concat([cells for cells, _ in tables]), pd.concat([predictions for _, predictions in tables])
+
+
+def _probabilities(features: Float, numbers: NDArray[np.int64], train: NDArray[np.int64], tests: NDArray[np.int64]) -> Float:
+    model = LogisticRegression(max_iter=5000).fit(features[train], numbers[train])
+    return np.asarray(model.predict_proba(features[tests]), np.float64)
+
+
+def _positions(wells: Wells) -> Float:
+    """Row and column of each well and their squares, in standard deviations."""
+    places = np.array([well_position(parse_well(well)) for well in wells.about["well"]], np.float64)
+    scaled: Float = StandardScaler().fit_transform(np.concatenate([places, places**2], axis=1))
+    return scaled
+
+
+def _tables(
+    wells: Wells, method: str, tests: NDArray[np.int64], probabilities: Float, classes: list[str], numbers: NDArray[np.int64]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    who: dict[str, Any] = {"method": method, "context": wells.name or "-", "seed": wells.seed}
+    about = wells.about.iloc[tests].reset_index(drop=True)
+    predictions = about[["setting", "lab", "batch", "plate", "well", "label"]].assign(**who)
+    predictions["called"] = [classes[number] for number in probabilities.argmax(axis=1)]
+    predictions[[f"{PROBABILITY}{name}" for name in classes]] = probabilities
+    rows = []
+    for key, part in grouped(about, ("setting", "lab", "batch", "plate")):
+        found, labels = probabilities[part.index], numbers[tests][part.index]
+        calibration = calibrated(found, labels)
+        same = {"nll": calibration.nll, "ece": calibration.ece, "brier": calibration.brier}
+        rows.append({
+            **who, **dict(zip(("setting", "lab", "batch", "plate"), key, strict=True)),
+            "controls": ALL, "query": ALL, "query_wells": ALL, "alpha": np.inf, "blended": False,
+            "images": 0, "wells": len(part),
+            "image_accuracy": np.nan, "well_accuracy": accuracy(found, labels), "macro_f1": macro_f1(found, labels),
+            **same, "temperature": 1.0, **{f"{name}_before": value for name, value in same.items()},
+        })  # fmt: skip
+    return pd.DataFrame(rows), predictions
+
+
+def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_batches: Sequence[str] = ()) -> pd.DataFrame:
+    """Evaluate a table's embeddings into the results folder ``out``, beside what lies there; returns the cells.
+
+    Raises:
+        ValueError: a name that is no part of a file's name.
+        LayoutError, NoControlsError: see ``read_wells`` and ``evaluate_embeddings``.
+    """
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"an embedding's name has letters, digits, dots, dashes and underscores, not {name!r}")
+    tables = [evaluate_embeddings(wells) for wells in read_wells(path, name, columns, train_batches)]
+    cells = pd.concat([found for found, _ in tables], ignore_index=True)
+    predictions = pd.concat([found for _, found in tables], ignore_index=True)
+    out.mkdir(parents=True, exist_ok=True)
+    suffix = f"embedding-{name}" if name else "embedding"
+    cells.to_parquet(out / f"cells-{suffix}.parquet", index=False)
+    predictions.to_parquet(out / f"predictions-{suffix}.parquet", index=False)
+    return cells
+
+
+# --- structure -------------------------------------------------------------------------------------------------------
+
+
+def variance_shares(table: pd.DataFrame) -> tuple[float, float]:
+    """Share of the variance of embeddings that lies between classes (treated wells) and between batches (controls).
+
+    Adjusted for the number of groups, so that groups that mean nothing give 0 on average.
+    """
+    controls = table["Metadata_pert_type"] == "negcon"
+    treated = table[~controls & (table["Metadata_label"].fillna("") != "")]
+    batches = [name for name in ("Metadata_Source", "Metadata_Batch") if name in table]
+    return _between(treated, ["Metadata_label"]), _between(table[controls], batches)
+
+
+def _between(table: pd.DataFrame, by: list[str]) -> float:
+    features = table[features_of(table)].to_numpy(np.float64)
+    groups = table.groupby(by).ngroup().to_numpy()
+    free = len(table) - len(set(groups))
+    if len(set(groups)) < 2 or free < 1:  # noqa: PLR2004 (something to compare)
+        return np.nan
+    within = sum(
+        np.square(features[groups == group] - features[groups == group].mean(axis=0)).sum() for group in set(groups)
+    )
+    total = np.square(features - features.mean(axis=0)).sum()
+    return float(1 - (within / free) / (total / (len(table) - 1)))

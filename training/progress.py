@@ -1,0 +1,155 @@
+"""What a run leaves behind as it goes: its checkpoints, one table of metrics, and when it stops early.
+
+A run that is killed at any moment is gone on with from ``last.ckpt``, which is whole or not there. Knows nothing of
+networks and plates.
+"""
+
+import io
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from model.errors import RunError
+from training.plates import write_whole
+
+BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"
+RESUMABLE = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch")
+_PARTIAL = ".*.partial"
+_COLUMNS = ("step", "train_loss", "val_loss", "val_well_accuracy")
+
+
+def read_checkpoint(path: Path, needed: tuple[str, ...] = ("state_dict",)) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        RunError: it is not there, was cut short, or lacks what is ``needed``.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} is not there: the run has no validated network yet")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{path} is no whole checkpoint ({reason[:200]}): {_NEXT}") from None
+    absent = [name for name in needed if name not in stored] if isinstance(stored, dict) else list(needed)
+    if absent:
+        raise RunError(f"{path} is no checkpoint to go on from, it lacks {', '.join(absent)}: {_NEXT}")
+    return dict(stored)
+
+
+_NEXT = "put a whole one in its place, or delete it to begin the run anew"
+
+
+def require_weights(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint's weights are of the network that is to be trained.
+
+    Raises:
+        RunError: they are not; names the first that differs.
+    """
+    for name in sorted({*stored, *expected}):
+        found, asked = (tuple(state[name].shape) if name in state else "absent" for state in (stored, expected))
+        if found != asked:
+            raise RunError(f"{path} is of another network: {name} is {found}, expected {asked}: {_NEXT}")
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then moves it there: what lies there is always whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
+        """Write; a disk that is full leaves the checkpoint before this one."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_whole(place, content.getvalue())
+        except OSError:
+            sweep(place.parent)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes that were cut short left in a folder."""
+    for left in folder.glob(_PARTIAL):
+        left.unlink()
+
+
+class Checkpoints(Checkpoint):
+    """After every validation: ``best.ckpt``, the weights of the lowest loss so far, and ``last.ckpt``, to go on from."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.lowest = math.inf
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        loss = float(trainer.callback_metrics["val_loss"])
+        if loss < self.lowest:
+            self.lowest = loss
+            trainer.save_checkpoint(self.run / BEST, weights_only=True)
+        trainer.save_checkpoint(self.run / LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lowest = float(state_dict["lowest"])
+
+
+class Stopping(EarlyStopping):
+    """Stops when the validation loss has not fallen for ``patience`` validations, also a run resumed after the last one."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", patience=patience)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+class MetricsTable(Callback):
+    """``metrics.csv``: one row an optimiser step, with the validation's results where one followed it.
+
+    A resumed run cuts off what was written after its checkpoint and goes on below.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS
+        self.step = 0
+        self.row: list[str] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, "".join([",".join(_COLUMNS) + "\n", *_rows_until(self.path, self.step)]).encode())
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step > self.step:
+            self._write(trainer)
+            self.step = trainer.global_step
+            self.row = [str(self.step), repr(float(trainer.callback_metrics["train_loss"])), "", ""]
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self.row[2:] = [repr(float(trainer.callback_metrics[name])) for name in _COLUMNS[2:]]
+        self._write(trainer)
+
+    def _write(self, trainer: lightning.Trainer) -> None:
+        if self.row and trainer.is_global_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(",".join(self.row) + "\n")
+        self.row = []
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+    """Return a table's rows up to a step; the last line of a killed run may be torn."""
+    if not path.is_file():
+        return []
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    return [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]

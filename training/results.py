@@ -1,0 +1,156 @@
+"""Results: the tidy tables that evaluation wrote, read and checked, and the parts of them that figures are taken from.
+
+A results folder holds ``cells.parquet`` (a row a plate and cell of the grid), ``predictions.parquet`` (a row a treated well)
+and ``embeddings.parquet`` (a row a well); files beside them whose names go on after a dash, such as
+``cells-openphenom.parquet``, hold more rows. ``cost.json`` is what ``training.cost`` wrote.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from model.errors import LayoutError, RunError
+
+SETTINGS = {"in_domain": "in domain", "new_batch": "new batches", "new_lab": "new lab"}
+"""Settings in order, as they are called in print."""
+KEYS = ("method", "context", "setting", "seed", "lab", "batch", "plate")
+AXES = ("controls", "query_wells", "alpha", "blended")
+METRICS = ("image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier")
+BEFORE = ("nll_before", "ece_before", "brier_before")
+CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
+PREDICTION_COLUMNS = (*KEYS, "well", "label", "called")
+PROBABILITY = "p:"
+ALL = -1
+NULL = "null: "
+UNADAPTED = ("erm", "source")
+"""What a lab would otherwise use: an ordinary network with its running statistics."""
+FOCUS = ("cs-arm-bn", "controls")
+
+Way = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The tables of a results folder; None for those that are not there."""
+
+    cells: pd.DataFrame
+    predictions: pd.DataFrame | None = None
+    embeddings: pd.DataFrame | None = None
+    cost: dict[str, Any] | None = None
+
+    @property
+    def default(self) -> pd.DataFrame:
+        """Cells with all controls, all treated wells sent together, no label shift and no blending."""
+        cells = self.cells
+        whole = (cells["controls"] == ALL) & (cells["query_wells"] == ALL) & np.isinf(cells["alpha"]) & ~cells["blended"]
+        found: pd.DataFrame = cells.loc[whole]
+        return found
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings there are, in order."""
+        return [name for name in SETTINGS if name in set(self.cells["setting"])]
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the plates say that they were simulated."""
+        names = pd.unique(self.cells[["lab", "batch", "plate"]].astype(str).to_numpy().ravel())
+        return any("simul" in name.lower() for name in names)
+
+    def ways(self) -> list[Way]:
+        """Methods with their contexts: unadapted ERM first, nulls last, the others as they come."""
+        return sorted(ways_of(self.cells), key=lambda way: (way[0].startswith(NULL), way != UNADAPTED))
+
+
+def read_results(folder: Path) -> Results:
+    """Read a results folder.
+
+    Raises:
+        RunError: there is no table of cells.
+        LayoutError: a table lacks a column, has a setting that is not known, or scores a plate twice.
+    """
+    cells = _read(folder, "cells", CELL_COLUMNS)
+    if cells is None:
+        raise RunError(f"{folder} has no cells.parquet: evaluate first, or name the folder that evaluation wrote")
+    if cells.empty:
+        raise LayoutError(f"{folder}/cells.parquet has no row")
+    unknown = sorted(set(cells["setting"]) - set(SETTINGS))
+    if unknown:
+        raise LayoutError(f"cells.parquet has the setting {unknown[0]!r}; known are {', '.join(SETTINGS)}")
+    twice = cells[cells.duplicated([*KEYS, *AXES])]
+    if not twice.empty:
+        row = twice.iloc[0]
+        raise LayoutError(f"plate {row['plate']} is scored twice for {way_name((row['method'], row['context']))}, "
+                          f"{row['setting']}, seed {row['seed']}: two runs wrote into {folder}")  # fmt: skip
+    cost = folder / "cost.json"
+    return Results(
+        cells=cells.astype({"blended": bool, "alpha": float}),
+        predictions=_read(folder, "predictions", PREDICTION_COLUMNS),
+        embeddings=_read(folder, "embeddings", ("Metadata_Plate", "Metadata_method", "Metadata_label")),
+        cost=json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else None,
+    )
+
+
+def _read(folder: Path, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
+    paths = [folder / f"{name}.parquet", *sorted(folder.glob(f"{name}-*.parquet"))]
+    tables = []
+    for path in paths:
+        if not path.is_file():
+            continue
+        table = pd.read_parquet(path)
+        absent = [column for column in columns if column not in table]
+        if absent:
+            raise LayoutError(f"{path} lacks the columns {', '.join(absent)}")
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else None
+
+
+def way_name(way: Way) -> str:
+    """Name a method and its context in print: without the context where the method's name says it."""
+    method, context = way
+    if way == UNADAPTED:
+        return f"{method} (unadapted)"
+    return method if context == "-" or method.endswith(f"-{context}") else f"{method} ({context})"
+
+
+def ways_of(rows: pd.DataFrame) -> list[Way]:
+    """Methods with their contexts, in the order of the rows."""
+    return list(dict.fromkeys(zip(rows["method"], rows["context"], strict=True)))
+
+
+def of_way(rows: pd.DataFrame, way: Way) -> pd.DataFrame:
+    """Rows of one method and context."""
+    return rows[(rows["method"] == way[0]) & (rows["context"] == way[1])]
+
+
+def grouped(table: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Parts of a table that agree in columns, in the order of the values."""
+    for key, part in table.groupby(list(by)):
+        yield (key if isinstance(key, tuple) else (key,)), part
+
+
+def classes_of(predictions: pd.DataFrame) -> list[str]:
+    """The classes that a table of predictions has probabilities of, in order."""
+    return [str(name).removeprefix(PROBABILITY) for name in predictions if str(name).startswith(PROBABILITY)]
+
+
+def places_of(rows: pd.DataFrame) -> list[tuple[str, ...]]:
+    """The different plates of rows, each as (lab, batch, plate)."""
+    return sorted(set(zip(*(rows[level] for level in ("lab", "batch", "plate")), strict=True)))
+
+
+def extent(rows: pd.DataFrame) -> str:
+    """How much stands behind a figure: plates, batches, labs and seeds."""
+    places = places_of(rows)
+    counts = {
+        ("plate", "plates"): len(places),
+        ("batch", "batches"): len({place[:2] for place in places}),
+        ("lab", "labs"): len({place[:1] for place in places}),
+        ("seed", "seeds"): len(set(rows["seed"])),
+    }
+    return ", ".join(f"{count} {one if count == 1 else many}" for (one, many), count in counts.items())
