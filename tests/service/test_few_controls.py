@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from model.images import finish_site
 from service.audit import entries
 from service.records import Commit
 from tests.service.conftest import running, wait_until
@@ -46,7 +47,8 @@ def test_the_statistics_are_those_of_the_kept_controls_mixed_with_source(wells, 
     sent(client, CONTROL_WELLS[:wells])
     prediction = predicted(client, ["E05"], **BLENDED)
     kept = store.adaptation("P1", bundle.digest, prediction["statistics_id"]).statistics
-    images = np.stack([store.image(store.batch("P1"), key) for key in store.batch("P1").controls][: 2 * wells]).astype(float)
+    batch, recipe = store.batch("P1"), bundle.manifest.recipe
+    images = np.stack([finish_site(store.image(batch, key), recipe, None) for key in batch.controls]).astype(float)
     if wells == 4:
         images = np.delete(images, [5, 7], axis=0)  # the context is full: 6 sites of 4 wells
     source, weight = bundle.training_statistics.source, BLEND_WELLS / (BLEND_WELLS + wells)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model.images import ImageRecipe
+from model.images import ImageRecipe, finish_site
 from service.audit import entries
 from service.digests import content_digest
 from service.storage import open_storage, rebuild_records
@@ -52,9 +52,10 @@ def test_the_panels_images_enter_the_statistics_beside_the_controls(client, stor
     assert report["statistics_id"] != without["statistics_id"]
     assert report["notices"] == []
     kept = store.adaptation("P1", panel_bundle.digest, report["statistics_id"])
-    images = np.stack([store.image(store.batch("P1"), key) for key in store.batch("P1").controls])
+    batch, recipe = store.batch("P1"), panel_bundle.manifest.recipe
+    images = np.stack([finish_site(store.image(batch, key), recipe, None) for key in batch.controls])
     np.testing.assert_allclose(kept.statistics.mean, images.mean((0, 2, 3)), rtol=1e-5)
-    controls = images[[key.well in CONTROL_WELLS for key in store.batch("P1").controls]]
+    controls = images[[key.well in CONTROL_WELLS for key in batch.controls]]
     scores = (controls.mean((2, 3)) - kept.statistics.mean) / np.sqrt(kept.statistics.variance + 1e-5)
     np.testing.assert_allclose(kept.control_centre, scores.mean(0), rtol=1e-4, atol=1e-5)
     assert kept.statistics.wells == 6

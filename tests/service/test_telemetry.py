@@ -71,7 +71,7 @@ def test_every_request_is_a_line_of_json_with_its_id_and_no_secret(client, stora
 
 
 def test_an_unexpected_error_is_logged_with_its_reference(client, engine, logs):
-    engine.measure = lambda _: 1 / 0
+    engine.measure = lambda *_: 1 / 0
     body = client.post("/batches/P1/controls", files=well_files(["A01", "B01", "C01", "D01"])).json()
     (line,) = [line for line in logs() if line["level"] == "ERROR"]
     assert body["reference"] in line["message"]
