@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set fetch-speed gpu-check train-profile reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set science science-check fetch-speed gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -51,6 +51,14 @@ demo-bundle: $(VENV)/.ready
 # Simulated, leave one lab out: build/first-light.json. Resumable.
 first-light: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.first_light
+
+# Simulated, methods by settings by seeds by cells: build/science.json and build/science/report. Long; resumable cell by cell.
+science: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.science
+
+# The kept figures of that, and the kept networks on plates simulated again: build/science-check.json.
+science-check: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.science --check
 
 # Real images, where ../shared/data is present: build/real-images.json.
 real-images: $(VENV)/.ready
