@@ -13,6 +13,8 @@ import yaml
 
 from model.errors import RunError
 from tests.conftest import ROOT
+from tests.training.conftest import RECIPE
+from training.fetch import fetch
 from training.grid import Axes, FinishedRun, Grid, evaluate_grid, overview, read_grid, tasks_of
 from training.methods import NETWORKS, WAYS
 from training.progress import BEST
@@ -195,6 +197,31 @@ def test_without_controls_what_needs_none_is_evaluated_and_the_rest_is_told(run:
         "null: majority", "null: position", "null: intensity"].index), "erm", "adabn-treated"]  # fmt: skip
     assert len(told) == 2
     assert all("needs negative controls, and plate" in text for text in told)
+
+
+def test_networks_that_need_controls_are_left_untrained_where_there_are_none(
+    index: pd.DataFrame, config: TrainingConfig, tmp_path: Path
+) -> None:
+    fetch(index[index["role"] != "control"], tmp_path / "plates", RECIPE)
+    path = written(
+        tmp_path / "grid.yaml",
+        seeds=[{"seed": 3, "plates": str(tmp_path / "plates")}],
+        runs=str(tmp_path / "runs"),
+        training=budget(config),
+        methods=["erm", "adabn-treated", "adabn-controls", "cs-arm-bn controls"],
+        cells=[],
+    )
+    told: list[str] = []
+    cells = evaluated([], tmp_path / "results", read_grid(path), told)
+    assert set(cells["method"]) == {*NULLS - {"null: intensity-zscore"}, "erm", "adabn-treated"}
+    assert not (tmp_path / "runs" / "seed-3" / "cs-arm-bn" / "run.json").exists()
+    assert "cs-arm-bn is not trained: plate SIM01B01P01 has no negative-control wells" in " ".join(told)
+    assert "adabn-controls is left out: it needs negative controls" in " ".join(told)
+
+
+def test_a_panel_is_as_large_as_the_one_trained_with(run: Run) -> None:
+    larger = replace(run, config=replace(run.config, shape=replace(run.config.shape, panel_wells=3)))
+    assert FinishedRun.of(larger).network.panel_wells == 3
 
 
 def test_runs_that_cannot_be_compared_are_refused(run: Run, erm_run: Run, tmp_path: Path) -> None:
