@@ -1,6 +1,7 @@
 """The figures of the simulated grid, from cells made by hand; and the grid file itself."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -63,6 +64,8 @@ def test_a_method_that_falls_with_one_class_fails_its_bar() -> None:
 def test_the_grid_trains_every_network_with_one_budget_and_holds_every_figure() -> None:
     grid = read_grid(GRID)
     assert {way.network for way in grid.ways} == set(NETWORKS)
-    assert len(grid.seeds) >= 3
+    configs = [grid.config(grid.seeds[0], method) for method in NETWORKS.values()]
+    assert len({replace(config, method="erm", context="controls", stop_gradient=False) for config in configs}) == 1
+    assert len({asked.test_lab for asked in grid.seeds}) == len(grid.seeds) == 3
     cells = {(cell.controls, cell.query, cell.alpha) for cell in grid.every_cell}
     assert {(1, -1, math.inf), (2, -1, math.inf), (-1, 1, math.inf), (-1, 8, math.inf), (-1, 8, 0.0)} <= cells

@@ -8,7 +8,7 @@ the ranges come from and what such plates cannot show.
 import csv
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -303,7 +303,8 @@ def _write_metadata(plan: SimulationPlan, folder: Path, plates: Iterable[PlateBa
     control = {"Metadata_JCP2022": NEGATIVE_CONTROL, "Metadata_pert_type": "negcon", "Metadata_Name": "DMSO"}
     _write_csv(folder / "perturbation_control.csv", [control])
     labels = {well.compound: well.label for _, well in wells if well.role is Role.TREATED}
-    _write_csv(folder / "moa.csv", [{"Metadata_JCP2022": name, "label": label} for name, label in sorted(labels.items())])
+    classes = [{"Metadata_JCP2022": name, "label": label} for name, label in sorted(labels.items())]
+    _write_csv(folder / "moa.csv", classes, ("Metadata_JCP2022", "label"))
 
 
 def _site_row(plan: SimulationPlan, plate: PlateBatch, well: SimulatedWell, site: int) -> dict[str, str]:
@@ -322,9 +323,10 @@ def _site_row(plan: SimulationPlan, plate: PlateBatch, well: SimulatedWell, site
     }
 
 
-def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_csv(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = ()) -> None:
+    """Write rows under their own columns, or those given where there may be no row."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

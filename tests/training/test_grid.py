@@ -12,11 +12,10 @@ import torch
 import yaml
 
 from model.errors import RunError
-from tests.conftest import ROOT
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
 from training.grid import Axes, FinishedRun, Grid, evaluate_grid, overview, read_grid, tasks_of
-from training.methods import NETWORKS, WAYS
+from training.methods import WAYS
 from training.progress import BEST
 from training.queries import ALL, DEFAULT, Cell
 from training.train import Run, TrainingConfig
@@ -308,15 +307,6 @@ def test_some_of_the_seeds_can_be_asked_for(tmp_path: Path) -> None:
     assert grid.only(None) == grid
     with pytest.raises(RunError, match="no seed 4"):
         grid.only([4])
-
-
-def test_the_proposed_grid_trains_every_network_with_one_budget() -> None:
-    grid = read_grid(ROOT / "benchmarks" / "science.yaml")
-    configs = [grid.config(grid.seeds[0], NETWORKS[way.network]) for way in grid.ways]
-    assert {way.network for way in grid.ways} == set(NETWORKS)
-    same = {replace(config, method="erm", context="controls", stop_gradient=False) for config in configs}
-    assert len(same) == 1
-    assert len({asked.test_lab for asked in grid.seeds}) == len(grid.seeds) == 3
 
 
 def test_what_is_no_yaml_is_told_in_one_line(tmp_path: Path) -> None:
