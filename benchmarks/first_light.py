@@ -22,14 +22,12 @@ import pandas as pd
 import torch
 
 from benchmarks.bars import Bar, table, write_bars
-from examples.small import small_config
+from examples.small import fetched_plates, small_config
 from model.images import ImageRecipe
 from training.evaluate import evaluate, evaluate_nulls
-from training.fetch import fetch
-from training.index import index_tree
 from training.release import load_run_plates
 from training.report import markdown_table, summarise
-from training.simulate import CHANNELS, SimulationPlan, simulate
+from training.simulate import CHANNELS, SimulationPlan
 from training.train import RUN, Run, TrainingConfig, load_network, train
 
 OUT = Path("build/first-light")
@@ -48,16 +46,12 @@ RECIPES = {"percentile": RECIPE, "raw": replace(RECIPE, scaling="fixed-scale", f
 
 def data(seed: int, workers: int) -> Path:
     """Simulate one seed's plates and fetch them by both recipes; return the folder of both."""
-    root = OUT / f"data-{seed}"
     plan = SimulationPlan(
         labs=3, batches=3, plates=3, seed=seed, sites=2, wells_per_class=6, inactive_wells=0, novel_wells=0
     )
-    if not (root / "simulation.json").is_file():
-        simulate(plan, root, workers=workers)
-    index = index_tree(root, CHANNELS)
-    for name, recipe in RECIPES.items():
-        fetch(index, OUT / f"plates-{seed}" / name, recipe, workers=workers)
-    return OUT / f"plates-{seed}"
+    plates = OUT / f"plates-{seed}"
+    fetched_plates(plan, OUT / f"data-{seed}", {plates / name: recipe for name, recipe in RECIPES.items()}, workers)
+    return plates
 
 
 def configured(plates: Path, method: str, test_lab: str, seed: int, steps: int) -> TrainingConfig:

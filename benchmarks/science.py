@@ -24,12 +24,11 @@ import pandas as pd
 import torch
 
 from benchmarks.bars import Bar, table, write_bars
+from examples.small import fetched_plates
 from model.images import ImageRecipe
 from training.embeddings import Columns, write_baselines
 from training.evaluate import TrainedNetwork, answers_of, outcome, scores
-from training.fetch import FetchOptions, fetch
 from training.grid import Grid, SeedAsked, evaluate_grid, read_grid, train_missing, write_table
-from training.index import index_tree, write_index
 from training.intervals import Estimate, Resamples
 from training.methods import WAYS
 from training.plates import open_plates
@@ -37,7 +36,7 @@ from training.progress import BEST, LAST
 from training.queries import ALL, DEFAULT, Draws
 from training.report import write_report
 from training.results import Results, read_results
-from training.simulate import CHANNELS, SimulationPlan, simulate
+from training.simulate import CHANNELS, SimulationPlan
 from training.train import RUN, Run, load_network
 
 GRID = Path(__file__).with_name("science.yaml")
@@ -57,13 +56,7 @@ Way = tuple[str, str]
 
 def fetched(seed: int, out: Path, workers: int, plan: SimulationPlan = PLAN) -> None:
     """Simulate a seed's plates and fetch them into ``out``, unless they are there."""
-    data = out.with_name(f"data-{out.name}")
-    if not (data / "simulation.json").is_file():
-        shutil.rmtree(data, ignore_errors=True)
-        simulate(replace(plan, seed=seed), data, workers=workers)
-    index = index_tree(data, CHANNELS)
-    write_index(index, data / "index.parquet")
-    fetch(index, out, RECIPE, FetchOptions(workers))
+    fetched_plates(replace(plan, seed=seed), out.with_name(f"data-{out.name}"), {out: RECIPE}, workers)
 
 
 def trained(grid: Grid, seed: int, network: str) -> None:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import torch
 
-from examples.small import RECIPE, small_config
+from examples.small import RECIPE, fetched_plates, small_config
 from model.bundle import Bundle
-from training.fetch import fetch
-from training.index import index_tree
 from training.release import evaluate_run, release
 from training.report import markdown_table, summarise
-from training.simulate import CHANNELS, SimulationPlan, simulate
+from training.simulate import SimulationPlan
 from training.train import RUN, train
 
 OUT = Path("build/demo-bundle")
@@ -51,11 +49,7 @@ def main() -> None:
 
 def simulated_plates() -> Path:
     """Simulate the training plates and fetch them."""
-    root = OUT / "plates"
-    if not (root / "simulation.json").is_file():
-        shutil.rmtree(root, ignore_errors=True)
-        simulate(PLAN, root, workers=2)
-    fetch(index_tree(root, CHANNELS), OUT / "fetched", RECIPE, workers=2)
+    fetched_plates(PLAN, OUT / "plates", {OUT / "fetched": RECIPE})
     return OUT / "fetched"
 
 

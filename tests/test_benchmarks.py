@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from benchmarks import real_images, train_profile
 from benchmarks.bars import Bar, table, write_bars
 from benchmarks.first_light import LABS, bars, by_split, headline, measures, resampled
+from examples.small import fetched_plates
+from model.images import ImageRecipe
+from training.plates import open_plates, plates_recipe
+from training.simulate import CHANNELS, SimulationPlan
 
 WAYS = (
     ("erm", "source"), ("cs-arm-bn", "controls"), ("cs-arm-bn", "source"), ("arm-bn", "treated"),
@@ -134,3 +138,16 @@ def test_a_profiled_plate_has_controls_and_every_class() -> None:
     assert plate.controls.sum() == 4
     assert set(plate.labels[plate.treated]) == set(range(train_profile.CLASSES))
     assert len(set(plate.wells)) == len(plate.wells) == 20
+
+
+def test_simulated_plates_are_made_and_fetched_once_for_every_recipe(tmp_path: Path) -> None:
+    plan = SimulationPlan(labs=1, batches=1, plates=1, sites=1, size_px=48, wells_per_class=0, inactive_wells=0)
+    sizes = {tmp_path / "small": 16, tmp_path / "large": 24}
+    recipes = {folder: ImageRecipe(channels=CHANNELS, size=size) for folder, size in sizes.items()}
+    fetched_plates(plan, tmp_path / "data", recipes, workers=1)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    fetched_plates(plan, tmp_path / "data", recipes, workers=1)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, size in sizes.items():
+        assert plates_recipe(folder).size == size
+        assert len(open_plates(folder)["SIM01B01P01"].wells) == 16
