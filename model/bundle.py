@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from model.errors import BundleError
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
-from model.statistics import BN_EPSILON, BatchNormStatistics, TrainingStatistics, canonical_json
+from model.statistics import BN_EPSILON, BatchNormStatistics, TrainingStatistics, json_sha256
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -244,7 +244,7 @@ class Bundle:
 
 def manifest_digest(manifest: Manifest) -> str:
     """Name a bundle: sha256 of its manifest's canonical JSON."""
-    return hashlib.sha256(canonical_json(manifest.to_json())).hexdigest()
+    return json_sha256(manifest.to_json())
 
 
 def finish_bundle(
@@ -271,7 +271,7 @@ def finish_bundle(
         **{item.name: getattr(embedding_reference, item.name) for item in fields(EmbeddingReference)},
     )
     np.savez_compressed(path / GOLDEN, **vars(golden))
-    digests = {name: _file_sha256(path / name) for name in FILES if (path / name).is_file()}
+    digests = {name: file_sha256(path / name) for name in FILES if (path / name).is_file()}
     complete = Manifest(**{**vars(manifest), "files": digests})
     (path / MANIFEST).write_text(json.dumps(complete.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Bundle.load(path)
@@ -284,7 +284,7 @@ def recipe_json(recipe: ImageRecipe) -> dict[str, Any]:
 
 def recipe_digest(recipe: ImageRecipe) -> str:
     """Name a recipe: sha256 of its canonical JSON. Network input kept under it is good for every bundle that has it."""
-    return hashlib.sha256(canonical_json(recipe_json(recipe))).hexdigest()
+    return json_sha256(recipe_json(recipe))
 
 
 def recipe_from_json(value: Mapping[str, Any]) -> ImageRecipe:
@@ -303,11 +303,12 @@ def _check_file(path: Path, expected: str | None) -> None:
         raise BundleError(f"the manifest has no sha256 for {path.name}")
     if not path.is_file():
         raise BundleError(f"{path} is missing")
-    found = _file_sha256(path)
+    found = file_sha256(path)
     if found != expected:
         raise BundleError(f"{path} was changed: its sha256 is {found[:12]}…, the manifest says {expected[:12]}…")
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ quartics and smoothed grids followed the cells of a few control sites more than 
 agree on is shrunk away, so that few controls correct little instead of wrongly.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.statistics import canonical_json
+from model.statistics import json_sha256
 
 Surfaces = tuple[tuple[float, ...], ...]
 """Per channel the coefficients of 1, y, x, y² - ⅓, yx and x² - ⅓, or of 1 alone: the same all over the field.
@@ -51,7 +50,7 @@ class BatchScale:
     @cached_property
     def digest(self) -> str:
         """Name the scale: sha256 of its canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+        return json_sha256(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, which name every number exactly."""

@@ -78,6 +78,11 @@ class Prior:
         """A prior without weight: what is blended with it stays exactly as it is."""
         return cls(np.zeros(features, np.float32), np.ones(features, np.float32), np.zeros(features, np.float32))
 
+    @classmethod
+    def worth(cls, source: BatchNormStatistics, count: NDArray[np.float32], measured: int) -> "Prior":
+        """Make ``source`` a prior that counts as much as ``count`` N, (features,), beside K measured: weight N / (N + K)."""
+        return cls(source.mean, source.variance, count / (count + np.float32(measured)))
+
     @property
     def share(self) -> float:
         """The prior's weight, averaged over features."""
@@ -113,8 +118,7 @@ class TrainingStatistics:
 
     def prior(self, wells: int) -> Prior:
         """What statistics of so many control wells K are blended with: ``source``, weight N / (N + K)."""
-        weight = self.blend_wells / (self.blend_wells + np.float32(wells))
-        return Prior(self.source.mean, self.source.variance, weight)
+        return Prior.worth(self.source, self.blend_wells, wells)
 
     def distance(self, statistics: BatchNormStatistics) -> float:
         """Root mean square, over features, of the shift of mean and log variance in training-plate spreads."""
@@ -193,12 +197,17 @@ def statistics_id(
         content["panel"] = wells
     if blend_wells is not None:
         content["blend"] = {"prior": "source", "wells": blend_wells}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+    return json_sha256(content)
 
 
 def with_scale(statistics_id: str, scale_digest: str) -> str:
     """Name statistics of a recipe whose scale the batch sets: by what they were measured on, and by that scale."""
-    return hashlib.sha256(canonical_json({"measured": statistics_id, "scale": scale_digest})).hexdigest()
+    return json_sha256({"measured": statistics_id, "scale": scale_digest})
+
+
+def json_sha256(value: Any) -> str:
+    """Name a value: sha256 of its canonical JSON, hexadecimal."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:

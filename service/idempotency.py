@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from model.statistics import canonical_json
+from model.statistics import canonical_json, json_sha256
 from service.deeds import Deed
 from service.errors import (
     AnsweredBefore,
@@ -74,7 +74,7 @@ class Idempotency:
             AnsweredBefore: the same request has been answered. IdempotencyConflictError: the key is another request's.
             StillRunningError: the same request is still running.
         """
-        held = await run_in_threadpool(self._take, tenant, key, sha256(canonical_json(content)).hexdigest(), status)
+        held = await run_in_threadpool(self._take, tenant, key, json_sha256(content), status)
         renewal = asyncio.create_task(self._renew(held))
         try:
             yield held

@@ -17,7 +17,6 @@ few minibatches of a meta-training, that is of a few plates, and at torch's mome
 was trained conventionally (``source``) is served with the running statistics that it was trained for.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,16 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.bundle import Bundle, Manifest, Parity
-from model.context import MAX_CONTEXT_SITES
+from model.bundle import Bundle, Parity, file_sha256
 from model.errors import CheckpointError
 from model.images import ImageRecipe
 from model.network import STAGES, Ensemble, NetworkSpec, ResNet
 from training.calibrate import calibrate_unseen
 from training.dataset import PlateSites
-from training.export import export_bundle
 from training.methods import Method
-from training.release import golden_images, served_context
+from training.release import calibrated_bundle
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
@@ -88,30 +85,18 @@ def import_checkpoints(
         _require_running_statistics(networks)
     network = Ensemble(list(networks.values()))
     calibration = calibrate_unseen(network, method, recipe, plates, classes)
-    manifest = Manifest(
-        name=name,
-        classes=tuple(classes),
-        recipe=recipe,
-        method=method.name,
-        context=served_context(method),
-        features=network.features,
-        embedding_dim=network.embedding_dim,
-        minimum_control_wells=minimum_control_wells,
-        max_context_sites=MAX_CONTEXT_SITES,
-        members=len(networks),
-        temperature=calibration.temperature,
-        network=network.spec.to_json(),
-        training={
-            "anchorwell": version("anchorwell"),
-            "members": [{"file": file, "sha256": _sha256(folder / file)} for file in networks],
-            "calibration_labs": sorted({plate.lab for plate in plates}),
-            "calibration_batches": sorted({plate.batch for plate in plates}),
-            "calibration_plates": [plate.plate for plate in plates],
-            "calibration_sites": sum(len(plate.wells) for plate in plates),
-        },
-    )
-    golden = golden_images(plates[0], recipe)
-    return export_bundle(network, out, manifest, calibration.training_statistics, calibration.embedding_reference, golden)
+    training = {
+        "anchorwell": version("anchorwell"),
+        "members": [{"file": file, "sha256": file_sha256(folder / file)} for file in networks],
+        "calibration_labs": sorted({plate.lab for plate in plates}),
+        "calibration_batches": sorted({plate.batch for plate in plates}),
+        "calibration_plates": [plate.plate for plate in plates],
+        "calibration_sites": sum(len(plate.wells) for plate in plates),
+    }
+    return calibrated_bundle(
+        network, out, calibration, plates[0], name=name, classes=classes, recipe=recipe, method=method,
+        minimum_control_wells=minimum_control_wells, training=training,
+    )  # fmt: skip
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -169,11 +154,6 @@ def _plain(value: Any) -> bool:
 def _width(state: Mapping[str, Tensor]) -> int:
     stem = state.get("featurizer.conv1.weight")
     return int(stem.shape[0]) if stem is not None and stem.ndim and stem.shape[0] else _WIDTH
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from model.bundle import file_sha256
 from model.images import ImageRecipe
 from training.dataset import NO_LABEL, PlateSites
 from training.plates import (
@@ -27,7 +28,6 @@ from training.plates import (
     PlateFiles,
     PlateRecord,
     StoredImages,
-    file_sha256,
     measured_columns,
     recipe_name,
     sha256_column,

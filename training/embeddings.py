@@ -11,7 +11,7 @@ tvn               typical variation normalisation (Ando et al. 2017): scale and 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,8 @@ from sklearn.preprocessing import StandardScaler
 from model.errors import LayoutError, NoControlsError
 from model.layout import parse_well, well_position
 from training.metrics import accuracy, calibrated, macro_f1
-from training.results import ALL, NULL, PROBABILITY, SETTINGS, grouped
+from training.queries import ALL
+from training.results import NULL, PROBABILITY, SETTINGS, grouped
 
 METADATA = "Metadata_"
 TRAIN = "train"
@@ -312,8 +313,7 @@ def _tables(
     rows = []
     for key, part in grouped(about, ("setting", "lab", "batch", "plate")):
         found, labels = probabilities[part.index], numbers[tests][part.index]
-        calibration = calibrated(found, labels)
-        same = {"nll": calibration.nll, "ece": calibration.ece, "brier": calibration.brier}
+        same = asdict(calibrated(found, labels))
         rows.append({
             **who, **dict(zip(("setting", "lab", "batch", "plate"), key, strict=True)),
             "controls": ALL, "query": ALL, "query_wells": ALL, "alpha": np.inf, "blended": False,

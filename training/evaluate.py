@@ -33,6 +33,7 @@ from training.methods import WAYS, Answers, Context, Method, Way, classify, clas
 from training.metrics import accuracy, calibrated, macro_f1, nll
 from training.nulls import Null, fit_nulls
 from training.queries import ALL, DEFAULT, Cell, Draws, Wells, control_draws, query_draws
+from training.results import NULL
 from training.splits import Split
 
 SWEPT_IMAGES = (1, 4, 16, 64, 256, 1024)
@@ -99,10 +100,6 @@ class TrainedNetwork:
         controls = zip(self.train, self.control_statistics, strict=True)
         alone = [measure_wells(self.network, plate, self.recipe, own) for plate, own in controls]
         return blend_wells(alone, [layer.place for layer in self.network.layers])
-
-    def prior(self, weight: NDArray[np.float32]) -> Prior:
-        """Return the source statistics with a weight, (features,)."""
-        return Prior(self.source.mean, self.source.variance, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +177,9 @@ class NetworkAnswers:
     def _prior(self, wells: int, images: int) -> Prior | None:
         trained = self.trained
         if self.way.blend == "training":
-            return trained.prior(trained.blend_wells / (trained.blend_wells + np.float32(wells)))
+            return Prior.worth(trained.source, trained.blend_wells, wells)
         if self.swept_images is not None:
-            share = self.swept_images / (self.swept_images + images)
-            return trained.prior(np.full(len(trained.source.mean), share, np.float32))
+            return Prior.worth(trained.source, np.full(len(trained.source.mean), self.swept_images, np.float32), images)
         return None
 
     def _normaliser(self, plate: PlateSites, context: Rows, recipe: ImageRecipe, prior: Prior | None) -> Normaliser | None:
@@ -375,7 +371,7 @@ def evaluate_nulls(split: Split, plates: Mapping[str, PlateSites]) -> pd.DataFra
 def _table(answering: Sequence[NetworkAnswers | Null], split: Split, plates: Mapping[str, PlateSites]) -> pd.DataFrame:
     rows = []
     for answers in answering:
-        method, context = named(answers)
+        method, context = named(answers if isinstance(answers, Null) else answers.way)
         for setting, plate in plates_tested(split, plates):
             place = {"setting": setting, "lab": plate.lab, "batch": plate.batch, "plate": plate.plate}
             scored = {**asdict(_plate_score(answers, plate)), **_few_wells(answers, plate)}
@@ -383,9 +379,9 @@ def _table(answering: Sequence[NetworkAnswers | Null], split: Split, plates: Map
     return pd.DataFrame(rows)
 
 
-def named(answers: NetworkAnswers | Null) -> tuple[str, str]:
+def named(subject: Way | Null) -> tuple[str, str]:
     """Return the method and context that tables say."""
-    return (f"null: {answers.name}", "-") if isinstance(answers, Null) else (answers.way.method, answers.way.context)
+    return (f"{NULL}{subject.name}", "-") if isinstance(subject, Null) else (subject.method, subject.context)
 
 
 def plates_tested(split: Split, plates: Mapping[str, PlateSites]) -> Iterator[tuple[str, PlateSites]]:

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 
 from model.errors import AnchorwellError, FetchError, LayoutError, RunError
 from model.images import ImageRecipe, Plane, decode_plane, prepare_field, scale_pixels
+from model.statistics import json_sha256
 from training.dataset import plane_moments
 from training.drafts import DraftedSite, PlateDraft, StoredForm, clear_draft, plate_lock, write_site
 from training.index import IndexFile, channels_of, path_column
 from training.objects import ObjectAccess, Objects
-from training.plates import PlateFiles, PlateRecord, json_sha256, plate_records, recipe_name, write_recipe
+from training.plates import PlateFiles, PlateRecord, plate_records, recipe_name, write_recipe
 
 _CHUNK_SITES = 8
 _SITES_AHEAD = 3

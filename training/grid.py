@@ -6,7 +6,6 @@ again; one whose cell, run or plates changed has another name. Run directories a
 ``training.evaluate``'s.
 """
 
-import hashlib
 import io
 import itertools
 import json
@@ -23,16 +22,17 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from model.bundle import recipe_json
+from model.bundle import file_sha256, recipe_json
 from model.errors import NoControlsError, RunError
 from model.predictions import group_means
-from model.statistics import canonical_json
+from model.statistics import json_sha256
 from training.dataset import PlateSites
 from training.evaluate import (
     NetworkAnswers,
     Outcome,
     TrainedNetwork,
     answers_of,
+    named,
     outcome,
     plates_tested,
     scores,
@@ -44,6 +44,7 @@ from training.plates import write_whole
 from training.progress import BEST, LAST, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
+from training.results import PROBABILITY
 from training.train import RUN, Run, TrainingConfig, load_network, require_same_run, train
 
 VERSION = 1
@@ -259,7 +260,7 @@ class FinishedRun:
     @cached_property
     def checkpoint(self) -> str:
         """The sha256 of the weights."""
-        return hashlib.sha256((self.run.path / BEST).read_bytes()).hexdigest()
+        return file_sha256(self.run.path / BEST)
 
     @cached_property
     def content(self) -> str:
@@ -269,7 +270,7 @@ class FinishedRun:
              plate.digests.tolist()]
             for name, plate in sorted(self.plates.items())
         ]  # fmt: skip
-        return _sha256([plates, asdict(self.run.split), self.run.classes, recipe_json(self.run.recipe)])
+        return json_sha256([plates, asdict(self.run.split), self.run.classes, recipe_json(self.run.recipe)])
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -355,9 +356,7 @@ class Task:
     @property
     def named(self) -> dict[str, Any]:
         """Its columns in every table."""
-        if isinstance(self.subject, Null):
-            return {"method": f"null: {self.subject.name}", "context": "-"}
-        return {"method": self.subject.method, "context": self.subject.context}
+        return dict(zip(("method", "context"), named(self.subject), strict=True))
 
     @property
     def blended(self) -> bool:
@@ -372,7 +371,7 @@ class Task:
             else [asdict(self.subject), self.run.checkpoint, self.run.run.config.shape.panel_wells]
         )
         drawn = [cell.controls, cell.query, str(cell.alpha), asdict(draws)]
-        return _sha256([VERSION, kind, self.seed, self.named, weights, drawn, self.run.content])
+        return json_sha256([VERSION, kind, self.seed, self.named, weights, drawn, self.run.content])
 
     def cells(self, asked: Sequence[Cell]) -> list[Cell]:
         """Return the cells that are not the same as another: the number of controls matters only to what uses them."""
@@ -430,7 +429,7 @@ def _predictions(task: Task, place: Mapping[str, Any], found: Outcome) -> pd.Dat
     probabilities = found.probabilities(task.temperature)
     table = pd.DataFrame({**task.named, **place, "well": found.wells, "label": classes[found.labels],
                           "called": classes[probabilities.argmax(axis=1)]})  # fmt: skip
-    return table.assign(**{f"p:{name}": probabilities[:, number] for number, name in enumerate(classes.tolist())})
+    return table.assign(**{f"{PROBABILITY}{name}": probabilities[:, number] for number, name in enumerate(classes.tolist())})
 
 
 def embedding_rows(task: Task) -> pd.DataFrame:
@@ -566,7 +565,3 @@ def overview(cells: pd.DataFrame) -> str:
     names = whole["method"] + " " + whole["context"] + np.where(whole["blended"], " blended", "")
     table = whole.assign(way=names).pivot_table("well_accuracy", "way", "setting", sort=False)
     return str(table.rename_axis(index=None, columns="accuracy per well").to_string(float_format="{:.3f}".format))
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -470,7 +470,7 @@ def _indexed(
     before = len(problems.errors)
     name = str(plate.rows[PLATE].iloc[0])
     own = tables.plates.loc[[name]].iloc[0]
-    for column in (*KEYS[:2],):
+    for column in KEYS[:2]:
         if column in plate.columns:
             problems.each(
                 plate,

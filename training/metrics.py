@@ -1,4 +1,4 @@
-"""Metrics of calls: accuracy, macro-F1, log loss, calibration error, Brier score, worst batch, share of the gap closed.
+"""Metrics of calls: accuracy, macro-F1, log loss, calibration error, Brier score, worst batch.
 
 Knows nothing of networks or plates: probabilities and labels in, numbers out. A well's probabilities are the mean of its
 images'; all but the accuracy per image are metrics of wells, which is what is called and trusted.
@@ -68,12 +68,8 @@ def expected_calibration_error(probabilities: Float, labels: Int, bins: int = EC
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def worst_batch(cells: pd.DataFrame, metric: str = "well_accuracy") -> float:
-    """Mean over plates of the experimental batch that fares worst: ``lab``, ``batch`` and the metric, one row a plate."""
-    return float(cells.groupby(["lab", "batch"])[metric].mean().min())
-
-
-def share_of_gap_closed(adapted: float, unadapted: float, in_domain: float) -> float:
-    """How much of what unadapted ERM loses on shifted plates is won back: 1 for all of it; NaN where nothing was lost."""
-    gap = in_domain - unadapted
-    return (adapted - unadapted) / gap if gap > 0 else float("nan")
+def worst_batch(cells: pd.DataFrame, metric: str = "well_accuracy") -> tuple[str, float]:
+    """Return the experimental batch that fares worst (lab/batch), and the mean over its plates; one row a plate."""
+    means = cells.groupby(["lab", "batch"])[metric].mean()
+    lab, batch = means.index.to_list()[int(means.argmin())]
+    return f"{lab}/{batch}", float(means.min())

@@ -5,12 +5,11 @@
 - ``<plate>.npy``: images (sites, channels, height, width), whole fields at the network's pixel size: uint8 for
   percentile-8bit, else grey levels as uint16 (float32 where the planes are);
 - ``<plate>.parquet``: one row a site: the index's columns, sha256 of each plane's file, intensities, moments;
-- ``<plate>.json``: written last, with sizes and sha256 of the other two. Without it the plate is not there.
+- ``<plate>.plate.json``: written last, with sizes and sha256 of the other two. Without it the plate is not there.
 
 Knows nothing of where planes come from (``training.fetch``) nor of purposes (``training.splits``).
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from model.bundle import recipe_from_json, recipe_json
+from model.bundle import file_sha256, recipe_digest, recipe_from_json, recipe_json
 from model.errors import RunError
 from model.images import ImageRecipe
 from model.layout import Role
 from model.scale import BatchScale
-from model.statistics import canonical_json
 from training.dataset import NO_LABEL, PlateSites
 from training.index import path_column
 
@@ -195,7 +193,7 @@ def preparation(recipe: ImageRecipe) -> ImageRecipe:
 
 def recipe_name(recipe: ImageRecipe) -> str:
     """Name a preparation: sha256 of its canonical JSON."""
-    return json_sha256(recipe_json(preparation(recipe)))
+    return recipe_digest(preparation(recipe))
 
 
 def write_recipe(folder: Path, recipe: ImageRecipe) -> None:
@@ -356,14 +354,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_sha256(value: Any) -> str:
-    """Return the sha256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from training.results import ALL, FOCUS, NULL, SETTINGS, UNADAPTED, Way, of_way, way_name, ways_of
+from training.queries import ALL
+from training.results import FOCUS, NULL, SETTINGS, UNADAPTED, Way, of_way, way_name, ways_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b4fa2", "#8a6d00")
 INK, QUIET, GRID = "#1c1c28", "#8c8c96", "#e4e4ea"

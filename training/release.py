@@ -14,7 +14,7 @@ from model.context import MAX_CONTEXT_SITES
 from model.errors import RunError
 from model.images import ImageRecipe
 from model.network import Ensemble
-from training.calibrate import calibrate
+from training.calibrate import Calibration, calibrate
 from training.contexts import context_rows
 from training.dataset import PlateSites
 from training.evaluate import evaluate, evaluate_nulls
@@ -55,29 +55,54 @@ def release(paths: Sequence[Path], out: Path, *, name: str, minimum_control_well
     runs = [Run.load(path) for path in paths]
     require_one_ensemble(runs)
     first = runs[0]
-    context = served_context(first.method)
+    served_context(first.method)  # told before anything is read
     network = ensemble_of(runs)
     plates = load_plates_of_runs(runs)
     parts = calibration_plates(runs, plates)
     trained_on = [frozenset(run.split.train) for run in runs]
     calibration = calibrate(network, first.method, first.recipe, parts.train, parts.held_out, trained_on)
+    golden = parts.held_out[0]
+    return calibrated_bundle(
+        network, out, calibration, golden, name=name, classes=first.classes, recipe=first.recipe, method=first.method,
+        minimum_control_wells=minimum_control_wells, training=provenance(runs, parts),
+    )  # fmt: skip
+
+
+def calibrated_bundle(
+    network: Ensemble,
+    out: Path,
+    calibration: Calibration,
+    golden: PlateSites,
+    *,
+    name: str,
+    classes: Sequence[str],
+    recipe: ImageRecipe,
+    method: Method,
+    minimum_control_wells: int,
+    training: Mapping[str, object],
+) -> tuple[Bundle, Parity]:
+    """Export networks with what they were calibrated to; a few controls of the plate ``golden`` are replayed.
+
+    Raises:
+        BundleError: ONNX and torch disagree. ValueError: see ``served_context``.
+    """
     manifest = Manifest(
         name=name,
-        classes=first.classes,
-        recipe=first.recipe,
-        method=first.method.name,
-        context=context,
+        classes=tuple(classes),
+        recipe=recipe,
+        method=method.name,
+        context=served_context(method),
         features=network.features,
         embedding_dim=network.embedding_dim,
         minimum_control_wells=minimum_control_wells,
         max_context_sites=MAX_CONTEXT_SITES,
-        members=len(runs),
+        members=len(network.networks),
         temperature=calibration.temperature,
         network=network.spec.to_json(),
-        training=provenance(runs, parts),
+        training=training,
     )
-    golden = golden_images(parts.held_out[0], first.recipe)
-    return export_bundle(network, out, manifest, calibration.training_statistics, calibration.embedding_reference, golden)
+    images = golden.served(context_rows(golden, GOLDEN_SITES), recipe)
+    return export_bundle(network, out, manifest, calibration.training_statistics, calibration.embedding_reference, images)
 
 
 # --- several runs ----------------------------------------------------------------------------------------------------
@@ -205,8 +230,3 @@ def _how_trained(run: Run) -> dict[str, object]:
         "plates": list(run.split.train),
         "held_out_plates": list(run.split.validation),
     }
-
-
-def golden_images(plate: PlateSites, recipe: ImageRecipe) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Return a few of a plate's control sites as the service prepares them."""
-    return plate.served(context_rows(plate, GOLDEN_SITES), recipe)

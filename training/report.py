@@ -15,9 +15,9 @@ from training import plots
 from training.cost import cost_markdown
 from training.embeddings import features_of, variance_shares
 from training.intervals import Estimate, Resamples, bootstrap, members
-from training.metrics import expected_calibration_error
+from training.metrics import expected_calibration_error, worst_batch
+from training.queries import ALL
 from training.results import (
-    ALL,
     BEFORE,
     FOCUS,
     METRICS,
@@ -87,9 +87,8 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
     rows = []
     for place, part in _parts(results.default, results):
         figures = [_figure(resamples.mean(part, metric), metric) for metric in (*METRICS, *BEFORE)]
-        batches = {"/".join(key): float(own["well_accuracy"].mean()) for key, own in grouped(part, ("lab", "batch"))}
-        worst = min(batches, key=lambda name: batches[name])
-        figures.append({"worst_batch_accuracy": batches[worst]})
+        worst, accuracy = worst_batch(part)
+        figures.append({"worst_batch_accuracy": accuracy})
         found = {name: value for figure in figures for name, value in figure.items()}
         rows.append({**place, **found, "worst_batch": worst, "behind": _behind(part)})
     return pd.DataFrame(rows)

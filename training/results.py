@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from model.errors import LayoutError, RunError
+from training.queries import ALL
 
 SETTINGS = {"in_domain": "in domain", "new_batch": "new batches", "new_lab": "new lab"}
 """Settings in order, as they are called in print."""
@@ -25,7 +26,6 @@ BEFORE = ("nll_before", "ece_before", "brier_before")
 CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
 PREDICTION_COLUMNS = (*KEYS, "well", "label", "called")
 PROBABILITY = "p:"
-ALL = -1
 NULL = "null: "
 UNADAPTED = ("erm", "source")
 """What a lab would otherwise use: an ordinary network with its running statistics."""

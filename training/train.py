@@ -385,7 +385,7 @@ def require_devices(config: TrainingConfig) -> None:
     """
     gpus = torch.cuda.device_count()
     on_gpu = config.accelerator == "gpu" or (config.accelerator == "auto" and (gpus > 0 or config.devices > 1))
-    if on_gpu and config.accelerator == "gpu" and not gpus:
+    if config.accelerator == "gpu" and not gpus:
         raise RunError("torch sees no GPU on this machine: train with the accelerator cpu, or install a torch with CUDA")
     if on_gpu and gpus < config.devices:
         raise RunError(

@@ -1,5 +1,7 @@
 """Mathematics of the BN layers against references: torch's own BN, float64 finite differences, published sizes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -79,6 +81,16 @@ def test_averaging_statistics_of_chunks_is_not_one_pass_over_both() -> None:
     assert ((averaged - mean).abs() / torch.sqrt(variance + EPS)).max() > 0.1
 
 
+def assert_gradient_is_the_slope(loss: Callable[[torch.Tensor], torch.Tensor], larger_than: float) -> None:
+    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(at), at)
+    step = 1e-5
+    with torch.no_grad():
+        difference = (loss(torch.tensor(step)) - loss(torch.tensor(-step))) / (2 * step)
+    assert gradient.abs() > larger_than
+    torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
+
+
 def test_given_statistics_that_carry_gradients_are_refused_rather_than_silently_detached() -> None:
     network, images = small(), torch.randn(4, 3, 64, 64)
     norm = FromContext()
@@ -97,13 +109,7 @@ def test_gradients_flow_through_the_statistics_as_finite_differences_say() -> No
         logits, _ = network(moved, FromContext(slice(0, 2)))
         return logits[2:].square().sum()
 
-    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(at), at)
-    step = 1e-5
-    with torch.no_grad():
-        difference = (loss(torch.tensor(step)) - loss(torch.tensor(-step))) / (2 * step)
-    assert gradient.abs() > 1e-4
-    torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
+    assert_gradient_is_the_slope(loss, larger_than=1e-4)
 
 
 def written_out(
@@ -248,13 +254,7 @@ def test_gradients_flow_through_blended_statistics_as_finite_differences_say() -
         logits, _ = network(moved, FromContext(slice(0, 2), prior=prior))
         return logits[2:].square().sum()
 
-    at = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(at), at)
-    step = 1e-5
-    with torch.no_grad():
-        difference = (loss(torch.tensor(step)) - loss(torch.tensor(-step))) / (2 * step)
-    assert gradient.abs() > 1e-6
-    torch.testing.assert_close(gradient, difference, rtol=1e-4, atol=1e-8)
+    assert_gradient_is_the_slope(loss, larger_than=1e-6)
 
 
 def test_running_statistics_are_torchs_own() -> None:

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 from model.images import ImageRecipe
+from training.dataset import PlateSites
 from training.episodes import EpisodeShape
 from training.fetch import fetch
 from training.index import index_tree
+from training.plates import open_plates
 from training.simulate import CHANNELS, CLASSES, SimulationPlan, simulate
 from training.train import Run, TrainingConfig, train
 
@@ -34,6 +36,16 @@ def fetched(index: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("fetched")
     fetch(index, folder, RECIPE)
     return folder
+
+
+@pytest.fixture
+def plates(fetched: Path) -> list[PlateSites]:
+    return list(open_plates(fetched, CLASSES).values())
+
+
+@pytest.fixture
+def plate(plates: list[PlateSites]) -> PlateSites:
+    return plates[0]
 
 
 @pytest.fixture(scope="session")

@@ -55,16 +55,6 @@ def fetched_by(one: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> F
     return fetched
 
 
-@pytest.fixture
-def plates(fetched: Path) -> list[PlateSites]:
-    return list(open_plates(fetched, CLASSES).values())
-
-
-@pytest.fixture
-def plate(plates: list[PlateSites]) -> PlateSites:
-    return plates[0]
-
-
 @pytest.mark.parametrize("halved", [True, False])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_site_equals_what_the_service_prepares_from_its_files(

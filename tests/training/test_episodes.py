@@ -1,7 +1,6 @@
 """Episodes depend on seed and step alone, and hold what the methods are told they hold."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,10 @@ from model.images import ImageRecipe, normalise
 from training.contexts import panel_rows
 from training.dataset import PlateSites
 from training.episodes import Episode, Episodes, EpisodeShape, Share, _draw_wells
-from training.plates import open_plates
 from training.simulate import CHANNELS, CLASSES
 
 RECIPE = ImageRecipe(channels=CHANNELS, size=64, pixel_size_um=1.196, mean=(0.2,) * 5, std=(0.1,) * 5)
 SHAPE = EpisodeShape(treated=6, controls_min=2, controls_max=6, plates=2)
-
-
-@pytest.fixture
-def plates(fetched: Path) -> list[PlateSites]:
-    return list(open_plates(fetched, CLASSES).values())
-
-
-@pytest.fixture
-def plate(plates: list[PlateSites]) -> PlateSites:
-    return plates[0]
 
 
 def episodes(plates: list[PlateSites], *, shape: EpisodeShape = SHAPE, **kwargs: Any) -> Episodes:

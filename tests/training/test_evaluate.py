@@ -10,6 +10,7 @@ import torch
 from model.errors import LayoutError, NoControlsError
 from model.images import ImageRecipe
 from model.network import Ensemble, NetworkSpec, ResNet, Running
+from model.statistics import Prior
 from tests.training.plates import made_up_plate
 from training.calibrate import calibrate
 from training.contexts import context_rows, panel_rows
@@ -100,7 +101,8 @@ def test_a_blend_leans_on_the_source_less_the_more_control_wells_there_are():
 def test_a_swept_blend_weighs_the_source_by_images():
     own = answers("prior-bn controls", swept_images=8.0)
     trained, context = own.trained, rows_of(CONTROLS[:4])  # 8 images
-    prior = trained.prior(np.full(trained.network.features, 0.5, np.float32))
+    half = np.full(trained.network.features, 0.5, np.float32)
+    prior = Prior(trained.source.mean, trained.source.variance, half)
     norm = measured(trained.network, PLATE.served(context, RECIPE), prior)
     expected, _ = classify(trained.network, PLATE.served(TREATED, RECIPE), norm)
     np.testing.assert_allclose(own.logits(PLATE, TREATED, CONTROLS[:4]), expected, atol=1e-5)

