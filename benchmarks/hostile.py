@@ -106,7 +106,7 @@ def bomb(_: bytes, rng: random.Random) -> bytes:
     tifffile.imwrite(buffer, np.zeros((64, 64), np.uint16), photometric="minisblack", compression="zlib")
     data = bytearray(buffer.getvalue())
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
-        tags = file.pages[0].tags
+        tags = file.pages.first.tags
         places = [tags[name].valueoffset for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
         strip = tags["StripOffsets"].value[0]
     for place in places:
@@ -149,8 +149,10 @@ def ome_naming(pipe: Path, rng: random.Random) -> bytes:
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:
         for number in range(rng.choice([1, 5])):
-            said = {"description": xml} if number == 0 else {}
-            file.write(np.ones((64, 64), np.uint16), photometric="minisblack", metadata=None, contiguous=False, **said)
+            said = xml if number == 0 else None
+            file.write(
+                np.ones((64, 64), np.uint16), photometric="minisblack", metadata=None, contiguous=False, description=said
+            )
     return buffer.getvalue()
 
 

@@ -100,7 +100,7 @@ def trained(network: str, plates: Sequence[PlateSites], recipe: ImageRecipe, cla
     for step in range(steps):
         loss = training_loss(net, method, episodes[step])
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
     return net.eval()
@@ -129,12 +129,13 @@ def networks_part(network: str, fold: int, seed: int, count: int, steps: int, th
     found = []
     for plate in test:
         crops = plate.served(np.arange(len(plate.labels)), recipe)
-        norms: dict[str, Normaliser] = {
-            "erm": {"erm source": Running(update=False), "adabn treated": measured(net, crops)},
+        treated = measured(net, crops)
+        ways: dict[str, dict[str, Normaliser]] = {
+            "erm": {"erm source": Running(update=False), "adabn treated": treated},
             "instancenorm": {"instancenorm instance": PerInstance()},
-            "arm-bn": {"arm-bn treated": measured(net, crops)},
-        }[network]
-        found += [answered(way, plate, classify(net, crops, norm)[0], seed) for way, norm in norms.items()]
+            "arm-bn": {"arm-bn treated": treated},
+        }
+        found += [answered(way, plate, classify(net, crops, norm)[0], seed) for way, norm in ways[network].items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.concat(found, ignore_index=True).to_parquet(path, index=False)
     return path
@@ -175,7 +176,8 @@ def _intensity(plate: PlateSites) -> NDArray[np.float64]:
 
 def accuracy(rows: pd.DataFrame, draws: Resamples) -> Estimate:
     """Share of crops called rightly, all crops alike; interval over dates, then plates, and seeds."""
-    return draws.ratio(rows, (rows["called"] == rows["truth"]).to_numpy(np.float64), np.ones(len(rows)))
+    right = np.asarray(rows["called"] == rows["truth"], np.float64)
+    return draws.ratio(rows, right, np.ones(len(rows)))
 
 
 def mean_recall(rows: pd.DataFrame, draws: Resamples) -> Estimate:

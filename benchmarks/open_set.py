@@ -66,7 +66,8 @@ def figures(wells: pd.DataFrame) -> list[Bar]:
         values = auc(wells, kind, score, sign)
         name = f"ROC area, {kind} against class, by {score}"
         found.append(Bar(name, float(np.mean(values)), "", interval=bootstrap(np.array(values))))
-    for kind, group in wells.groupby("kind"):
+    for _, group in wells.groupby("kind"):
+        kind = str(group["kind"].iloc[0])
         sure = (group["probability"] > SURE) & ~group["resembles_controls"] & ~group["out_of_range"]
         found += [
             Bar(f"{kind} wells marked resembles_controls", float(group["resembles_controls"].mean()), ""),

@@ -103,7 +103,8 @@ class Microscope:
         rng = np.random.default_rng(seed)
         limits = (ranges.gain, ranges.offset, ranges.blur_px, ranges.vignetting, ranges.noise)
         draws = [rng.uniform(low, high, 2) for low, high in (*limits, (-ranges.off_axis, ranges.off_axis))]
-        return cls(*(tuple(float(value) for value in draw) for draw in draws), seed=seed)
+        gain, offset, blur, vignetting, noise, axis = (tuple(float(value) for value in draw) for draw in draws)
+        return cls(gain, offset, blur, vignetting, noise, axis, seed)
 
     def photograph(self, field: Field, number: int) -> Field:
         """Degrade one field (channels, height, width) of 0…255 grey values."""
@@ -200,7 +201,7 @@ def trained_bundle(plates: list[PlateSites], method: Method, seed: int, steps: i
     )
     for step in range(steps):
         optimiser.zero_grad()
-        training_loss(network, method, episodes[step]).backward()
+        training_loss(network, method, episodes[step]).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
     ensemble = Ensemble([network.eval()])

@@ -39,13 +39,13 @@ def main() -> None:
             folder = Path(tempfile.mkdtemp(prefix=f"anchorwell-{name}-"))
             write_bars(PARTS[name](folder), path)
             shutil.rmtree(folder)
-    bars = [Bar(**row) for name in PARTS for row in _rows(BUILD / f"{name}.json")]
+    bars = [bar for name in PARTS for bar in _bars(BUILD / f"{name}.json")]
     write_bars(bars, Path("build/reliability.json"))
     print(table(bars))
 
 
-def _rows(path: Path) -> list[dict[str, str | float]]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+def _bars(path: Path) -> list[Bar]:
+    return [Bar(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
 if __name__ == "__main__":

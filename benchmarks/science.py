@@ -43,7 +43,7 @@ GRID = Path(__file__).with_name("science.yaml")
 KEPT = Path(__file__).with_name("science")
 OUT = Path("build/science")
 RECIPE = ImageRecipe(channels=CHANNELS, size=80, pixel_size_um=1.85)
-PLAN = SimulationPlan(labs=5, batches=3, plates=4, sites=2, wells_per_class=6, inactive_wells=0)
+PLAN = SimulationPlan(labs=5, batches=3, plates=6, sites=2, wells_per_class=6, inactive_wells=0)
 ERM, OURS, ARM = ("erm", "source"), ("cs-arm-bn", "controls"), ("arm-bn", "treated")
 KEPT_NETWORKS = ("erm", "cs-arm-bn")
 LARGEST_DIFFERENCE = 0.01

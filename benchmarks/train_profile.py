@@ -127,7 +127,8 @@ def measure_shares(workload: Workload, plates: dict[str, PlateSites], steps: int
         run = make_run(workload, Path(folder), steps + 1, workers)
         module = MetaTraining(run, plates)
         trainer = make_trainer(run.config, run.path, epochs=1, done=0, quiet=True)
-        trainer.profiler = clock = Clock()
+        clock = Clock()
+        trainer.profiler = clock  # type: ignore[attr-defined]
         trainer.fit(module)
     forward, backward = clock.seconds("Strategy.training_step", steps), clock.seconds("Strategy.backward", steps)
     return Shares(
@@ -169,7 +170,7 @@ def step_with(
         laid = [replace(episode, images=episode.images.contiguous(memory_format=memory)) for episode in episodes]
         with precision():
             loss = training_loss(network, method, laid)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     return step
 

@@ -95,7 +95,7 @@ def _draw_well(
     outline = INK if call.like_control else None
     draw.rounded_rectangle(box, 6, fill=_faded(colours[call.label], call.probability), outline=outline, width=2)
     centre = (left + CELL // 2, top + CELL // 2)
-    if label not in colours:
+    if label is None or label not in colours:
         draw.text((centre[0] - 3, centre[1] - 9), "i", INK, _font(15))
     elif label != call.label:
         draw.ellipse(
