@@ -308,7 +308,8 @@ def _tables(
     who: dict[str, Any] = {"method": method, "context": wells.name or "-", "seed": wells.seed}
     about = wells.about.iloc[tests].reset_index(drop=True)
     predictions = about[["setting", "lab", "batch", "plate", "well", "label"]].assign(**who)
-    predictions["called"] = [classes[number] for number in probabilities.argmax(axis=1)]
+    predictions["called"] = predictions["called_before"] = [classes[number] for number in probabilities.argmax(axis=1)]
+    predictions["confidence_before"] = probabilities.max(axis=1)
     predictions[[f"{PROBABILITY}{name}" for name in classes]] = probabilities
     rows = []
     for key, part in grouped(about, ("setting", "lab", "batch", "plate")):

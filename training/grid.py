@@ -47,7 +47,7 @@ from training.release import load_run_plates
 from training.results import PROBABILITY
 from training.train import RUN, Run, TrainingConfig, load_network, require_same_run, train
 
-VERSION = 1
+VERSION = 2
 """Of what a part holds and of how cells are drawn and scored: a change makes every part anew."""
 PARTS, ABOUT = "parts", "about.json"
 TABLES = ("cells", "predictions", "embeddings")
@@ -265,11 +265,7 @@ class FinishedRun:
     @cached_property
     def content(self) -> str:
         """The sha256 of the plates, their labels and their purposes."""
-        plates = [
-            [name, plate.lab, plate.batch, plate.wells.tolist(), plate.labels.tolist(), plate.controls.tolist(),
-             plate.digests.tolist()]
-            for name, plate in sorted(self.plates.items())
-        ]  # fmt: skip
+        plates = [[name, _plate_sha256(plate)] for name, plate in sorted(self.plates.items())]
         return json_sha256([plates, asdict(self.run.split), self.run.classes, recipe_json(self.run.recipe)])
 
     @property
@@ -279,6 +275,11 @@ class FinishedRun:
         apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", *_HOW)
         images = self.run.config.shape.rows * self.run.config.shape.plates
         return {**{name: value for name, value in config.items() if name not in apart}, "images_per_step": images}
+
+
+def _plate_sha256(plate: PlateSites) -> str:
+    sites = [plate.wells.tolist(), plate.labels.tolist(), plate.controls.tolist(), plate.digests.tolist()]
+    return json_sha256([plate.lab, plate.batch, *sites])
 
 
 def train_missing(grid: Grid, tell: Tell) -> list[Run]:
@@ -426,9 +427,12 @@ def _swept(task: Task) -> dict[str, float]:
 
 def _predictions(task: Task, place: Mapping[str, Any], found: Outcome) -> pd.DataFrame:
     classes = np.array(task.run.run.classes)
-    probabilities = found.probabilities(task.temperature)
-    table = pd.DataFrame({**task.named, **place, "well": found.wells, "label": classes[found.labels],
-                          "called": classes[probabilities.argmax(axis=1)]})  # fmt: skip
+    probabilities, before = found.probabilities(task.temperature), found.probabilities()
+    table = pd.DataFrame({
+        **task.named, **place, "well": found.wells, "label": classes[found.labels],
+        "called": classes[probabilities.argmax(axis=1)],
+        "called_before": classes[before.argmax(axis=1)], "confidence_before": before.max(axis=1),
+    })  # fmt: skip
     return table.assign(**{f"{PROBABILITY}{name}": probabilities[:, number] for number, name in enumerate(classes.tolist())})
 
 

@@ -134,7 +134,7 @@ def spread(values: Sequence[float], step: float) -> NDArray[np.float64]:
 
 
 def reliability(rows: pd.DataFrame, shown: Sequence[Way], path: Path) -> None:
-    """Share called rightly against confidence: a row a method, a column a setting."""
+    """Share called rightly against confidence, before temperature (rings) and after: a row a method, a column a setting."""
     settings = _settings(rows)
     ways = [way for way in shown if way in ways_of(rows)]
     with mpl.rc_context(STYLE):
@@ -142,9 +142,13 @@ def reliability(rows: pd.DataFrame, shown: Sequence[Way], path: Path) -> None:
         panels = figure.subplots(len(ways), len(settings), sharex=True, sharey=True, squeeze=False)
         for way, across in zip(ways, panels, strict=True):
             for panel, setting in zip(across, settings, strict=True):
-                part = of_way(rows[rows["setting"] == setting], way)
+                chosen = of_way(rows[rows["setting"] == setting], way)
+                before, part = (chosen[chosen["stage"] == stage] for stage in ("before", "after"))
                 colour = _colour(way, ways)
                 panel.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8)
+                areas = 160 * before["wells"] / before["wells"].sum()
+                panel.plot(before["confidence"], before["value"], ":", color=QUIET, linewidth=0.8)
+                panel.scatter(before["confidence"], before["value"], s=areas, facecolors="none", edgecolors=QUIET)
                 panel.vlines(part["confidence"], part["value_low"], part["value_high"], color=colour, linewidth=1.0)
                 panel.plot(part["confidence"], part["value"], color=colour, linewidth=0.8, alpha=0.5)
                 panel.scatter(part["confidence"], part["value"], s=160 * part["wells"] / part["wells"].sum(), color=colour)

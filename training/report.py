@@ -159,20 +159,26 @@ def _fixed(cells: pd.DataFrame, axis: str) -> dict[str, float] | None:
 
 
 def reliability(results: Results, resamples: Resamples) -> pd.DataFrame:
-    """Share of wells called rightly by confidence: one row a method, setting and bin that has wells."""
+    """Share of wells called rightly by confidence: one row a method, setting, stage and bin that has wells.
+
+    ``stage`` is ``before`` or ``after`` temperature.
+    """
     assert results.predictions is not None
-    confidence = _probabilities(results.predictions).max(axis=1)
-    judged = results.predictions.assign(
-        confidence=confidence,
-        bin=np.minimum((confidence * BINS).astype(int), BINS - 1),
-        right=(results.predictions["called"] == results.predictions["label"]).astype(float),
-    )
+    found = results.predictions
+    stages = (("before", "called_before", found["confidence_before"].to_numpy(np.float64)),
+              ("after", "called", _probabilities(found).max(axis=1)))  # fmt: skip
     rows = []
-    for place, part in _parts(judged, results):
-        for (number,), group in grouped(part, ("bin",)):
-            right = resamples.ratio(group, group["right"].to_numpy(np.float64), np.ones(len(group)))
-            figures = {"confidence": float(group["confidence"].mean()), **_figure(right, "value")}
-            rows.append({**place, "bin": int(number), "wells": len(group), **figures})
+    for stage, called, confidence in stages:
+        judged = found.assign(
+            confidence=confidence,
+            bin=np.minimum((confidence * BINS).astype(int), BINS - 1),
+            right=(found[called] == found["label"]).astype(float),
+        )
+        for place, part in _parts(judged, results):
+            for (number,), group in grouped(part, ("bin",)):
+                right = resamples.ratio(group, group["right"].to_numpy(np.float64), np.ones(len(group)))
+                figures = {"confidence": float(group["confidence"].mean()), **_figure(right, "value")}
+                rows.append({**place, "stage": stage, "bin": int(number), "wells": len(group), **figures})
     return pd.DataFrame(rows)
 
 
@@ -379,7 +385,7 @@ def _calibration_section(results: Results, resamples: Resamples, shown: Sequence
     if results.predictions is not None:
         plots.reliability(reliability(results, resamples), shown, out / "reliability.png")
         parts.append("![Share of wells called rightly against confidence](reliability.png)")
-        parts.append("After temperature; a dot's area is its share of the wells.")
+        parts.append("Dots after temperature, rings before it (T = 1); their area is the share of the wells.")
     by_batch = {way: calibration_by_batch(results, way) for way in shown}
     by_batch = {way: table for way, table in by_batch.items() if not table.empty}
     if not by_batch:

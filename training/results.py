@@ -1,8 +1,9 @@
 """Results: the tidy tables that evaluation wrote, read and checked, and the parts of them that figures are taken from.
 
-A results folder holds ``cells.parquet`` (a row a plate and cell of the grid), ``predictions.parquet`` (a row a treated well)
-and ``embeddings.parquet`` (a row a well); files beside them whose names go on after a dash, such as
-``cells-openphenom.parquet``, hold more rows. ``cost.json`` is what ``training.cost`` wrote.
+A results folder holds ``cells.parquet`` (a row a plate and cell of the grid), ``predictions.parquet`` (a row a treated well:
+probabilities after temperature, and what was called before it, how surely) and ``embeddings.parquet`` (a row a well); files
+beside them whose names go on after a dash, such as ``cells-openphenom.parquet``, hold more rows. ``cost.json`` is what
+``training.cost`` wrote.
 """
 
 import json
@@ -24,7 +25,7 @@ AXES = ("controls", "query_wells", "alpha", "blended")
 METRICS = ("image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier")
 BEFORE = ("nll_before", "ece_before", "brier_before")
 CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
-PREDICTION_COLUMNS = (*KEYS, "well", "label", "called")
+PREDICTION_COLUMNS = (*KEYS, "well", "label", "called", "called_before", "confidence_before")
 PROBABILITY = "p:"
 NULL = "null: "
 UNADAPTED = ("erm", "source")

@@ -100,6 +100,7 @@ def predictions(table: pd.DataFrame, seed: int = 0, wells: int = 48) -> pd.DataF
         values = np.repeat((1 - sure[:, None]) / (len(CLASSES) - 1), len(CLASSES), axis=1)
         values[np.arange(wells), called] = sure
         labels = {"label": [CLASSES[t] for t in truth], "called": [CLASSES[c] for c in called]}
+        labels |= {"called_before": labels["called"], "confidence_before": np.where(sure < 0.9, 0.75, 0.99)}
         part = pd.DataFrame(values, columns=[f"p:{name}" for name in CLASSES])
         parts.append(part.assign(**place, **labels, well=[f"{'ABCDEFGH'[w // 12]}{w % 12 + 1:02d}" for w in range(wells)]))
     return pd.concat(parts, ignore_index=True)

@@ -101,6 +101,12 @@ def test_predictions_are_of_the_default_cell_and_sum_to_one(results: Path, run: 
     expected = cells[cells["method"] == "erm"].set_index("plate")["well_accuracy"]
     assert np.allclose(right.loc["erm"].sort_index(), expected.sort_index())
     assert (probabilities.idxmax(axis=1).str.removeprefix("p:") == predictions["called"]).all()
+    assert predictions["confidence_before"].between(1 / len(run.classes) - 1e-9, 1).all()
+    temperatures = pd.read_parquet(results / "cells.parquet").groupby(["method", "context"])["temperature"].first()
+    assert (temperatures != 1).any()
+    for way, part in predictions.groupby(["method", "context"]):
+        sharper = part["confidence_before"] > probabilities.loc[part.index].max(axis=1) - 1e-6
+        assert sharper.all() if temperatures[way] >= 1 else not sharper.all(), way
 
 
 def test_embeddings_are_of_wells_with_controls_on_training_and_test_plates(results: Path, run: Run) -> None:

@@ -105,6 +105,7 @@ def test_reliability_counts_wells_by_confidence(results: Results) -> None:
     assert results.predictions is not None
     found = reliability(results, Resamples(draws=100))
     mine = found[(found["method"] == "cs-arm-bn") & (found["setting"] == "new_lab")].set_index("bin")
+    before, mine = (mine[mine["stage"] == stage] for stage in ("before", "after"))
     rows = results.predictions
     rows = rows[(rows["method"] == "cs-arm-bn") & (rows["setting"] == "new_lab")]
     right = rows["called"] == rows["label"]
@@ -115,6 +116,9 @@ def test_reliability_counts_wells_by_confidence(results: Results) -> None:
         assert mine.loc[number, "confidence"] == pytest.approx(level)
         assert mine.loc[number, "value"] == pytest.approx(right[chosen].mean())
         assert mine.loc[number, "wells"] == chosen.sum()
+    assert before.index.tolist() == [7, 9]
+    assert before["confidence"].tolist() == pytest.approx([0.75, 0.99])
+    assert before["value"].tolist() == mine["value"].tolist()
 
 
 def test_calibration_is_told_by_batch_before_and_after_and_pooled(results: Results) -> None:
