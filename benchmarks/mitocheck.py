@@ -23,19 +23,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from benchmarks.bars import Bar, table, write_bars
 from model.images import ImageRecipe
-from model.layout import PLATE_FORMATS, well_name, well_position
+from model.layout import PLATE_FORMATS, well_name
 from model.network import NetworkSpec, Normaliser, PerInstance, ResNet, Running
 from training.dataset import PlateSites, moments
 from training.episodes import Episodes, EpisodeShape
 from training.intervals import Estimate, Resamples
 from training.methods import classify, make_method, measured, training_loss
+from training.nulls import fit_nulls
+from training.results import NULL
 from training.train import cosine
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mitocheck_nuclei_crops"
@@ -48,6 +47,7 @@ LEARNING_RATE, WIDTH = 2e-3, 16
 ONE_SIDED = 0.8
 """Share of a plate's commonest class from which its crops are called one-sided."""
 WAYS = ("erm source", "adabn treated", "instancenorm instance", "arm-bn treated")
+NO_CONTROLS = np.array([], str)
 NULLS = ("null: majority", "null: position", "null: intensity", "oracle: plate's commonest class")
 
 Plates = Mapping[str, PlateSites]
@@ -145,30 +145,15 @@ def nulls(plates: Plates, split: Sequence[tuple[list[str], list[str]]]) -> pd.Da
     """Answer every test plate without morphology; the oracle alone is told what is commonest on the plate it answers."""
     found, classes = [], 1 + max(int(plate.labels.max()) for plate in plates.values())
     for train, test in split:
-        known = [plates[name] for name in train]
-        labels = np.concatenate([plate.labels for plate in known])
-        fitted = {
-            f"null: {name}": make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000)).fit(
-                np.concatenate([features(plate) for plate in known]), labels
-            )
-            for name, features in (("position", _position), ("intensity", _intensity))
-        }
+        fitted = fit_nulls([plates[name] for name in train])
         for plate in (plates[name] for name in test):
-            commonest = {"null: majority": np.bincount(labels).argmax(), NULLS[3]: np.bincount(plate.labels).argmax()}
-            calls = {way: np.full(len(plate.labels), label) for way, label in commonest.items()}
-            calls["null: position"] = fitted["null: position"].predict(_position(plate))
-            calls["null: intensity"] = fitted["null: intensity"].predict(_intensity(plate))
-            found += [answered(way, plate, np.eye(classes)[call], 0) for way, call in calls.items()]
+            for null in fitted:
+                logits = null.logits(plate, np.arange(len(plate.labels)), NO_CONTROLS)
+                assert logits is not None
+                found.append(answered(f"{NULL}{null.name}", plate, logits, 0))
+            commonest = np.bincount(plate.labels, minlength=classes)
+            found.append(answered(NULLS[3], plate, np.tile(commonest, (len(plate.labels), 1)), 0))
     return pd.concat(found, ignore_index=True)
-
-
-def _position(plate: PlateSites) -> NDArray[np.float64]:
-    places = np.array([well_position(str(well)) for well in plate.wells], np.float64)
-    return np.concatenate([places, places**2], axis=1)
-
-
-def _intensity(plate: PlateSites) -> NDArray[np.float64]:
-    return np.log1p(plate.intensities.reshape(len(plate.labels), -1).astype(np.float64))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

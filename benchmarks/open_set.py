@@ -11,14 +11,13 @@ import shutil
 from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from benchmarks.bars import Bar, table, write_bars
 from examples.demo import BUNDLES, Server, read_plate
 from service.client import AnchorwellClient
-from training.intervals import bootstrap
+from training.intervals import Resamples
 from training.simulate import CLASSES, SimulationPlan, simulate
 
 OUT = Path("build/open-set")
@@ -40,8 +39,9 @@ def answers() -> pd.DataFrame:
                 plate = read_plate(OUT / "plates" / folder)
                 client.adapt(plate.name, plate.controls, pixel_size_um=plate.pixel_size_um)
                 found = client.predict(plate.name, plate.treated, pixel_size_um=plate.pixel_size_um)
+                place = dict(zip(("lab", "batch", "plate"), Path(folder).parts, strict=True))
                 rows += [
-                    {"plate": plate.name, "truth": plate.labels[well.well], "plate_out_of_range": found.out_of_range}
+                    {**place, "seed": 0, "truth": plate.labels[well.well], "plate_out_of_range": found.out_of_range}
                     | well.model_dump(exclude={"probabilities", "refused"})
                     for well in found.wells
                 ]
@@ -51,21 +51,22 @@ def answers() -> pd.DataFrame:
     return wells.assign(kind=wells["truth"].where(~wells["truth"].isin(CLASSES), "class"))
 
 
-def auc(wells: pd.DataFrame, kind: str, score: str, sign: int) -> list[float]:
+def auc(wells: pd.DataFrame, kind: str, score: str, sign: int) -> pd.DataFrame:
     """Area under the ROC of each plate: wells of ``kind`` against wells with a class."""
     found = []
     for _, plate in wells[wells["kind"].isin([kind, "class"])].groupby("plate"):
-        found.append(float(roc_auc_score(plate["kind"] == kind, sign * plate[score])))
-    return found
+        area = float(roc_auc_score(plate["kind"] == kind, sign * plate[score]))
+        found.append({**plate.iloc[0][["seed", "lab", "batch", "plate"]].to_dict(), "auc": area})
+    return pd.DataFrame(found)
 
 
 def figures(wells: pd.DataFrame) -> list[Bar]:
     """Turn the answers into figures."""
     found = []
     for kind, score, sign in (("inactive", "distance_to_controls", -1), ("novel", "distance_to_class", 1)):
-        values = auc(wells, kind, score, sign)
+        area = Resamples().mean(auc(wells, kind, score, sign), "auc")
         name = f"ROC area, {kind} against class, by {score}"
-        found.append(Bar(name, float(np.mean(values)), "", interval=bootstrap(np.array(values))))
+        found.append(Bar(name, area.value, "", interval=area.interval))
     for _, group in wells.groupby("kind"):
         kind = str(group["kind"].iloc[0])
         sure = (group["probability"] > SURE) & ~group["resembles_controls"] & ~group["out_of_range"]

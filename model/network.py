@@ -183,10 +183,11 @@ class Running:
 
 
 class PerInstance:
-    """Instance normalisation: each row by its own mean and variance over space."""
+    """Instance normalisation: each row by its own mean and variance over space, a map of one pixel the bias."""
 
     def __call__(self, x: Tensor, layer: "BatchNorm") -> Tensor:
-        return F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=EPS)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.instance_norm(x, layer.weight, layer.bias, None, None, True, 0.0, EPS, cudnn)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

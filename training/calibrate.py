@@ -352,5 +352,5 @@ def fit_temperature(plates: Sequence[CalledWells]) -> float:
             losses.append(-np.log(np.maximum(called[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 
-    found = minimize_scalar(nll, bounds=(np.log(0.2), np.log(5.0)), method="bounded")
+    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(100.0)), method="bounded")
     return float(np.exp(found.x))

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from model.context import MAX_CONTEXT_SITES
 from model.errors import NoControlsError
 from model.images import ImageRecipe
 from model.network import Ensemble, Given, Network
-from model.statistics import BatchNormStatistics, Prior
+from model.statistics import BatchNormStatistics, Prior, json_sha256
 from training.dataset import PlateSites
 from training.methods import Method, measured
 
@@ -35,14 +36,18 @@ def require_controls(plate: PlateSites) -> None:
 
 
 def panel_rows(plate: PlateSites, wells_per_class: int) -> NDArray[np.int64]:
-    """Rows of a plate's panel: all sites of the first ``wells_per_class`` wells, by name, of every class on it."""
+    """Rows of a plate's panel: all sites of ``wells_per_class`` wells of every class on it, drawn by their digests."""
     rows = plate.treated
     wells = {
         well
         for label in np.unique(plate.labels[rows])
-        for well in np.unique(plate.wells[rows[plate.labels[rows] == label]])[:wells_per_class]
+        for well in sorted(set(plate.wells[rows[plate.labels[rows] == label]]), key=partial(_drawn, plate))[:wells_per_class]
     }
     return rows[np.isin(plate.wells[rows], sorted(wells))]
+
+
+def _drawn(plate: PlateSites, well: str) -> str:
+    return json_sha256([plate.plate, str(well)])
 
 
 def statistics_of(

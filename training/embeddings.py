@@ -24,8 +24,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from model.errors import LayoutError, NoControlsError
-from model.layout import parse_well, well_position
+from model.layout import parse_well
 from training.metrics import accuracy, calibrated, macro_f1
+from training.nulls import position_features, position_regression
 from training.queries import ALL
 from training.results import NULL, PROBABILITY, SETTINGS, grouped
 
@@ -285,21 +286,18 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
     answers = {name: _probabilities(normalise(wells), numbers, train, tests) for name, normalise in NORMALISATIONS.items()}
     shares = np.bincount(numbers[train]) / len(train)
     answers[f"{NULL}majority"] = np.tile(shares, (len(tests), 1))
-    answers[f"{NULL}position"] = _probabilities(_positions(wells), numbers, train, tests)
+    answers[f"{NULL}position"] = _probabilities(
+        position_features([parse_well(well) for well in wells.about["well"]]), numbers, train, tests, position_regression()
+    )
     tables = [_tables(wells, method, tests, found, classes, numbers) for method, found in answers.items()]
     return pd.concat([cells for cells, _ in tables]), pd.concat([predictions for _, predictions in tables])
 
 
-def _probabilities(features: Float, numbers: NDArray[np.int64], train: NDArray[np.int64], tests: NDArray[np.int64]) -> Float:
-    model = LogisticRegression(max_iter=5000).fit(features[train], numbers[train])
-    return np.asarray(model.predict_proba(features[tests]), np.float64)
-
-
-def _positions(wells: Wells) -> Float:
-    """Row and column of each well and their squares, in standard deviations."""
-    places = np.array([well_position(parse_well(well)) for well in wells.about["well"]], np.float64)
-    scaled: Float = StandardScaler().fit_transform(np.concatenate([places, places**2], axis=1))
-    return scaled
+def _probabilities(
+    features: Float, numbers: NDArray[np.int64], train: NDArray[np.int64], tests: NDArray[np.int64], model: Any = None
+) -> Float:
+    model = model or LogisticRegression(max_iter=5000)
+    return np.asarray(model.fit(features[train], numbers[train]).predict_proba(features[tests]), np.float64)
 
 
 def _tables(

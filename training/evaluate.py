@@ -351,14 +351,16 @@ def way_of(method: Method, context: Context) -> Way:
 
 
 def evaluate(
-    network: ResNet, method: Method, recipe: ImageRecipe, split: Split, plates: Mapping[str, PlateSites]
-) -> pd.DataFrame:
+    network: ResNet, method: Method, recipe: ImageRecipe, split: Split, plates: Mapping[str, PlateSites], *,
+    panel_wells: int = 1,
+) -> pd.DataFrame:  # fmt: skip
     """Score one network on every test plate in every way it is used but blended: one row a plate and way.
 
     ``mixed_well_accuracy`` and ``one_class_well_accuracy`` are of queries of as many wells as the plate's smallest class:
     dealt from the whole plate, and of one class each.
     """
-    trained = TrainedNetwork(network, method, recipe, [plates[name] for name in split.train])
+    train = [plates[name] for name in split.train]
+    trained = TrainedNetwork(network, method, recipe, train, panel_wells=panel_wells)
     answering = [NetworkAnswers(trained, way) for way in WAYS if way.trained == method and way.blend == "none"]
     return _table(answering, split, plates)
 

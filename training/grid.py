@@ -44,12 +44,12 @@ from training.plates import write_whole
 from training.progress import BEST, LAST, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
-from training.results import PROBABILITY
+from training.results import ABOUT, PROBABILITY
 from training.train import RUN, Run, TrainingConfig, load_network, require_same_run, train
 
 VERSION = 2
 """Of what a part holds and of how cells are drawn and scored: a change makes every part anew."""
-PARTS, ABOUT = "parts", "about.json"
+PARTS = "parts"
 TABLES = ("cells", "predictions", "embeddings")
 
 _HOW = ("accelerator", "devices", "num_nodes", "loader_workers")
@@ -263,10 +263,21 @@ class FinishedRun:
         return file_sha256(self.run.path / BEST)
 
     @cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every plate's sites with their labels."""
+        return {name: _plate_sha256(plate) for name, plate in sorted(self.plates.items())}
+
+    @cached_property
     def content(self) -> str:
         """The sha256 of the plates, their labels and their purposes."""
-        plates = [[name, _plate_sha256(plate)] for name, plate in sorted(self.plates.items())]
+        plates = [list(item) for item in self.digests.items()]
         return json_sha256([plates, asdict(self.run.split), self.run.classes, recipe_json(self.run.recipe)])
+
+    @cached_property
+    def steps_taken(self) -> int | None:
+        """How many steps it has had; None where that is not known any more."""
+        last = self.run.path / LAST
+        return int(read_checkpoint(last, ("global_step",))["global_step"]) if last.is_file() else None
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -274,7 +285,11 @@ class FinishedRun:
         config = asdict(self.run.config)
         apart = ("plates", "method", "context", "stop_gradient", "seed", "test_lab", *_HOW)
         images = self.run.config.shape.rows * self.run.config.shape.plates
-        return {**{name: value for name, value in config.items() if name not in apart}, "images_per_step": images}
+        return {
+            **{name: value for name, value in config.items() if name not in apart},
+            "images_per_step": images,
+            "steps_taken": self.steps_taken,
+        }
 
 
 def _plate_sha256(plate: PlateSites) -> str:
@@ -318,7 +333,7 @@ def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
     """Sort runs by seed and network.
 
     Raises:
-        RunError: two runs of one network and seed, or runs of one seed whose plates, purposes or classes differ.
+        RunError: two runs of one network and seed, or runs of one seed whose plates, recipes, purposes or classes differ.
     """
     seeds: dict[int, dict[str, FinishedRun]] = {}
     for run in runs:
@@ -327,10 +342,19 @@ def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
         if finished.network_name in others:
             raise RunError(f"{run.path} and {others[finished.network_name].run.path} are the same network and seed")
         for other in others.values():
-            if (other.run.split, other.run.classes) != (run.split, run.classes):
-                raise RunError(f"{run.path} and {other.run.path} have one seed and other plates or classes: not comparable")
+            if other.content != finished.content:
+                raise RunError(
+                    f"{run.path} and {other.run.path} have one seed and {_differing(finished, other)}: not comparable"
+                )
         others[finished.network_name] = finished
     return seeds
+
+
+def _differing(one: FinishedRun, other: FinishedRun) -> str:
+    for name in ("classes", "split", "recipe"):
+        if getattr(one.run, name) != getattr(other.run, name):
+            return f"another {name}" if name != "classes" else "other classes"
+    return "other plates"
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -531,16 +555,34 @@ def _write_tables(work: Sequence[tuple[Task, str, Cell]], grid: Grid, out: Path)
         ]
         filled = [part for part in parts if len(part)]
         path = out / f"{name}.parquet"
+        before = file_sha256(path) if path.is_file() else None
         if filled:
-            tables[name] = pd.concat(filled, ignore_index=True)
+            tables[name] = labs_of_their_seed(pd.concat(filled, ignore_index=True), work)
             write_table(path, tables[name])
         else:
             path.unlink(missing_ok=True)  # of an earlier grid
+        if name == "embeddings" and (not filled or file_sha256(path) != before):
+            for derived in ("cells", "predictions"):
+                (out / f"{derived}-embedding.parquet").unlink(missing_ok=True)  # made of the table that was there before
     return tables
+
+
+def labs_of_their_seed(table: pd.DataFrame, work: Sequence[tuple[Task, str, Cell]]) -> pd.DataFrame:
+    """Tell labs of different seeds apart where these have other plates under the same names, as simulated ones do."""
+    known: dict[str, str] = {}
+    runs = {task.seed: task.run for task, _, _ in work}
+    if all(known.setdefault(name, digest) == digest for run in runs.values() for name, digest in run.digests.items()):
+        return table
+    lab, seed = ("Metadata_Source", "Metadata_seed") if "Metadata_Source" in table else ("lab", "seed")
+    return table.assign(**{lab: table[lab].astype(str) + " of seed " + table[seed].astype(str)})
 
 
 def _tell_budgets(seeds: Mapping[int, Mapping[str, FinishedRun]], tell: Tell) -> None:
     for seed, runs in seeds.items():
+        for name, finished in runs.items():
+            taken, steps = finished.steps_taken, finished.run.config.steps
+            if taken is not None and taken < steps:
+                tell(f"seed {seed}: {name} had {taken} of {steps} steps: stopped by its validation, or not finished")
         budgets = {name: finished.budget for name, finished in runs.items()}
         first = next(iter(budgets.values()))
         differ = sorted({key for budget in budgets.values() for key in first if budget[key] != first[key]})

@@ -1,8 +1,9 @@
 """Nulls: what knows nothing of morphology, and stands beside every method.
 
 ``majority`` are the class frequencies of the training wells. The others are logistic regressions on a few numbers an image:
-``position`` on where the well lies, ``intensity`` on mean and standard deviation of the raw planes, ``intensity-zscore`` on
-the same relative to the plate's controls, so that it too uses them.
+``position`` on where the well lies, and on which well it is, so that it knows a layout that plates share; ``intensity`` on
+mean and standard deviation of the raw planes; ``intensity-relative`` on how these differ from the plate's controls, so that
+it too uses them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, PolynomialFeatures, StandardScaler
 
-from model.layout import well_position
+from model.layout import MAX_COLUMNS, well_position
 from training.dataset import PlateSites
 from training.queries import Wells
 
@@ -35,7 +37,7 @@ class Null:
     @property
     def uses_controls(self) -> bool:
         """Whether the number of control wells matters."""
-        return self.name == "intensity-zscore"
+        return self.name == "intensity-relative"
 
     def scored(self, plate: PlateSites, rows: NDArray[np.int64]) -> NDArray[np.bool_]:  # noqa: ARG002 (as a network)
         """All rows of a query count."""
@@ -57,7 +59,7 @@ def fit_nulls(train: Sequence[PlateSites]) -> tuple[Null, ...]:
     controls = [np.unique(plate.wells[plate.control_rows]) for plate in train]
     found = []
     for name, features in FEATURES.items():
-        null = Null(name, int(labels.max()) + 1, _Frequencies() if name == "majority" else _regression())
+        null = Null(name, int(labels.max()) + 1, _model(name))
         if null.uses_controls and not all(map(len, controls)):
             continue
         null.model.fit(
@@ -67,8 +69,27 @@ def fit_nulls(train: Sequence[PlateSites]) -> tuple[Null, ...]:
     return tuple(found)
 
 
-def _regression() -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+def _model(name: str) -> Any:
+    if name == "majority":
+        return _Frequencies()
+    return (
+        position_regression() if name == "position" else make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    )
+
+
+def position_regression() -> Any:
+    """A regression, not fitted yet, on ``position_features``: row, column, their squares, and each row, column and well."""
+    place, known = [0, 1, 2], OneHotEncoder(handle_unknown="ignore")
+    smooth = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler())
+    return make_pipeline(
+        ColumnTransformer([("smooth", smooth, place[:2]), ("known", known, place)]), LogisticRegression(max_iter=2000)
+    )
+
+
+def position_features(wells: Sequence[str]) -> Float:
+    """Row, column and number of wells: (wells, 3)."""
+    places = np.array([well_position(well) for well in wells], np.float64)
+    return np.concatenate([places, places[:, :1] * MAX_COLUMNS + places[:, 1:]], axis=1)
 
 
 class _Frequencies:
@@ -84,9 +105,7 @@ class _Frequencies:
 
 
 def _position(plate: PlateSites, controls: Wells) -> Float:  # noqa: ARG001 (one shape for all)
-    places = np.array([well_position(str(well)) for well in plate.wells], np.float64)
-    edge = np.minimum(places, places[plate.treated].max(0) - places).min(1, keepdims=True)
-    return np.concatenate([places, places**2, edge], axis=1)
+    return position_features([str(well) for well in plate.wells])
 
 
 def _intensity(plate: PlateSites, controls: Wells) -> Float:  # noqa: ARG001 (one shape for all)
@@ -95,8 +114,7 @@ def _intensity(plate: PlateSites, controls: Wells) -> Float:  # noqa: ARG001 (on
 
 def _relative_intensity(plate: PlateSites, controls: Wells) -> Float:
     features = _intensity(plate, controls)
-    reference = features[plate.controls & np.isin(plate.wells, controls)]
-    relative: Float = (features - reference.mean(0)) / (reference.std(0) + 1e-6)
+    relative: Float = features - features[plate.controls & np.isin(plate.wells, controls)].mean(0)
     return relative
 
 
@@ -105,7 +123,7 @@ FEATURES: MappingProxyType[str, Callable[[PlateSites, Wells], Float]] = MappingP
         "majority": _position,
         "position": _position,
         "intensity": _intensity,
-        "intensity-zscore": _relative_intensity,
+        "intensity-relative": _relative_intensity,
     }
 )
 """What each null sees of a plate: (sites, numbers)."""

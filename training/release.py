@@ -41,7 +41,7 @@ def evaluate_run(path: Path) -> pd.DataFrame:
     """Score a run's network and the nulls on its test plates."""
     run = Run.load(path)
     plates = load_run_plates(run)
-    scores = evaluate(load_network(run), run.method, run.recipe, run.split, plates)
+    scores = evaluate(load_network(run), run.method, run.recipe, run.split, plates, panel_wells=run.config.shape.panel_wells)
     return pd.concat([scores, evaluate_nulls(run.split, plates)], ignore_index=True)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from training import plots
 from training.cost import cost_markdown
 from training.embeddings import features_of, variance_shares
-from training.intervals import Estimate, Resamples, bootstrap, members
+from training.intervals import Estimate, Resamples, members
 from training.metrics import expected_calibration_error, worst_batch
 from training.queries import ALL
 from training.results import (
@@ -58,14 +58,13 @@ _METRIC_NAMES = {
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Average scores over plates: one row a method, context and setting, with a 95 % interval per metric."""
-    rows = []
+    rows, resamples = [], Resamples()
     for key, group in table.groupby(["method", "context", "setting"], sort=False):
         row: dict[str, object] = dict(zip(("method", "context", "setting"), key, strict=True))
         row["plates"] = group["plate"].nunique()
         for metric in _METRIC_NAMES:
             if metric in group and group[metric].notna().all():
-                row[metric] = float(group[metric].mean())
-                row[f"{metric}_low"], row[f"{metric}_high"] = bootstrap(group[metric].to_numpy(dtype=float))
+                row |= _figure(resamples.mean(group.assign(seed=0), metric), metric)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -95,7 +94,7 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
 
 
 def gaps(results: Results, resamples: Resamples) -> pd.DataFrame:
-    """Points gained per well over unadapted ERM on the same plates, and the share of ERM's loss from home that this is.
+    """Points gained per well over unadapted ERM on the same plates and seeds, and the share of ERM's loss that this is.
 
     Share closed = (adapted - ERM) / (ERM in domain - ERM), Sanchez-Fernandez et al. 2026, per well and per image. It is NaN
     where ERM has no loss to close, and has no interval where the loss is not above zero in 95 % of the draws.
@@ -105,12 +104,13 @@ def gaps(results: Results, resamples: Resamples) -> pd.DataFrame:
     rows = []
     for place, part in _parts(results.default, results):
         away = _same_plates(unadapted[unadapted["setting"] == place["setting"]], part)
+        home = at_home[at_home["seed"].isin(set(away["seed"]))]
         if place["setting"] == "in_domain" or (place["method"], place["context"]) == UNADAPTED or away.empty:
             continue
         row: dict[str, object] = {**place, "behind": _behind(away)}
         for metric, unit in (("well_accuracy", "well"), ("image_accuracy", "image")):
             erm = resamples.mean(away, metric)
-            gain, loss = resamples.mean(_same_plates(part, away), metric) - erm, resamples.mean(at_home, metric) - erm
+            gain, loss = resamples.mean(_same_plates(part, away), metric) - erm, resamples.mean(home, metric) - erm
             row |= (
                 _figure(gain, f"{unit}_gain") | _figure(loss, f"{unit}_loss") | _figure(gain.share_of(loss), f"{unit}_share")
             )
@@ -242,14 +242,20 @@ def cannot_show(results: Results) -> list[str]:
     absent = [name for setting, name in SETTINGS.items() if setting not in results.settings]
     if absent:
         found.append(f"Not scored: {', '.join(absent)}.")
-    if len(set(results.cells["seed"])) == 1:
-        found.append("One seed: how much training anew would change is not in the intervals.")
+    found += _of_seeds(len(set(results.cells["seed"])))
     methods = set(results.default["method"])
     if not any(name.startswith(NULL) for name in methods):
         found.append("No null was scored: how much of each figure needs no morphology cannot be told.")
     if of_way(results.default, UNADAPTED).empty:
         found.append("Unadapted ERM was not scored: what adapting gains cannot be told.")
-    return found
+    return [*found, *(f"{line[:1].upper()}{line[1:]}." for line in results.told)]
+
+
+def _of_seeds(count: int) -> list[str]:
+    if count == 1:
+        return ["One seed: how much training anew would change is not in the intervals."]
+    few = f"{count} seeds: so few that intervals cover less than 95 % of what training anew would change."
+    return [few] if count < FEW_MEMBERS else []
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
@@ -464,9 +470,10 @@ def _parts(table: pd.DataFrame, results: Results) -> Iterator[tuple[dict[str, st
 
 
 def _same_plates(rows: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose plate has a row in ``other`` too."""
-    there = set(places_of(other))
-    return rows.loc[[place in there for place in zip(rows["lab"], rows["batch"], rows["plate"], strict=True)]]
+    """Rows whose plate has a row of the same seed in ``other`` too."""
+    keys = ["seed", "lab", "batch", "plate"]
+    there = set(other[keys].itertuples(index=False, name=None))
+    return rows.loc[[key in there for key in rows[keys].itertuples(index=False, name=None)]]
 
 
 def _behind(rows: pd.DataFrame) -> str:

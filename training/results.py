@@ -2,8 +2,8 @@
 
 A results folder holds ``cells.parquet`` (a row a plate and cell of the grid), ``predictions.parquet`` (a row a treated well:
 probabilities after temperature, and what was called before it, how surely) and ``embeddings.parquet`` (a row a well); files
-beside them whose names go on after a dash, such as ``cells-openphenom.parquet``, hold more rows. ``cost.json`` is what
-``training.cost`` wrote.
+beside them whose names go on after a dash, such as ``cells-openphenom.parquet``, hold more rows. ``about.json`` says
+what the cells are of; ``cost.json`` is what ``training.cost`` wrote.
 """
 
 import json
@@ -27,6 +27,7 @@ BEFORE = ("nll_before", "ece_before", "brier_before")
 CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
 PREDICTION_COLUMNS = (*KEYS, "well", "label", "called", "called_before", "confidence_before")
 PROBABILITY = "p:"
+ABOUT = "about.json"
 NULL = "null: "
 UNADAPTED = ("erm", "source")
 """What a lab would otherwise use: an ordinary network with its running statistics."""
@@ -37,12 +38,13 @@ Way = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables of a results folder; None for those that are not there."""
+    """A results folder's tables, None for those that are not there; ``told``: what was left out or is not comparable."""
 
     cells: pd.DataFrame
     predictions: pd.DataFrame | None = None
     embeddings: pd.DataFrame | None = None
     cost: dict[str, Any] | None = None
+    told: tuple[str, ...] = ()
 
     @property
     def default(self) -> pd.DataFrame:
@@ -88,12 +90,13 @@ def read_results(folder: Path) -> Results:
         row = twice.iloc[0]
         raise LayoutError(f"plate {row['plate']} is scored twice for {way_name((row['method'], row['context']))}, "
                           f"{row['setting']}, seed {row['seed']}: two runs wrote into {folder}")  # fmt: skip
-    cost = folder / "cost.json"
+    cost, about = folder / "cost.json", folder / ABOUT
     return Results(
         cells=cells.astype({"blended": bool, "alpha": float}),
         predictions=_read(folder, "predictions", PREDICTION_COLUMNS),
         embeddings=_read(folder, "embeddings", ("Metadata_Plate", "Metadata_method", "Metadata_label")),
         cost=json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else None,
+        told=tuple(json.loads(about.read_text(encoding="utf-8"))["told"]) if about.is_file() else (),
     )
 
 

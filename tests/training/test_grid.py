@@ -14,10 +14,11 @@ import yaml
 from model.errors import RunError
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
-from training.grid import Axes, FinishedRun, Grid, evaluate_grid, overview, read_grid, tasks_of
+from training.grid import Axes, FinishedRun, Grid, Task, evaluate_grid, labs_of_their_seed, overview, read_grid, tasks_of
 from training.methods import WAYS
 from training.progress import BEST
 from training.queries import ALL, DEFAULT, Cell
+from training.results import read_results
 from training.train import Run, TrainingConfig
 
 COLUMNS = {
@@ -25,7 +26,7 @@ COLUMNS = {
     "wells", "image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier", "temperature", "nll_before", "ece_before",
     "brier_before",
 }  # fmt: skip
-NULLS = {"null: majority", "null: position", "null: intensity", "null: intensity-zscore"}
+NULLS = {"null: majority", "null: position", "null: intensity", "null: intensity-relative"}
 OURS = ("erm", "adabn-treated", "cs-arm-bn controls", "cs-arm-bn controls blended", "cs-arm-bn source")
 GRID = Grid(
     methods=OURS,
@@ -198,7 +199,7 @@ def test_without_controls_what_needs_none_is_evaluated_and_the_rest_is_told(run:
     told: list[str] = []
     grid = Grid(methods=("erm", "adabn-treated", "adabn-controls", "cs-arm-bn source"), cells=())
     tasks = tasks_of(1, runs, grid, told.append)
-    assert [task.named["method"] for task in tasks] == [*sorted(NULLS - {"null: intensity-zscore"}, key=[
+    assert [task.named["method"] for task in tasks] == [*sorted(NULLS - {"null: intensity-relative"}, key=[
         "null: majority", "null: position", "null: intensity"].index), "erm", "adabn-treated"]  # fmt: skip
     assert len(told) == 2
     assert all("needs negative controls, and plate" in text for text in told)
@@ -218,7 +219,7 @@ def test_networks_that_need_controls_are_left_untrained_where_there_are_none(
     )
     told: list[str] = []
     cells = evaluated([], tmp_path / "results", read_grid(path), told)
-    assert set(cells["method"]) == {*NULLS - {"null: intensity-zscore"}, "erm", "adabn-treated"}
+    assert set(cells["method"]) == {*NULLS - {"null: intensity-relative"}, "erm", "adabn-treated"}
     assert not (tmp_path / "runs" / "seed-3" / "cs-arm-bn" / "run.json").exists()
     assert "cs-arm-bn is not trained: plate SIM01B01P01 has no negative-control wells" in " ".join(told)
     assert "adabn-controls is left out: it needs negative controls" in " ".join(told)
@@ -240,6 +241,42 @@ def test_runs_that_cannot_be_compared_are_refused(run: Run, erm_run: Run, tmp_pa
     odd = replace(erm_run, config=replace(erm_run.config, method="cs-arm-bn", context="union", stop_gradient=True))
     with pytest.raises(RunError, match="a network of no method that is evaluated"):
         evaluated([odd], tmp_path)
+
+
+def test_a_run_on_other_images_is_not_compared_and_one_cut_short_is_told(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    scaled = replace(erm_run, recipe=replace(erm_run.recipe, mean=tuple(value + 1 for value in erm_run.recipe.mean)))
+    with pytest.raises(RunError, match="one seed and another recipe: not comparable"):
+        evaluated([run, scaled], tmp_path)
+    steps = erm_run.config.steps
+    longer = [replace(one, config=replace(one.config, steps=steps + 4)) for one in (run, erm_run)]
+    told: list[str] = []
+    evaluated(longer, tmp_path, Grid(methods=("erm",), cells=()), told)
+    assert f"seed 1: erm had {steps} of {steps + 4} steps: stopped by its validation, or not finished" in told
+    assert read_results(tmp_path).told == tuple(told)
+
+
+def test_plates_of_two_seeds_that_share_a_name_are_not_taken_for_one(erm_run: Run) -> None:
+    """As simulated ones do: every seed has its own SIM01B01P01."""
+    again = FinishedRun(replace(erm_run, config=replace(erm_run.config, seed=2)), "erm")
+    first = FinishedRun.of(erm_run)
+    again.__dict__["plates"] = {name: replace(plate, labels=plate.labels[::-1]) for name, plate in first.plates.items()}
+    table = pd.DataFrame({"lab": ["L", "L"], "seed": [1, 2]})
+    work = [(Task(seed, one, WAYS[0]), "cells", DEFAULT) for seed, one in ((1, first), (2, again))]
+    assert labs_of_their_seed(table, work)["lab"].tolist() == ["L of seed 1", "L of seed 2"]
+    same = [(Task(seed, first, WAYS[0]), "cells", DEFAULT) for seed in (1, 2)]
+    assert labs_of_their_seed(table, same) is table
+
+
+def test_baselines_of_embeddings_that_are_made_anew_do_not_stay(run: Run, tmp_path: Path) -> None:
+    grid = Grid(methods=("cs-arm-bn controls",), cells=(), embeddings=("cs-arm-bn controls",))
+    evaluated([run], tmp_path, grid)
+    (tmp_path / "cells-embedding.parquet").touch()
+    (tmp_path / "cells-embedding-others.parquet").touch()
+    evaluated([run], tmp_path, grid)
+    assert (tmp_path / "cells-embedding.parquet").is_file(), "the table is the same"
+    evaluated([run], tmp_path, grid.model_copy(update={"embeddings": ()}))
+    assert not (tmp_path / "cells-embedding.parquet").is_file()
+    assert (tmp_path / "cells-embedding-others.parquet").is_file()
 
 
 def written(path: Path, **content) -> Path:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from training.intervals import Estimate, Resamples, bootstrap, expanded_tails
+from training.intervals import Estimate, Resamples, expanded_tails
 
 
 def scored(values: np.ndarray, seeds: int = 1, lab: str = "L") -> pd.DataFrame:
@@ -73,6 +73,32 @@ def test_seeds_that_have_plates_of_their_own_are_not_drawn_apart_from_these() ->
     assert np.mean(draws == 0.5) == pytest.approx(0.5, abs=0.04)
 
 
+@pytest.mark.parametrize("own_plates", [True, False])
+def test_intervals_cover_what_training_anew_changes(own_plates: bool) -> None:
+    """Five seeds that differ more than plates do, on plates of their own or on the same ones."""
+    rng = np.random.default_rng(3)
+    covered = []
+    for number in range(100):
+        tables = [
+            scored(
+                rng.normal(0, 1) + rng.normal(0, 0.2, (4, 3)), lab=f"L{seed}" if own_plates else "L"
+            ).assign(seed=seed)
+            for seed in range(5)
+        ]  # fmt: skip
+        low, high = Resamples(draws=400, seed=number).mean(pd.concat(tables), "score").interval or (np.nan, np.nan)
+        covered.append(low <= 0 <= high)
+    assert np.mean(covered) >= 0.88
+
+
+def test_a_seed_counts_alike_on_plates_that_other_seeds_scored_too() -> None:
+    """Plates of three seeds, of two and of one: when a seed is drawn twice, it is on all of them."""
+    patterns = {"A": (1, 2, 3), "B": (1, 2), "C": (1, 3), "D": (2, 3)}
+    rows = [scored(np.full((1, 1), float(seed)), lab=lab).assign(seed=seed) for lab, own in patterns.items() for seed in own]
+    draws = Resamples(draws=4000).mean(pd.concat(rows), "score").draws
+    assert np.mean(draws == 1) == pytest.approx(1 / 27, abs=0.05)
+    assert draws.std() > 0.4, "seeds drawn apart for each of the four would average out"
+
+
 def test_a_ratio_of_sums_weighs_plates_by_their_rows() -> None:
     table = scored(np.array([[0.0, 1.0]]))
     wells = np.array([1.0, 3.0])
@@ -86,7 +112,6 @@ def test_what_does_not_vary_has_no_interval() -> None:
     nothing = Resamples().mean(scored(np.full((2, 2), np.nan)), "score")
     assert np.isnan(nothing.value)
     assert nothing.interval is None
-    assert all(np.isnan(bootstrap(np.array([0.5]))))
 
 
 def test_a_share_of_nothing_is_undefined() -> None:

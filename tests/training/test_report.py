@@ -72,6 +72,15 @@ def test_gains_are_taken_over_the_plates_that_both_have(results: Results) -> Non
     assert erm != pytest.approx(whole(cells, ERM, "new_lab")["well_accuracy"].mean())
 
 
+def test_gains_are_taken_over_the_seeds_that_both_have(results: Results) -> None:
+    """A method that equals ERM in the one seed it was trained with gains nothing, whatever ERM did in the other."""
+    erm = results.cells[(results.cells["method"] == "erm") & (results.cells["context"] == "source")]
+    worse = erm.assign(well_accuracy=erm["well_accuracy"] - 0.3 * erm["seed"])
+    equal = worse[worse["seed"] == 0].assign(method="cs-arm-bn", context="controls")
+    found = gaps(Results(pd.concat([worse, equal])), Resamples(draws=50))
+    assert found["well_gain"].tolist() == pytest.approx([0.0, 0.0])
+
+
 def test_the_curve_of_controls_shows_blended_beside_plain_and_erm_as_a_level(results: Results) -> None:
     found = curve(results, Resamples(draws=50), "controls")
     assert found is not None
@@ -164,9 +173,11 @@ def test_what_cannot_be_shown_is_said() -> None:
     ):
         assert words in told
     assert "so few" in " ".join(cannot_show(Results(table)))
-    many = made_up.cells(batches=6)
+    many = made_up.cells(seeds=5, batches=6)
     many["lab"] = many["batch"].str[-1] + many["lab"]
     assert cannot_show(Results(many)) == []
+    assert cannot_show(Results(many, told=("seed 1: erm had 2 of 6 steps",))) == ["Seed 1: erm had 2 of 6 steps."]
+    assert "2 seeds: so few" in " ".join(cannot_show(Results(many[many["seed"] < 2])))
 
 
 def test_a_report_has_every_plot_and_nulls_in_every_table_of_methods(tmp_path: Path) -> None:
