@@ -19,13 +19,14 @@ from model.network import Ensemble, Normaliser, Running
 from model.predictions import EmbeddingReference, group_means, well_probabilities
 from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, summarise_training
 from training.blending import blend_wells, measure_wells
-from training.contexts import control_statistics, ensemble_source, given, statistics_of
+from training.contexts import ensemble_source, given, served_statistics, statistics_of, with_panel
 from training.dataset import NO_LABEL, PlateSites
 from training.methods import Method, classify
 
 CONTROL_WELL_COUNTS = (1, 2, 4, 8, 16, 24)
 _BLENDED_BELOW = 4
 """Fewer control wells are measured blended, for so few are not served otherwise."""
+PANEL_WELLS = 1
 _DRAWS = 3
 _WELLS_PER_DIMENSION = 20
 _CONTROL_COVERAGE, _CLASS_COVERAGE = 0.95, 0.99
@@ -80,6 +81,7 @@ def calibrate(
     train: Sequence[PlateSites],
     held_out: Sequence[PlateSites],
     trained_on: Sequence[Collection[str]],
+    panel_wells: int = PANEL_WELLS,
 ) -> Calibration:
     """Calibrate on training plates (centres, directions) and on plates of held-out batches (spreads, thresholds).
 
@@ -90,15 +92,16 @@ def calibrate(
         train: plates that any member was trained on.
         held_out: plates of batches that no member was trained on.
         trained_on: of each member, the names of the training plates that it was trained on.
+        panel_wells: wells of every class in a plate's panel, where they were trained with one.
     """
-    statistics = [control_statistics(network, plate, recipe) for plate in train]
-    held_out_statistics = [control_statistics(network, plate, recipe) for plate in held_out]
+    statistics = [served_statistics(network, method, plate, recipe, panel_wells) for plate in train]
+    held_out_statistics = [served_statistics(network, method, plate, recipe, panel_wells) for plate in held_out]
     source = ensemble_source(network, method, [plate.plate for plate in train], statistics, trained_on)
     described = summarise_training(statistics, source, held_out_statistics, _blend_wells(network, recipe, train, statistics))
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
     distances = leave_one_group_out(statistics, labs[0], held_out_statistics, labs[1])
     trained = [_wells(network, method, p, recipe, own, {}) for p, own in zip(train, statistics, strict=True)]
-    left_out = [_left_out_controls(network, method, plate, recipe, described) for plate in held_out]
+    left_out = [_left_out_controls(network, method, plate, recipe, described, panel_wells) for plate in held_out]
     unseen = [
         _wells(network, method, plate, recipe, own, differences)
         for plate, own, differences in zip(held_out, held_out_statistics, left_out, strict=True)
@@ -124,14 +127,16 @@ def calibrate_unseen(
     batches = [plate.batch for plate in plates]
     names = [plate.plate for plate in plates]
     _require_enough(plates, classes)
-    statistics = [control_statistics(network, plate, recipe) for plate in plates]
+    statistics = [served_statistics(network, method, plate, recipe, PANEL_WELLS) for plate in plates]
     source = ensemble_source(network, method, names, statistics, [names] * len(network.networks))
     groups = batches if len(set(batches)) >= _GROUPS_TO_LEAVE_ONE_OUT else names
     distances = leave_one_group_out(statistics, groups, [], [])
     assert distances is not None
     described = summarise_training(statistics, source, statistics, _blend_wells(network, recipe, plates, statistics))
     wells = [
-        _wells(network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe, described))
+        _wells(
+            network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe, described, PANEL_WELLS)
+        )
         for plate, own in zip(plates, statistics, strict=True)
     ]
     return Calibration(
@@ -217,7 +222,12 @@ def _normaliser(network: Ensemble, method: Method, statistics: BatchNormStatisti
 
 
 def _left_out_controls(
-    network: Ensemble, method: Method, plate: PlateSites, recipe: ImageRecipe, described: TrainingStatistics
+    network: Ensemble,
+    method: Method,
+    plate: PlateSites,
+    recipe: ImageRecipe,
+    described: TrainingStatistics,
+    panel_wells: int,
 ) -> dict[int, Float]:
     """Score control wells against contexts of other control wells, as treated wells are, for several context sizes."""
     rng = np.random.default_rng(0)
@@ -227,8 +237,10 @@ def _left_out_controls(
     found: dict[int, Float] = {}
     for count in [count for count in CONTROL_WELL_COUNTS if count < len(wells)]:
         prior = described.prior(count) if count < _BLENDED_BELOW else None
-        draws = [_scored_others(network, method, plate, recipe, rng.permutation(wells), count, prior) for _ in range(_DRAWS)]
-        found[count] = np.concatenate(draws)
+        found[count] = np.concatenate([
+            _scored_others(network, method, plate, recipe, rng.permutation(wells), count, prior, panel_wells)
+            for _ in range(_DRAWS)
+        ])  # fmt: skip
     return found
 
 
@@ -240,12 +252,14 @@ def _scored_others(
     wells: NDArray[np.str_],
     count: int,
     prior: Prior | None,
+    panel_wells: int,
 ) -> Float:
     """Differences of ``wells[count:]`` from the centre of ``wells[:count]``, under the latter's statistics."""
     context = np.flatnonzero(np.isin(plate.wells, wells[:count]))
     others = np.flatnonzero(np.isin(plate.wells, wells[count:]))
     plate = plate.scaled_by(context)
-    norm = _normaliser(network, method, statistics_of(network, plate, recipe, context, prior))
+    measured = with_panel(context, plate, method, panel_wells)
+    norm = _normaliser(network, method, statistics_of(network, plate, recipe, measured, prior))
     _, embeddings = classify(network, plate.served(np.concatenate([context, others]), recipe), norm)
     names, where = np.unique(plate.wells[np.concatenate([context, others])], return_inverse=True)
     means = group_means(embeddings, where, len(names))

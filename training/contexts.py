@@ -68,6 +68,18 @@ def control_statistics(network: Network, plate: PlateSites, recipe: ImageRecipe)
     return statistics_of(network, plate, recipe, context_rows(plate))
 
 
+def served_statistics(
+    network: Network, method: Method, plate: PlateSites, recipe: ImageRecipe, panel_wells: int
+) -> BatchNormStatistics:
+    """Measure a plate as the service would: its controls, and its panel where the method was trained with one."""
+    return statistics_of(network, plate, recipe, with_panel(context_rows(plate), plate, method, panel_wells))
+
+
+def with_panel(controls: NDArray[np.int64], plate: PlateSites, method: Method, panel_wells: int) -> NDArray[np.int64]:
+    """Rows of a context: controls, and the plate's panel where the method was trained with one."""
+    return np.concatenate([controls, panel_rows(plate, panel_wells)]) if method.context == "panel" else controls
+
+
 def given(network: Network, statistics: BatchNormStatistics) -> Given:
     """Return a normaliser that gives a network these statistics."""
     weight = next(network.parameters())

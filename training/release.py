@@ -60,7 +60,9 @@ def release(paths: Sequence[Path], out: Path, *, name: str, minimum_control_well
     plates = load_plates_of_runs(runs)
     parts = calibration_plates(runs, plates)
     trained_on = [frozenset(run.split.train) for run in runs]
-    calibration = calibrate(network, first.method, first.recipe, parts.train, parts.held_out, trained_on)
+    calibration = calibrate(
+        network, first.method, first.recipe, parts.train, parts.held_out, trained_on, first.config.shape.panel_wells
+    )
     golden = parts.held_out[0]
     return calibrated_bundle(
         network, out, calibration, golden, name=name, classes=first.classes, recipe=first.recipe, method=first.method,

@@ -286,6 +286,18 @@ def test_a_run_is_scored_on_every_test_plate_in_every_context(run: Run) -> None:
     assert text.count("\n") == 1 + len(table.groupby(["method", "context", "setting"]))
 
 
+def test_a_panel_is_calibrated_by_statistics_of_controls_and_panel(run: Run) -> None:
+    plates = load_run_plates(run)
+    train, held_out = ([plates[name] for name in names] for names in (run.split.train, run.split.validation))
+    network = Ensemble([load_network(run)])
+    found = calibrate(network, NETWORKS["cs-arm-bn-panel"], run.recipe, train, held_out, [run.split.train])
+    panels = [panel_rows(plate, 1) for plate in train]
+    assert all(len(rows) == len(run.classes) for rows in panels), "one site a well"
+    assert found.training_statistics.source.sites == sum(
+        len(context_rows(plate)) + len(rows) for plate, rows in zip(train, panels, strict=True)
+    )
+
+
 def test_calibration_describes_held_out_wells(run: Run) -> None:
     plates = load_run_plates(run)
     train, held_out = ([plates[name] for name in names] for names in (run.split.train, run.split.validation))
