@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from model.errors import AnchorwellError, FetchError, LayoutError, RunError
 from model.images import ImageRecipe, Plane, decode_plane, prepare_field, scale_pixels
+from model.layout import rounded_pixel_size_um
 from model.statistics import json_sha256
 from training.dataset import plane_moments
 from training.drafts import DraftedSite, PlateDraft, StoredForm, clear_draft, plate_lock, write_site
@@ -286,7 +287,9 @@ def _tasks(rows: pd.DataFrame, recipe: ImageRecipe) -> list[SiteTask]:
     places = rows[[path_column(channel) for channel in recipe.channels]].to_numpy(dtype=str).tolist()
     columns = (rows[name].tolist() for name in ("Metadata_Plate", "Metadata_Well", "Metadata_Site", "pixel_size_um"))
     return [
-        SiteTask(row, str(plate), str(well), str(site), tuple(own), None if pd.isna(size) else float(size))
+        SiteTask(
+            row, str(plate), str(well), str(site), tuple(own), None if pd.isna(size) else rounded_pixel_size_um(float(size))
+        )
         for row, (plate, well, site, size, own) in enumerate(zip(*columns, places, strict=True))
     ]
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.training import made_up
+from training.index import write_index
 
 WITHOUT_TORCH = """
 import sys
@@ -48,6 +50,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("simulate", "{out}", "--wells-per-class", "50"), "the plate has room for 80"),
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
         (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "index.csv"),
+        (("fetch", "{index}", "{out}/plates", "--pixel-size-um", "0"), "pixel_size_um 0 is not positive and finite"),
+        (("fetch", "{index}", "{out}/plates", "--shrink", "0"), "shrink is 0; it is a number of pixels, 1 or more"),
         (("train", "{out}/plates", "{out}/run"), "holds no plates"),
         (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
         (("train", "{out}/plates", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
@@ -63,8 +67,11 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("cost", "--depth", "19", "--out", "{out}"), "--depth is one of 18, 34, 50"),
     ],
 )
-def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    done = run(*(argument.format(out=tmp_path) for argument in arguments))
+def test_wrong_input_is_told_without_a_traceback(
+    arguments: tuple[str, ...], told: str, index: pd.DataFrame, tmp_path: Path
+) -> None:
+    write_index(index, tmp_path / "plates.csv")
+    done = run(*(argument.format(out=tmp_path, index=tmp_path / "plates.csv") for argument in arguments))
     assert done.returncode != 0
     assert told in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -17,7 +17,8 @@ import pytest
 import tifffile
 
 from model.errors import FetchError, LayoutError, RunError
-from model.images import ImageRecipe
+from model.images import ImageRecipe, prepare_field
+from model.layout import parse_layout
 from tests.service.s3 import s3
 from training.fetch import FetchOptions, _reader, fetch
 from training.index import IndexFile, write_index
@@ -107,6 +108,16 @@ def test_grey_levels_are_kept_as_the_camera_gave_them(
     (plate,) = open_plates(tmp_path / "plates", CLASSES).values()
     assert (plate.images.dtype, plate.steps) == (stored, steps)
     np.testing.assert_array_equal(plate.unit(np.arange(2)), planes[..., ::2, ::2].astype(np.float32) / np.float32(250))
+
+
+def test_a_pixel_size_is_rounded_as_the_service_rounds_it(one: pd.DataFrame, tmp_path: Path) -> None:
+    size_um = 0.5039063  # 128 pixels of it are 65 of 1 µm, and 64 when it is rounded
+    fetch(one.assign(pixel_size_um=size_um), tmp_path, replace(RECIPE, pixel_size_um=1.0, size=32))
+    table = f"Metadata_Well,Metadata_Site,FileName_OrigDNA,Metadata_ImageResolutionX\nA01,1,a.tif,{size_um}e-6\n"
+    served = prepare_field([np.arange(128.0 * 128).reshape(128, 128)], replace(RECIPE, pixel_size_um=1.0, size=32),
+                           parse_layout(table, ["DNA"]).pixel_size_um)  # fmt: skip
+    (plate,) = open_plates(tmp_path).values()
+    assert plate.images.shape[2:] == served.shape[1:] == (64, 64)
 
 
 # --- files that cannot be used ---------------------------------------------------------------------------------------
