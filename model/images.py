@@ -249,12 +249,24 @@ class ImageRecipe:
             raise ValueError("fixed-scale needs a full_scale per channel")
         if self.scaling == "percentile-8bit" and self.illumination != "none":
             raise ValueError("percentile-8bit scales each image by itself: illumination needs fixed-scale or control-scale")
-        low, high = self.control_percentiles
-        if not 0 <= low < high <= 100:  # noqa: PLR2004 (percent)
-            raise ValueError(f"control_percentiles {low:g} and {high:g} are not two of 0 to 100, the lower first")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} needs one value per channel")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("size", "shrink"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a number of pixels, 1 or more")
+        sizes = () if self.pixel_size_um is None else (self.pixel_size_um,)
+        for name, values in (("pixel_size_um", sizes), ("full_scale", self.full_scale or ()), ("std", self.std)):
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name} {', '.join(f'{value:g}' for value in values)} is not positive and finite")
+        if not 0 < self.percentile <= 100:  # noqa: PLR2004 (percent)
+            raise ValueError(f"percentile {self.percentile:g} is not above 0 and at most 100")
+        low, high = self.control_percentiles
+        if not 0 <= low < high <= 100:  # noqa: PLR2004 (percent)
+            raise ValueError(f"control_percentiles {low:g} and {high:g} are not two of 0 to 100, the lower first")
 
     @property
     def scaled_by_batch(self) -> bool:

@@ -37,8 +37,7 @@ MAX_PIXEL_SIZE_UM = 1_000.0
 MAX_PLATE_NAME = 128
 MAX_PLANES = 400_000
 """Planes that one table tells of: twice those of a 1536-well plate of 16 sites and 8 channels."""
-PIXEL_SIZE_DECIMALS = 6
-"""Decimals of a pixel size in µm: metres of a table and µm of a form give the same number."""
+_PIXEL_SIZE_DECIMALS = 6
 
 
 class Role(StrEnum):
@@ -333,10 +332,15 @@ def load_data_places(table: Table, channels: Sequence[str]) -> Places:
     return Places(addresses, _plate(table), Layout({}, None, _pixel_sizes_um(table)).pixel_size_um)
 
 
+def rounded_pixel_size_um(size_um: float) -> float:
+    """Round a pixel size to six decimals: metres of a table and µm of a form or an index give the same number."""
+    return round(size_um, _PIXEL_SIZE_DECIMALS)
+
+
 def _pixel_sizes_um(table: Table) -> tuple[float, ...]:
     found = {cell.strip() for cell in table.column(_RESOLUTION)} - {""}
     try:
-        sizes = sorted({round(float(value) * 1e6, PIXEL_SIZE_DECIMALS) for value in found})
+        sizes = sorted({rounded_pixel_size_um(float(value) * 1e6) for value in found})
     except ValueError:
         raise LayoutError(f"{_RESOLUTION} is not a number of metres per pixel") from None
     if not all(0 < size < MAX_PIXEL_SIZE_UM for size in sizes):

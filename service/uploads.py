@@ -26,7 +26,6 @@ from model.errors import (
 from model.images import ImageRecipe, PreparedImage
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
-    PIXEL_SIZE_DECIMALS,
     Layout,
     PlaneKey,
     SiteKey,
@@ -36,6 +35,7 @@ from model.layout import (
     layout_of,
     parse_file_name,
     plane_key,
+    rounded_pixel_size_um,
 )
 from model.tables import Table
 from service.decoding import Decoder, FileSlice
@@ -227,7 +227,7 @@ def chosen_pixel_size(text: str | None, layout: Layout | None) -> float | None:
     if text is None:
         return None if layout is None else layout.pixel_size_um
     try:
-        value = round(float(text), PIXEL_SIZE_DECIMALS)
+        value = rounded_pixel_size_um(float(text))
     except ValueError:
         value = float("nan")
     if not (isfinite(value) and 0 < value <= MAX_PIXEL_SIZE_UM):

@@ -40,6 +40,17 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Name what is written where the system does not say which file it could not write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(out)) from None
+
+
 @app.command("simulate")
 def simulate_command(
     out: Annotated[Path, typer.Argument(help="Folder to write plates to.")],
@@ -61,7 +72,7 @@ def simulate_command(
         labs=labs, batches=batches, plates=plates, seed=seed, plate_format=plate_format, sites=sites,
         wells_per_class=wells_per_class, inactive_wells=inactive_wells, novel_wells=novel_wells, first_lab=first_lab,
     )  # fmt: skip
-    with progress_bar("Simulating sites") as tell:
+    with _writing(out), progress_bar("Simulating sites") as tell:
         report = simulate(plan, out, workers=workers, progress=tell)
     typer.echo(f"{len(report.plates)} simulated plates, {report.sites} sites in {report.seconds:.0f} s: {out}")
 
@@ -119,10 +130,14 @@ def index_command(
             _listed(sources), _listed(batches), _listed(plates), _listed(plate_types), _listed(labels), all_wells=all_wells
         )
         objects = Objects(ObjectAccess(anonymous, endpoint, region))
-        for problem in write_jump_index(root, load_data, names, compounds, selection, objects, out):
+        with _writing(out):
+            problems = write_jump_index(root, load_data, names, compounds, selection, objects, out)
+        for problem in problems:
             console.print(f"[yellow]warning:[/yellow] {escape(str(problem))}", soft_wrap=True)
     else:
-        write_index(index_tree(root, names), out)
+        found = index_tree(root, names)
+        with _writing(out):
+            write_index(found, out)
     _tell_index(IndexFile.open(out).plates(), out)
 
 
@@ -173,9 +188,17 @@ def fetch_command(
     ] = "none",
     workers: Annotated[int, typer.Option(help="Processes that read and decode.")] = 1,
     skip_bad_sites: Annotated[
-        bool, typer.Option("--skip-bad-sites", help="Leave out sites with files that cannot be used, and tell them.")
+        bool,
+        typer.Option(
+            "--skip-bad-sites",
+            help="Leave out sites with files that cannot be used, and tell them: a tenth of a plate's at most, never all "
+            "of a label's or all controls.",
+        ),
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="At the end, check every plate's files by their sha256.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="At the end, check that all plates are there and, by its sha256, every file."),
+    ] = False,
     anonymous: Anonymous = False,
     endpoint: Endpoint = None,
     region: Region = None,
@@ -198,13 +221,16 @@ def fetch_command(
     options = FetchOptions(workers, ObjectAccess(anonymous, endpoint, region), skip_bad_sites)
     with progress_bar("Fetching sites") as tell:
         report = fetch(table, out, recipe, options, tell)
+    for problem in report.unsized:
+        console.print(f"[yellow]warning:[/yellow] {escape(problem)}", soft_wrap=True)
     for problem in report.skipped:
         console.print(f"[yellow]left out:[/yellow] {escape(problem)}", soft_wrap=True)
     if report.elsewhere:
         console.print(f"[yellow]note:[/yellow] {len(report.elsewhere)} plates are being fetched by another process")
     typer.echo(f"{len(report.written)} plates written, {report.sites} sites; {len(report.there)} were there: {out}")
     if verify:
-        typer.echo(f"{verify_plates(out)} plates are as they were written")
+        count = verify_plates(out, report.plates)
+        typer.echo(f"{count} plates are as they were written, {count - len(report.plates)} of them not of this index")
 
 
 @app.command("train")
@@ -469,6 +495,13 @@ def main() -> None:
     except AnchorwellError as error:
         console.print(f"[red]error:[/red] {escape(error.detail)}", soft_wrap=True)
         raise SystemExit(1) from None
-    except (FileNotFoundError, ValueError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _one_line(error: OSError | ValueError) -> str:
+    """Say the file and what the system says of it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from model.bundle import file_sha256
 from model.images import ImageRecipe
 from training.dataset import NO_LABEL, PlateSites
 from training.plates import (
+    DRAFT,
+    JOURNAL,
     MEASURED,
     PLATE_KEYS,
     PlateFiles,
@@ -41,21 +43,31 @@ _GRAIN = 256  # finer steps for uint8 planes: resampling would coarsen them
 
 @dataclass(frozen=True)
 class StoredForm:
-    """How a plate's sites are stored: (channels, height, width) of one type; ``steps`` stored values are a grey level."""
+    """How a plate's sites are stored: (channels, height, width) of one type; ``steps`` stored values are a grey level.
+
+    ``planes`` are the types of the planes as read, a channel each.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     steps: float
+    planes: tuple[str, ...]
 
     @classmethod
     def of(cls, field: NDArray[np.float32], planes: Sequence[NDArray[Any]], recipe: ImageRecipe) -> "StoredForm":
-        """Choose the form by a plate's first site: ``field`` as prepared, ``planes`` as read."""
+        """Choose the form that suits a site: ``field`` as prepared, ``planes`` as read."""
+        types = _types(planes)
         if recipe.scaling == "percentile-8bit":
-            return cls(field.shape, "<u1", 255.0)
+            return cls(field.shape, "<u1", 255.0, types)
         kind = np.result_type(*(plane.dtype for plane in planes))
         if kind.kind == "f":
-            return cls(field.shape, "<f4", 1.0)
-        return cls(field.shape, "<u2", float(_GRAIN) if kind.itemsize == 1 else 1.0)
+            return cls(field.shape, "<f4", 1.0, types)
+        return cls(field.shape, "<u2", float(_GRAIN) if kind.itemsize == 1 else 1.0, types)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "StoredForm":
+        """Read what ``dataclasses.asdict`` made."""
+        return cls(**{**value, "shape": tuple(value["shape"]), "planes": tuple(value["planes"])})
 
     @property
     def site_bytes(self) -> int:
@@ -73,19 +85,26 @@ class StoredForm:
         """Store a prepared site; ``PlateSites.scaled`` is the way back.
 
         Raises:
-            ValueError: it does not fit: another size, or planes of a larger type than the plate's first.
+            ValueError: it does not fit: another size, or planes of another type than the plate's.
         """
         if field.shape != self.shape:
-            raise ValueError(f"the field is {_times(field.shape)} pixels, the plate's first one {_times(self.shape)}")
+            raise ValueError(f"the field is {_times(field.shape)} pixels, the plate's are {_times(self.shape)}")
+        types = _types(planes)
+        if types != self.planes:
+            raise ValueError(f"the planes are {_listed(types)}, the plate's are {_listed(self.planes)}")
         if self.dtype == "<f4":
             return field
-        if self.dtype == "<u2" and np.result_type(*(plane.dtype for plane in planes)).itemsize > (
-            1 if self.steps > 1 else 2
-        ):
-            raise ValueError("its planes are of a larger type than those of the plate's first site")
         steps = field * np.float32(self.steps)
         stored: NDArray[Any] = np.rint(steps, out=steps).astype(self.dtype)
         return stored
+
+
+def _types(planes: Sequence[NDArray[Any]]) -> tuple[str, ...]:
+    return tuple(plane.dtype.name for plane in planes)
+
+
+def _listed(types: Sequence[str]) -> str:
+    return types[0] if len(set(types)) == 1 else ", ".join(types)
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -94,22 +113,26 @@ def _times(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class DraftedSite:
-    """What the journal says of one site: its planes' sha256, what was measured (channels, MEASURED), and a checksum."""
+    """What the journal says of one site: what was measured (channels, MEASURED), and a checksum of its pixels.
+
+    Of each plane's file it says the sha256 and the stamp (see ``training.objects``) that it had when it was read.
+    """
 
     row: int
     digests: tuple[str, ...]
+    stamps: tuple[str, ...]
     measured: NDArray[np.float64]
     checksum: int
 
     def to_line(self) -> str:
         """One line of JSON."""
-        return json.dumps([self.row, self.digests, self.measured.tolist(), self.checksum]) + "\n"
+        return json.dumps([self.row, self.digests, self.stamps, self.measured.tolist(), self.checksum]) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> "DraftedSite":
         """Read what ``to_line`` wrote."""
-        row, digests, measured, checksum = json.loads(line)
-        return cls(row, tuple(digests), np.array(measured), checksum)
+        row, digests, stamps, measured, checksum = json.loads(line)
+        return cls(row, tuple(digests), tuple(stamps), np.array(measured), checksum)
 
 
 def write_site(path: Path, form: StoredForm, row: int, stored: NDArray[Any]) -> int:
@@ -136,12 +159,12 @@ class PlateDraft:
     @property
     def images(self) -> Path:
         """Pixels so far; rows that are not done hold anything."""
-        return self.files.path(".npy.partial")
+        return self.files.path(DRAFT)
 
     @property
     def journal(self) -> Path:
         """Which sites are done."""
-        return self.files.path(".journal")
+        return self.files.path(JOURNAL)
 
     def _taken_back(self) -> bool:
         """Take back pixels that were named as finished by a call that ended before it wrote the record."""
@@ -154,10 +177,10 @@ class PlateDraft:
         lines = _lines(self.journal)
         try:
             head = json.loads(next(lines))
-            form = StoredForm(**{**head.pop("form"), "shape": tuple(head["shape"])})
+            form = StoredForm.from_json(head.pop("form"))
         except (StopIteration, ValueError, KeyError, TypeError):
             return
-        if head != {**self.key, "sites": self.sites, "shape": list(form.shape)}:
+        if head != {**self.key, "sites": self.sites}:
             return
         if self.images.stat().st_size != len(form.header(0)) + self.sites * form.site_bytes:
             return
@@ -179,8 +202,15 @@ class PlateDraft:
         with self.images.open("wb") as file:
             file.write(form.header(self.sites))
             file.truncate(len(form.header(0)) + self.sites * form.site_bytes)
-        head = {**self.key, "sites": self.sites, "shape": form.shape, "form": asdict(form)}
+        head = {**self.key, "sites": self.sites, "form": asdict(form)}
         write_whole(self.journal, json.dumps(head).encode() + b"\n")
+
+    def drop(self, rows: Iterable[int]) -> None:
+        """Take sites for not done."""
+        for row in rows:
+            del self.done[row]
+        if not self.done:
+            self.form = None
 
     def add(self, sites: Sequence[DraftedSite]) -> None:
         """Note sites whose pixels were written."""
@@ -279,9 +309,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 def clear_draft(files: PlateFiles) -> None:
     """Remove what is left of the drafts of a plate that is complete; call it with the plate locked."""
-    for ending in (".journal", ".npy.partial", ".npy.compact"):
+    for ending in (JOURNAL, DRAFT, ".npy.compact"):
         files.path(ending).unlink(missing_ok=True)
-    for path in (files.path(".journal"), files.sites, files.record):
+    for path in (files.path(JOURNAL), files.sites, files.record):
         for unfinished in unfinished_files(path):
             unfinished.unlink(missing_ok=True)
     files.path(".lock").unlink(missing_ok=True)

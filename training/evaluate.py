@@ -387,10 +387,11 @@ def named(subject: Way | Null) -> tuple[str, str]:
 
 
 def plates_tested(split: Split, plates: Mapping[str, PlateSites]) -> Iterator[tuple[str, PlateSites]]:
-    """Every test plate with its setting."""
+    """Every test plate that has something to call, with its setting."""
     for setting, names in split.tests().items():
         for name in names:
-            yield setting, plates[name]
+            if len(plates[name].treated):
+                yield setting, plates[name]
 
 
 def _plate_score(answers: Answering, plate: PlateSites) -> PlateScore:

@@ -5,13 +5,12 @@ out of space goes on where it was. Files that cannot be used are collected, and 
 """
 
 import ctypes
-import errno
 import hashlib
 import math
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,14 +27,17 @@ from numpy.typing import NDArray
 
 from model.errors import AnchorwellError, FetchError, LayoutError, RunError
 from model.images import ImageRecipe, Plane, decode_plane, prepare_field, scale_pixels
+from model.layout import Role, rounded_pixel_size_um
 from model.statistics import json_sha256
 from training.dataset import plane_moments
 from training.drafts import DraftedSite, PlateDraft, StoredForm, clear_draft, plate_lock, write_site
 from training.index import IndexFile, channels_of, path_column
-from training.objects import ObjectAccess, Objects
-from training.plates import PlateFiles, PlateRecord, plate_records, recipe_name, write_recipe
+from training.objects import ObjectAccess, Objects, StampedObject, is_remote
+from training.plates import DISK_FULL, PlateFiles, PlateRecord, plate_records, plates_recipe, recipe_name, write_recipe
 
 _CHUNK_SITES = 8
+_FIRST_SITES = 5
+_LEFT_OUT_PERCENT = 10
 _SITES_AHEAD = 3
 _READERS = 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -65,27 +67,42 @@ class BadSite:
 
 @dataclass(frozen=True, eq=False)
 class PreparedSite:
-    """A site's planes as read and prepared, and their files' sha256."""
+    """A site's planes as read and prepared, and their files' sha256 and stamps."""
 
     planes: tuple[Plane, ...]
     field: NDArray[np.float32]
     digests: tuple[str, ...]
+    stamps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class FetchReport:
-    """Plates that this call wrote, that were there, and that another process is fetching; sites written, sites left out."""
+    """Plates that this call wrote, that were there, and that another process is fetching; sites written.
+
+    ``skipped`` are the files that cannot be used of sites left out, of plates that were there too. ``unsized`` says which
+    plates have sites of no known pixel size, where the recipe asks for one.
+    """
 
     written: tuple[str, ...]
     there: tuple[str, ...]
     elsewhere: tuple[str, ...]
     sites: int
     skipped: tuple[str, ...]
+    unsized: tuple[str, ...]
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """All plates of the index."""
+        return (*self.written, *self.there, *self.elsewhere)
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How planes are fetched: by how many processes, with which access; whether sites that cannot be used are left out."""
+    """How planes are fetched: by how many processes, with which access; whether a few sites may be left out.
+
+    ``skip_bad_sites`` leaves out sites that cannot be used, a tenth of a plate's at most, and never all sites of a label nor
+    all controls.
+    """
 
     workers: int = 1
     access: ObjectAccess = field(default_factory=ObjectAccess)
@@ -147,7 +164,7 @@ def _no_space_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise FetchError(f"no space is left in {folder}: make room and run again, it goes on from here") from None
     except BrokenProcessPool:
@@ -186,22 +203,33 @@ class _Work:
         self.there: list[str] = []
         self.elsewhere: list[str] = []
         self.skipped: list[str] = []
+        self.unsized: list[str] = []
         self.sites = 0
 
     def report(self) -> FetchReport:
-        return FetchReport(tuple(self.written), tuple(self.there), tuple(self.elsewhere), self.sites, tuple(self.skipped))
+        return FetchReport(
+            written=tuple(self.written),
+            there=tuple(self.there),
+            elsewhere=tuple(self.elsewhere),
+            sites=self.sites,
+            skipped=tuple(self.skipped),
+            unsized=tuple(self.unsized),
+        )
 
     def plate(self, rows: pd.DataFrame) -> None:
         """Fetch a plate, unless it is there or in other hands."""
         files = PlateFiles(self.folder, str(rows["Metadata_Plate"].iloc[0]))
+        self.unsized += _unsized(files.plate, rows, self.recipe)
         with plate_lock(files) as ours:
             if not ours:
                 self.elsewhere.append(files.plate)
                 self.counter.add(len(rows))
             elif files.record.is_file():
-                require_rows(self.records.get(files.plate) or PlateRecord.load(files.record), rows, self.folder)
+                record = self.records.get(files.plate) or PlateRecord.load(files.record)
+                require_rows(record, rows, self.folder)
                 clear_draft(files)
                 self.there.append(files.plate)
+                self.skipped += record.skipped
                 self.counter.add(len(rows))
             else:
                 self._fetch(files, rows)
@@ -209,12 +237,14 @@ class _Work:
     def _fetch(self, files: PlateFiles, rows: pd.DataFrame) -> None:
         tasks = _tasks(rows, self.recipe)
         draft = PlateDraft(files, {"recipe": recipe_name(self.recipe), "rows": rows_digest(rows)}, len(tasks))
+        draft.drop(_changed(draft, tasks, _reader(self.options.access)))
         self.counter.add(len(draft.done))
         bad = self._prepared(draft, [task for task in tasks if task.row not in draft.done])
         problems = [line for site in bad for line in site.problems]
-        if problems and not (self.options.skip_bad_sites and draft.done):
-            raise FetchError(_told(files.plate, problems, len(bad), skippable=bool(draft.done)))
-        draft.finish(rows, self.recipe, problems)
+        needed = _needed(rows, sorted(draft.done))
+        if problems and (needed or not self.options.skip_bad_sites):
+            raise FetchError(_told(files.plate, problems, len(bad), needed))
+        draft.finish(rows, plates_recipe(self.folder), problems)
         self.written.append(files.plate)
         self.skipped += problems
         self.sites += len(draft.done)
@@ -222,33 +252,91 @@ class _Work:
     def _prepared(self, draft: PlateDraft, tasks: Sequence[SiteTask]) -> list[BadSite]:
         """Prepare sites into a draft; return those that cannot be used."""
         bad: list[BadSite] = []
-        if draft.form is None:
-            bad, tasks = self._begun(draft, tasks)
-        if draft.form is None:
-            return bad
-        chunks = [tasks[start : start + _CHUNK_SITES] for start in range(0, len(tasks), _CHUNK_SITES)]
-        prepare = partial(_prepare_chunk, draft.images, draft.form, self.recipe, self.options.access)
-        for found in map(prepare, chunks) if self.pool is None else self.pool.map(prepare, chunks):
+        for found in self._found(draft, tasks):
             draft.add([site for site in found if isinstance(site, DraftedSite)])
             bad += [site for site in found if isinstance(site, BadSite)]
             self.counter.add(len(found))
         return bad
 
-    def _begun(self, draft: PlateDraft, tasks: Sequence[SiteTask]) -> tuple[list[BadSite], Sequence[SiteTask]]:
-        """Begin a draft in the form of the first site that can be used; return what cannot, and the tasks left."""
-        bad: list[BadSite] = []
-        for number, task in enumerate(tasks):
-            found = _prepare(task, [_reader(self.options.access).read_later(place) for place in task.places], self.recipe)
-            if isinstance(found, PreparedSite):
-                draft.begin(StoredForm.of(found.field, found.planes, self.recipe))
-                return bad, tasks[number:]
-            bad.append(found)
-            self.counter.add(1)
-        return bad, ()
+    def _found(self, draft: PlateDraft, tasks: Sequence[SiteTask]) -> Iterator[Sequence[DraftedSite | BadSite]]:
+        if draft.form is None:
+            first = self._first(tasks)
+            yield self._begun(draft, first)
+            tasks = tasks[len(first) :]
+        if draft.form is None:
+            return
+        chunks = [tasks[start : start + _CHUNK_SITES] for start in range(0, len(tasks), _CHUNK_SITES)]
+        prepare = partial(_prepare_chunk, draft.images, draft.form, self.recipe, self.options.access)
+        yield from map(prepare, chunks) if self.pool is None else self.pool.map(prepare, chunks)
+
+    def _first(self, tasks: Sequence[SiteTask]) -> list[tuple[SiteTask, PreparedSite | BadSite]]:
+        """Prepare sites in order until a few can be used."""
+        reader = _reader(self.options.access)
+        found: list[tuple[SiteTask, PreparedSite | BadSite]] = []
+        for task in tasks:
+            if sum(isinstance(site, PreparedSite) for _, site in found) == _FIRST_SITES:
+                break
+            found.append((task, _prepare(task, [reader.read_later(place) for place in task.places], self.recipe)))
+        return found
+
+    def _begun(
+        self, draft: PlateDraft, first: Sequence[tuple[SiteTask, PreparedSite | BadSite]]
+    ) -> Sequence[DraftedSite | BadSite]:
+        """Begin a draft in the form that most of the first sites have, and write them."""
+        usable = [site for _, site in first if isinstance(site, PreparedSite)]
+        if not usable:
+            return [site for _, site in first if isinstance(site, BadSite)]
+        forms = Counter(StoredForm.of(site.field, site.planes, self.recipe) for site in usable)
+        ((form, _),) = forms.most_common(1)
+        draft.begin(form)
+        return [_drafted(task, site, draft.images, form, self.recipe) for task, site in first]
 
 
-def _told(plate: str, problems: Sequence[str], sites: int, *, skippable: bool) -> str:
-    way = "mend them, or leave those sites out with --skip-bad-sites" if skippable else "no site of the plate can be used"
+def _changed(draft: PlateDraft, tasks: Sequence[SiteTask], reader: "_Reader") -> list[int]:
+    """Rows of a draft whose files are other ones than were read; what is not there any more counts as read.
+
+    Raises:
+        FetchError: the storage is away.
+    """
+    done = [task for task in tasks if task.row in draft.done]
+    asked = [[reader.stamp_later(place) for place in task.places] for task in done]
+    try:
+        now = [[_stamp(task, stamp) for stamp in stamps] for task, stamps in zip(done, asked, strict=True)]
+    finally:
+        for stamps in asked:
+            for stamp in stamps:
+                stamp.cancel()
+    return [task.row for task, stamps in zip(done, now, strict=True) if _differ(draft.done[task.row].stamps, stamps)]
+
+
+def _differ(read: Sequence[str], now: Sequence[str | None]) -> bool:
+    return any(after not in (None, before) for before, after in zip(read, now, strict=True))
+
+
+def _stamp(task: SiteTask, asked: Future[str]) -> str | None:
+    try:
+        return asked.result()
+    except FileNotFoundError:
+        return None
+    except FetchError as error:
+        raise error.about(plate=task.plate, well=task.well, site=task.site) from None
+
+
+def _needed(rows: pd.DataFrame, kept: Sequence[int]) -> str | None:
+    """Say why a plate is not one without the sites that are not kept; None where it is."""
+    if not kept:
+        return "no site of the plate can be used"
+    if 100 * (len(rows) - len(kept)) > _LEFT_OUT_PERCENT * len(rows):
+        return f"that is more than {_LEFT_OUT_PERCENT} % of its {len(rows)} sites, which are not left out"
+    controls, labels = (rows["role"] == Role.CONTROL.value).to_numpy(), _plain(rows["label"])
+    if controls.any() and not controls[kept].any():
+        return "those are all its controls, which are not left out"
+    lost = sorted(set(labels) - {labels[row] for row in kept} - {""})
+    return f"those are all its sites of {', '.join(lost)}, which are not left out" if lost else None
+
+
+def _told(plate: str, problems: Sequence[str], sites: int, needed: str | None) -> str:
+    way = f"{needed}; mend them" if needed else "mend them, or leave those sites out with --skip-bad-sites"
     listed = "\n".join(problems)
     return f"plate {plate}: {len(problems)} files of {sites} sites cannot be used; {way}:\n{listed}"
 
@@ -286,9 +374,21 @@ def _tasks(rows: pd.DataFrame, recipe: ImageRecipe) -> list[SiteTask]:
     places = rows[[path_column(channel) for channel in recipe.channels]].to_numpy(dtype=str).tolist()
     columns = (rows[name].tolist() for name in ("Metadata_Plate", "Metadata_Well", "Metadata_Site", "pixel_size_um"))
     return [
-        SiteTask(row, str(plate), str(well), str(site), tuple(own), None if pd.isna(size) else float(size))
+        SiteTask(
+            row, str(plate), str(well), str(site), tuple(own), None if pd.isna(size) else rounded_pixel_size_um(float(size))
+        )
         for row, (plate, well, site, size, own) in enumerate(zip(*columns, places, strict=True))
     ]
+
+
+def _unsized(plate: str, rows: pd.DataFrame, recipe: ImageRecipe) -> list[str]:
+    """Say that sites are not resampled, since their pixel size is not known, where the recipe asks for it."""
+    unknown = int(rows["pixel_size_um"].isna().sum())
+    if recipe.pixel_size_um is None or not unknown:
+        return []
+    size = f"{recipe.pixel_size_um:g} µm"
+    what = f"not resampled to {size}, every {recipe.shrink}-th pixel is taken"
+    return [f"plate {plate}: {unknown} of {len(rows)} sites have no pixel size: {what}"]
 
 
 # --- the workers' side -----------------------------------------------------------------------------------------------
@@ -335,8 +435,11 @@ class _Reader:
         self.objects = Objects(access)
         self.threads = ThreadPoolExecutor(_READERS)
 
-    def read_later(self, place: str) -> Future[bytes]:
-        return self.threads.submit(self.objects.read, place)
+    def read_later(self, place: str) -> Future[StampedObject]:
+        return self.threads.submit(self.objects.read_stamped, place)
+
+    def stamp_later(self, place: str) -> Future[str]:
+        return self.threads.submit(self.objects.stamp, place)
 
 
 @lru_cache(1)
@@ -354,7 +457,7 @@ def _prepare_chunk(
         FetchError: the storage is away. OSError: the disk is full.
     """
     reader = _reader(access)
-    reading: deque[list[Future[bytes]]] = deque()
+    reading: deque[list[Future[StampedObject]]] = deque()
     coming = iter(tasks)
     found: list[DraftedSite | BadSite] = []
     try:
@@ -369,19 +472,21 @@ def _prepare_chunk(
     return found
 
 
-def _prepare(task: SiteTask, reading: Sequence[Future[bytes]], recipe: ImageRecipe) -> PreparedSite | BadSite:
+def _prepare(task: SiteTask, reading: Sequence[Future[StampedObject]], recipe: ImageRecipe) -> PreparedSite | BadSite:
     """Decode and prepare one site, or say all that is wrong with it.
 
     Raises:
         FetchError: the storage is away.
     """
-    planes, digests, problems = [], [], []
+    planes, digests, stamps, problems = [], [], [], []
     for channel, place, future in zip(recipe.channels, task.places, reading, strict=True):
         try:
-            data = future.result()
-            planes.append(decode_plane(data))
-            digests.append(hashlib.sha256(data).hexdigest())
+            found = future.result()
+            planes.append(decode_plane(found.data))
+            digests.append(hashlib.sha256(found.data).hexdigest())
+            stamps.append(found.stamp)
         except FileNotFoundError:
+            _require_folder(task, channel, place)
             problems.append(f"{_named(task)} channel {channel} file {place}: it is not there")
         except FetchError as error:
             raise error.about(plate=task.plate, well=task.well, site=task.site, channel=channel) from None
@@ -390,9 +495,23 @@ def _prepare(task: SiteTask, reading: Sequence[Future[bytes]], recipe: ImageReci
     if problems:
         return BadSite(task.row, tuple(problems))
     try:
-        return PreparedSite(tuple(planes), prepare_field(planes, recipe, task.pixel_size_um), tuple(digests))
+        prepared = prepare_field(planes, recipe, task.pixel_size_um)
+        return PreparedSite(tuple(planes), prepared, tuple(digests), tuple(stamps))
     except AnchorwellError as error:
         return BadSite(task.row, (f"{_named(task)} files {' '.join(task.places)}: {error.detail}",))
+
+
+def _require_folder(task: SiteTask, channel: str, place: str) -> None:
+    """Check that a file alone is not there.
+
+    Raises:
+        FetchError: its folder is not there either: a disk was taken away, or a share.
+    """
+    folder = Path(place).parent
+    if not is_remote(place) and not folder.is_dir():
+        raise FetchError(
+            f"{_named(task)} channel {channel} file {place}: its folder is not there; run again when the storage is there"
+        )
 
 
 def _named(task: SiteTask) -> str:
@@ -409,7 +528,7 @@ def _drafted(
     except ValueError as error:
         return BadSite(task.row, (f"{_named(task)} files {' '.join(task.places)}: {error}",))
     checksum = write_site(images, form, task.row, stored)
-    return DraftedSite(task.row, site.digests, _measured(site, recipe), checksum)
+    return DraftedSite(task.row, site.digests, site.stamps, _measured(site, recipe), checksum)
 
 
 def _measured(site: PreparedSite, recipe: ImageRecipe) -> NDArray[np.float64]:

@@ -407,6 +407,7 @@ class Task:
 def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell) -> list[Task]:
     """What can be evaluated of one seed's runs: the nulls, and the grid's ways; says what is left out, and why."""
     first = next(iter(runs.values()))
+    _tell_untested(seed, first, tell)
     found = [Task(seed, first, null) for null in fit_nulls(first.train_plates)]
     without = [plate.plate for plate in first.plates.values() if not plate.controls.any()]
     for way in grid.ways:
@@ -417,6 +418,21 @@ def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell)
         else:
             found.append(Task(seed, runs[way.network], way))
     return found
+
+
+def _tell_untested(seed: int, run: FinishedRun, tell: Tell) -> None:
+    """Say which test plates have nothing to call.
+
+    Raises:
+        RunError: none has.
+    """
+    tested = {plate.plate for _, plate in plates_tested(run.run.split, run.plates)}
+    if not tested:
+        raise RunError(f"seed {seed}: {run.run.path} has no test plate with a treated site of its classes to evaluate")
+    for setting, names in run.run.split.tests().items():
+        without = [name for name in names if name not in tested]
+        if without:
+            tell(f"seed {seed}: no treated site of the classes on {', '.join(without)} ({setting}): left out")
 
 
 def cell_rows(task: Task, cell: Cell, draws: Draws) -> tuple[pd.DataFrame, pd.DataFrame]:

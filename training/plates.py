@@ -10,15 +10,18 @@
 Knows nothing of where planes come from (``training.fetch``) nor of purposes (``training.splits``).
 """
 
+import errno
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from glob import escape
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pandas as pd
@@ -38,8 +41,15 @@ RECIPE = "recipe.json"
 PLATE_KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
 MEASURED = ("intensity_mean", "intensity_std", "unit_mean", "unit_square")
 """What is measured of a plane: mean and std as read, mean and mean square when scaled to about 0…1."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Numbers of the errors that say that no more can be written."""
+JOURNAL, DRAFT = ".journal", ".npy.partial"
+"""Endings of the files of a plate that is not finished (``training.drafts``)."""
 _OPEN_FILES = 64
 _UNFINISHED = ".partial"
+
+log = logging.getLogger("anchorwell.training")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,12 @@ class PlateRecord:
         """Read a plate's record.
 
         Raises:
-            RunError: it is of another version.
+            RunError: it is of another version, or damaged.
         """
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(path, lambda content: cls._of(path, content), "delete it and fetch the plate again")
+
+    @classmethod
+    def _of(cls, path: Path, content: dict[str, Any]) -> "PlateRecord":
         if content.get("format") != FORMAT_VERSION:
             raise RunError(f"{path} has format {content.get('format')}; this version reads {FORMAT_VERSION}: fetch it again")
         return cls(**{**content, "skipped": tuple(content["skipped"])})
@@ -197,15 +210,19 @@ def recipe_name(recipe: ImageRecipe) -> str:
 
 
 def write_recipe(folder: Path, recipe: ImageRecipe) -> None:
-    """Say how the folder's plates are prepared.
+    """Say how the folder's plates are prepared; of several processes that would say it first, one does.
 
     Raises:
-        RunError: it says otherwise already; names what differs.
+        RunError: it, or a plate there, says otherwise already; names what differs.
     """
-    if (folder / RECIPE).is_file():
-        require_recipe(folder, recipe)
-        return
-    write_whole(folder / RECIPE, json.dumps(recipe_json(preparation(recipe)), indent=2).encode() + b"\n")
+    path = folder / RECIPE
+    if not path.is_file():
+        with (folder / f".{RECIPE}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                _require_prepared(folder, _records(folder), recipe)
+                write_whole(path, json.dumps(recipe_json(preparation(recipe)), indent=2).encode() + b"\n")
+    require_recipe(folder, recipe)
 
 
 def require_recipe(folder: Path, recipe: ImageRecipe) -> None:
@@ -229,34 +246,68 @@ def plates_recipe(folder: Path) -> ImageRecipe:
     """Return how a folder's plates were prepared; its mean and std are left to training, its size is the least there is.
 
     Raises:
-        RunError: nothing was fetched there.
+        RunError: nothing was fetched there, or what says it is damaged.
     """
     path = folder / RECIPE
     if not path.is_file():
         raise RunError(f"{folder} holds no plates ({RECIPE} is not there): fetch them with anchorwell-train fetch")
-    return recipe_from_json(json.loads(path.read_text(encoding="utf-8")))
+    return _read_json(path, recipe_from_json, "delete it and run the same fetch again, which writes it anew")
 
 
 def plate_records(folder: Path) -> dict[str, PlateRecord]:
     """Return the records of the folder's complete plates, by name.
 
     Raises:
-        RunError: a plate is of another version, or its files are not as long as they were; names all that are not.
+        RunError: a plate is of another version, was prepared otherwise than the folder says, or its files are not as long
+            as they were; names all that are not.
     """
-    found = [PlateRecord.load(path) for path in sorted(folder.glob("*.plate.json"))]
+    found = _records(folder)
+    if found:
+        _require_prepared(folder, found, plates_recipe(folder))
     damaged = [str(path) for record in found for path, size in _files(folder, record) if _size(path) != size]
     if damaged:
         raise _damaged(damaged)
     return {record.plate: record for record in found}
 
 
-def verify_plates(folder: Path) -> int:
+def _records(folder: Path) -> list[PlateRecord]:
+    return [PlateRecord.load(path) for path in sorted(folder.glob("*.plate.json"))]
+
+
+def _require_prepared(folder: Path, records: Sequence[PlateRecord], recipe: ImageRecipe) -> None:
+    """Check that plates were prepared by a folder's recipe.
+
+    Raises:
+        RunError: they were not; names all of them.
+    """
+    other = [record.plate for record in records if record.recipe != recipe_name(recipe)]
+    if other:
+        raise RunError(
+            f"{folder}: {RECIPE} is not what the plates {', '.join(other)} were prepared by: name another folder, or delete "
+            "their .plate.json to fetch them again"
+        )
+
+
+def _warn_of_drafts(folder: Path, complete: Mapping[str, PlateRecord]) -> None:
+    drafts = {unquote(path.name.removesuffix(ending)) for ending in (JOURNAL, DRAFT) for path in folder.glob(f"*{ending}")}
+    unfinished = sorted(drafts - complete.keys())
+    if unfinished:
+        log.warning(
+            "%s is not fetched to its end, the plates %s are unfinished: run fetch again", folder, ", ".join(unfinished)
+        )
+
+
+def verify_plates(folder: Path, expected: Iterable[str] = ()) -> int:
     """Check the sha256 of every file of every complete plate; return how many plates there are.
 
     Raises:
-        RunError: files are not as they were written; names all of them.
+        RunError: files are not as they were written, or expected plates are not complete; names all of them.
     """
     records = plate_records(folder)
+    _warn_of_drafts(folder, records)
+    absent = sorted(set(expected) - records.keys())
+    if absent:
+        raise RunError(f"{folder} lacks the plates {', '.join(absent)} of the index: run fetch again")
     damaged = [
         str(path)
         for record in records.values()
@@ -294,6 +345,7 @@ def open_plates(folder: Path, classes: Sequence[str] | None = None) -> dict[str,
     """
     recipe = plates_recipe(folder)
     records = plate_records(folder)
+    _warn_of_drafts(folder, records)
     if not records:
         raise RunError(f"{folder} has no complete plate: fetch them with anchorwell-train fetch")
     opened = {name: _open_plate(PlateFiles(folder, name), record, recipe) for name, record in records.items()}
@@ -329,6 +381,18 @@ def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, read: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
+    """Read a file of JSON.
+
+    Raises:
+        RunError: it is damaged; says what to do.
+    """
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -45,6 +45,12 @@ def read_checkpoint(path: Path, needed: tuple[str, ...] = ("state_dict",)) -> di
     return dict(stored)
 
 
+def is_finished(stored: Mapping[str, Any], steps: int) -> bool:
+    """Tell whether a checkpoint to go on from has had so many steps, or stopped early."""
+    waits = [state for state in stored["callbacks"].values() if "wait_count" in state]
+    return int(stored["global_step"]) >= steps or any(state["wait_count"] >= state["patience"] for state in waits)
+
+
 _NEXT = "put a whole one in its place, or delete it to begin the run anew"
 
 

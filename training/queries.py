@@ -79,8 +79,10 @@ def query_draws(plate: PlateSites, cell: Cell, draws: Draws) -> list[Wells]:
     """
     labels = dict(zip(plate.wells[plate.treated].tolist(), plate.labels[plate.treated].tolist(), strict=True))
     wells = np.array(sorted(labels), np.str_)
+    if not len(wells):
+        return []
     if cell.query == ALL or (cell.query == len(wells) and not cell.shifted):
-        return [wells] if len(wells) else []
+        return [wells]
     rng = _rng(plate, "query", cell.query, str(cell.alpha))
     if not cell.shifted:
         return _dealt(wells, cell.query, draws.queries, rng)

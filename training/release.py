@@ -30,11 +30,15 @@ def load_run_plates(run: Run) -> dict[str, PlateSites]:
     """Open a run's plates, with the classes that it was trained on.
 
     Raises:
-        RunError: they are not there any more, or were prepared otherwise.
+        RunError: they are not all there any more, or were prepared otherwise.
     """
     folder = Path(run.config.plates)
     require_recipe(folder, run.recipe)
-    return open_plates(folder, run.classes)
+    plates = open_plates(folder, run.classes)
+    absent = sorted(run.split.purposes().keys() - plates.keys())
+    if absent:
+        raise RunError(f"{folder} lacks the plates {', '.join(absent)} of {run.path}: fetch them again")
+    return plates
 
 
 def evaluate_run(path: Path) -> pd.DataFrame:

@@ -32,6 +32,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 METADATA = "metadata"
+RECORD, BEGUN = "simulation.json", "simulation.plan.json"
 NEGATIVE_CONTROL = "JCP2022_033924"
 """DMSO, as JUMP names it."""
 SCENE_MARGIN_PX = 12  # each side; more than three times the widest in-focus blur
@@ -228,13 +229,12 @@ def render_site(plan: SimulationPlan, plate: PlateBatch, well: SimulatedWell, si
 def simulate(plan: SimulationPlan, out: str | Path, workers: int = 1, progress: Progress | None = None) -> SimulationReport:
     """Write a plan's plates under `out`, in `workers` processes; `progress` hears (sites done, sites in all).
 
-    Raises FileExistsError where `out` already holds a finished simulation: two seeds in one folder would be one
-    data set that no seed can repeat.
+    One that was stopped is begun again by the same plan. Raises FileExistsError where `out` holds a finished simulation,
+    one that was begun by another plan, or anything else: two seeds in one folder would be one data set that no seed can
+    repeat.
     """
     out = Path(out)
-    record = out / "simulation.json"
-    if record.exists():
-        raise FileExistsError(f"{record} exists: choose an empty folder, or delete that simulation first")
+    _begin(plan, out)
     start = time.perf_counter()
     plates = plate_batches(plan)
     jobs = [(plan, out, plate, well) for plate in plates for well in plate_wells(plan, plate)]
@@ -245,9 +245,24 @@ def simulate(plan: SimulationPlan, out: str | Path, workers: int = 1, progress: 
     for done in _run(jobs, workers):
         if progress is not None:
             progress(done * plan.sites, len(jobs) * plan.sites)
-    record.write_text(json.dumps(_record(plan, plates), indent=1) + "\n", encoding="utf-8")
+    (out / RECORD).write_text(json.dumps(_record(plan, plates), indent=1) + "\n", encoding="utf-8")
+    (out / BEGUN).unlink()
     seconds = time.perf_counter() - start
     return SimulationReport(len(jobs) * plan.sites, seconds, tuple(plate.folder for plate in plates))
+
+
+def _begin(plan: SimulationPlan, out: Path) -> None:
+    """Say in a folder by which plan it is written."""
+    record, begun = out / RECORD, out / BEGUN
+    if record.exists():
+        raise FileExistsError(f"{record} exists: choose an empty folder, or delete that simulation first")
+    content = json.dumps(asdict(plan), indent=1) + "\n"
+    if begun.is_file() and begun.read_text(encoding="utf-8") != content:
+        raise FileExistsError(f"{begun} is of another plan: choose an empty folder, or delete that simulation first")
+    if out.is_dir() and any(out.iterdir()) and not begun.is_file():
+        raise FileExistsError(f"{out} is not empty and no simulation was begun there: choose an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    begun.write_text(content, encoding="utf-8")
 
 
 _Job = tuple[SimulationPlan, Path, PlateBatch, SimulatedWell]

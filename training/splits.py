@@ -67,9 +67,10 @@ class Split:
 def split_by_batch(index: pd.DataFrame, test_lab: str | None = None) -> Split:
     """Split an index by experimental batch, and one lab apart.
 
-    Of every lab but ``test_lab`` the last batch (by name) is held out: for validation in the first such lab, for the
-    new-batch test in the second, and so on in turn. A single lab gives its last batch to the test and the one before to
-    validation. In every training batch with two plates or more the last plate is the in-domain test.
+    Of every lab but ``test_lab`` that has two batches or more the last one (by name) is held out: for validation in the
+    first lab, for the new-batch test in the second, and so on in turn. A lab of one batch takes its turn too, but where
+    nothing would be left to validate on. A single lab gives its last batch to the test and the one before to validation.
+    In every training batch with two plates or more the last plate is the in-domain test.
 
     Raises:
         LayoutError: an unknown lab, or too few batches.
@@ -100,10 +101,12 @@ def _held_out_batches(plates: pd.DataFrame, labs: list[str]) -> dict[tuple[str, 
         if len(names) < 3:  # noqa: PLR2004 (train, validate, test)
             raise LayoutError(f"one lab needs three experimental batches or more to split; {labs[0]} has {len(names)}")
         return {(labs[0], names[-1]): "new_batch", (labs[0], names[-2]): "validation"}
+    several = [lab for lab in labs if len(batches[lab]) > 1]
+    turns = labs if any(lab in several for lab in labs[::2]) else several
     return {
         (lab, batches[lab][-1]): "new_batch" if place % 2 else "validation"
-        for place, lab in enumerate(labs)
-        if len(batches[lab]) > 1
+        for place, lab in enumerate(turns)
+        if lab in several
     }
 
 
@@ -121,7 +124,7 @@ def read_split(path: Path, plates: pd.DataFrame) -> Split:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         raise LayoutError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
     known = [item.name for item in fields(Split)]
@@ -139,6 +142,11 @@ def read_split(path: Path, plates: pd.DataFrame) -> Split:
         listed = "\n".join(problems)
         raise LayoutError(f"{path} names what is not there, or not one thing alone:\n{listed}")
     return Split(**found)
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML whose every name is text as it stands: 0012 is no number."""
+    return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 (it makes lists, mappings and text alone)
 
 
 def _names(plates: pd.DataFrame) -> dict[str, list[tuple[str, ...]]]:
@@ -162,7 +170,7 @@ def check_split(split: Split, plates: pd.DataFrame) -> None:
     """Check that batches and labs lie on one side of a split.
 
     No batch of validation or of the new-batch test is trained on, nor validated on and tested; no lab of the new-lab test is
-    trained or validated on; in-domain plates are of batches that are trained on.
+    trained or validated on; in-domain plates are of batches that are trained on, new-batch plates of such labs.
 
     Raises:
         LeakError: they do not; names every plate, and those it shares a batch or lab with.
@@ -185,11 +193,12 @@ def check_split(split: Split, plates: pd.DataFrame) -> None:
         for other in others
         if (same := [mate for mate in getattr(split, other) if where[mate][level] == where[plate][level]])
     ]
-    trained = {where[plate][0] for plate in split.train}
+    trained = {place for plate in split.train for place in enumerate(where[plate])}
     leaks += [
-        f"plate {plate} (in_domain): its batch {where[plate][0]} is not trained on, so it is a new one"
-        for plate in split.in_domain
-        if where[plate][0] not in trained
+        f"plate {plate} ({purpose}): its {what} {where[plate][level]} is not trained on, so it is a new one"
+        for purpose, level, what in (("in_domain", 0, "batch"), ("new_batch", 1, "lab"))
+        for plate in getattr(split, purpose)
+        if (level, where[plate][level]) not in trained
     ]
     if leaks:
         listed = "\n".join(leaks)

@@ -9,7 +9,6 @@ of a plate, and a plate is never divided, so processes exchange gradients alone.
 through one process at once; its running statistics are the mean over processes, taken before each validation.
 """
 
-import errno
 import json
 import logging
 import math
@@ -38,7 +37,7 @@ from training.dataset import PlateSites, moments
 from training.episodes import Episode, Episodes, EpisodeShape, Share
 from training.evaluate import score_plate
 from training.methods import Method, make_method, training_loss
-from training.plates import open_plates, plate_table, plates_recipe, require_recipe, write_whole
+from training.plates import DISK_FULL, open_plates, plate_table, plates_recipe, require_recipe, write_whole
 from training.progress import (
     BEST,
     LAST,
@@ -47,6 +46,7 @@ from training.progress import (
     MetricsTable,
     Stopping,
     WholeCheckpoints,
+    is_finished,
     read_checkpoint,
     require_weights,
     sweep,
@@ -56,7 +56,6 @@ from training.splits import Split, check_split, read_split, refuse_repeated_imag
 RUN = "run.json"
 _HOW = frozenset({"accelerator", "devices", "num_nodes", "accumulate", "loader_workers", "steps"})
 """What a resumed run may do otherwise; ``steps`` and how a step is divided are looked at by themselves."""
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 log = logging.getLogger("anchorwell.training")
 
@@ -283,7 +282,8 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
     """Open the fetched plates, split them, and take the recipe's mean and std from the training plates.
 
     Raises:
-        LayoutError: they cannot be split or have no such classes. RunError: nothing was fetched, or smaller fields.
+        LayoutError: they cannot be split, or one to train or validate on has none of the classes. RunError: nothing was
+            fetched, or smaller fields.
         LeakError: the split lets training see what it is tested on.
     """
     folder = Path(config.plates)
@@ -294,6 +294,7 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
     split = _split(config, unlabelled)
     classes = _classes([unlabelled[name] for name in split.train], config.classes)
     plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
+    _require_treated(split, plates)
     mean, std = moments([plates[name] for name in split.train])
     return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
 
@@ -311,6 +312,19 @@ def _split(config: TrainingConfig, plates: Mapping[str, PlateSites]) -> Split:
     if bare:
         log.warning("no negative controls on %s: only methods that need none can use them", ", ".join(bare))
     return split
+
+
+def _require_treated(split: Split, plates: Mapping[str, PlateSites]) -> None:
+    """Refuse plates to train and validate on that have no treated site of the classes; warn of such to test on."""
+    without = [name for name in split.purposes() if not len(plates[name].treated)]
+    needed = [name for name in without if name in (*split.train, *split.validation)]
+    if needed:
+        raise LayoutError(
+            f"no treated site of the classes on {', '.join(needed)}, of the plates to train or validate on: "
+            "name other classes, or give these plates no purpose in a split of your own"
+        )
+    if without:
+        log.warning("no treated site of the classes on %s: nothing is tested there", ", ".join(without))
 
 
 def _require_size(plates: Mapping[str, PlateSites], size: int) -> None:
@@ -341,7 +355,7 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
 
     Raises:
         RunError: the machine lacks the devices; a step cannot be divided so; the directory holds a run and ``resume`` is
-            off, the run was started with another config, or its checkpoint is not whole; the disk is full.
+            off, the run was started with another config or on other plates, its checkpoint is not whole; the disk is full.
         NoControlsError: the method is trained on controls, and a plate has none.
     """
     require_devices(config)
@@ -356,13 +370,14 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
         if trainer.is_global_zero and (path / RUN).is_file():
             require_same_run(Run.load(path).config, config, path, resume=resume)
         run, plates = prepare_run(config, path)
-        require_same_split(run)
+        run = as_started(run)
         _require_context(run, plates)
         module = MetaTraining(run, plates)
         if stored is not None:
             require_weights(last, stored["state_dict"], module.state_dict())
         if trainer.is_global_zero:
-            run.save()
+            if stored is None or not is_finished(stored, config.steps):
+                run.save()
             sweep(last.parent)
         try:
             trainer.fit(module, ckpt_path=None if stored is None else str(last), weights_only=True)
@@ -435,20 +450,33 @@ def require_same_run(started: TrainingConfig, asked: TrainingConfig, path: Path,
         raise RunError(f"{path} was started with another {', another '.join(differences)}")
 
 
-def require_same_split(run: Run) -> None:
-    """Check that a run that is gone on with still has the plates and purposes that it was started with.
+def as_started(run: Run) -> Run:
+    """Return a run that is gone on with, with the very recipe that it was started with.
 
     Raises:
-        RunError: its folder of plates, or the file that splits them, was changed.
+        RunError: its folder of plates, or the file that splits them, was changed; names what differs.
     """
-    if (run.path / RUN).is_file():
-        started = Run.load(run.path).split.purposes()
-        now = run.split.purposes()
-        changed = sorted(plate for plate in started.keys() | now.keys() if started.get(plate) != now.get(plate))
-        if changed:
-            raise RunError(
-                f"{run.path} was started with other purposes of the plates {', '.join(changed)}: start another run"
-            )
+    if not (run.path / RUN).is_file():
+        return run
+    started = Run.load(run.path)
+    before, now = started.split.purposes(), run.split.purposes()
+    changed = sorted(plate for plate in before.keys() | now.keys() if before.get(plate) != now.get(plate))
+    differences = [f"purposes of the plates {', '.join(changed)}"] if changed else []
+    if started.classes != run.classes:
+        differences.append(f"classes (they were {', '.join(started.classes)}, and are {', '.join(run.classes)})")
+    differences += [f"{name} of the images" for name in _recipe_differences(started.recipe, run.recipe)]
+    if differences:
+        raise RunError(f"{run.path} was started with other {', other '.join(differences)}: start another run")
+    return replace(run, recipe=started.recipe)
+
+
+def _recipe_differences(started: ImageRecipe, now: ImageRecipe) -> list[str]:
+    """Name what differs of two recipes; mean and std may in their last digits, which hang on the machine."""
+    before, after = asdict(started), asdict(now)
+    measured = ("mean", "std")
+    return [name for name in before if name not in measured and before[name] != after[name]] + [
+        name for name in measured if not np.allclose(before[name], after[name], rtol=1e-9, atol=0)
+    ]
 
 
 def _require_context(run: Run, plates: Mapping[str, PlateSites]) -> None:
@@ -496,7 +524,7 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise RunError(
             f"no space is left to write {path} ({error.strerror}); what was checkpointed before is whole: "

@@ -1,6 +1,7 @@
 """TIFF bytes to network input: strangers' bytes, real microscopes' bytes, and the arithmetic."""
 
 import io
+import re
 import struct
 import weakref
 import zlib
@@ -368,6 +369,25 @@ def test_a_recipe_without_its_numbers_is_refused():
         ImageRecipe(channels=("DNA",), size=8, scaling="control-scale", control_percentiles=(99, 1))
     with pytest.raises(ValueError, match="mean"):
         ImageRecipe(channels=("DNA", "ER"), size=8, mean=(0.1,))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ({"size": 0}, "size is 0; it is a number of pixels, 1 or more"),
+        ({"shrink": -1}, "shrink is -1; it is a number of pixels, 1 or more"),
+        ({"pixel_size_um": 0.0}, "pixel_size_um 0 is not positive and finite"),
+        ({"pixel_size_um": float("inf")}, "pixel_size_um inf is not positive and finite"),
+        ({"scaling": "fixed-scale", "full_scale": (255.0, 0.0)}, "full_scale 255, 0 is not positive and finite"),
+        ({"scaling": "fixed-scale", "full_scale": (255.0, float("nan"))}, "full_scale 255, nan is not positive and finite"),
+        ({"std": (0.1, -0.1)}, "std 0.1, -0.1 is not positive and finite"),
+        ({"percentile": 0.0}, "percentile 0 is not above 0 and at most 100"),
+        ({"percentile": 101.0}, "percentile 101 is not above 0 and at most 100"),
+    ],
+)
+def test_a_recipe_of_numbers_that_prepare_nothing_is_refused(numbers, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        ImageRecipe(**{"channels": ("DNA", "ER"), "size": 8, **numbers})
 
 
 def test_real_phenix_planes_decode_with_their_saturation(shared_data):

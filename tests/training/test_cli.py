@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from rich.console import Console
 
 from tests.training import made_up
+from training import cli
+from training.index import write_index
 
 WITHOUT_TORCH = """
 import sys
@@ -48,6 +53,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("simulate", "{out}", "--wells-per-class", "50"), "the plate has room for 80"),
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
         (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "index.csv"),
+        (("fetch", "{index}", "{out}/plates", "--pixel-size-um", "0"), "pixel_size_um 0 is not positive and finite"),
+        (("fetch", "{index}", "{out}/plates", "--shrink", "0"), "shrink is 0; it is a number of pixels, 1 or more"),
         (("train", "{out}/plates", "{out}/run"), "holds no plates"),
         (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
         (("train", "{out}/plates", "{out}/run", "--depth", "19"), "--depth is one of 18, 34, 50"),
@@ -63,11 +70,50 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("cost", "--depth", "19", "--out", "{out}"), "--depth is one of 18, 34, 50"),
     ],
 )
-def test_wrong_input_is_told_without_a_traceback(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    done = run(*(argument.format(out=tmp_path) for argument in arguments))
+def test_wrong_input_is_told_without_a_traceback(
+    arguments: tuple[str, ...], told: str, index: pd.DataFrame, tmp_path: Path
+) -> None:
+    write_index(index, tmp_path / "plates.csv")
+    done = run(*(argument.format(out=tmp_path, index=tmp_path / "plates.csv") for argument in arguments))
     assert done.returncode != 0
     assert told in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def told_by_main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The last line on standard error of a command that ends with an error, within this process."""
+
+    def told(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["anchorwell-train", *map(str, arguments)])
+        monkeypatch.setattr(cli, "console", Console(stderr=True, width=1_000))
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return told
+
+
+def test_a_file_in_the_way_is_one_line_with_its_path(
+    index: pd.DataFrame, plates_root: Path, tmp_path: Path, told_by_main: Callable[..., str]
+) -> None:
+    table = tmp_path / "index.csv"
+    write_index(index, table)
+    assert told_by_main("simulate", table) == f"error: {table}: File exists"
+    assert told_by_main("fetch", table, table) == f"error: {table}: File exists"
+    assert told_by_main("index", plates_root, "--out", table / "i.csv") == f"error: {table}: File exists"
+
+
+def test_a_full_disk_is_one_line_with_the_path(plates_root: Path, tmp_path: Path, told_by_main: Callable[..., str]) -> None:
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "index.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        told = told_by_main("index", plates_root, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert told == f"error: {out}: File too large"
 
 
 def test_embeddings_are_scored_into_a_results_folder_and_reported_beside_the_rest(tmp_path: Path) -> None:

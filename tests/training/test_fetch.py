@@ -1,5 +1,6 @@
 """Fetching: planes become plates on disk, once, whole or not at all, whatever stops it."""
 
+import itertools
 import os
 import random
 import shutil
@@ -17,7 +18,8 @@ import pytest
 import tifffile
 
 from model.errors import FetchError, LayoutError, RunError
-from model.images import ImageRecipe
+from model.images import ImageRecipe, prepare_field
+from model.layout import parse_layout
 from tests.service.s3 import s3
 from training.fetch import FetchOptions, _reader, fetch
 from training.index import IndexFile, write_index
@@ -109,13 +111,30 @@ def test_grey_levels_are_kept_as_the_camera_gave_them(
     np.testing.assert_array_equal(plate.unit(np.arange(2)), planes[..., ::2, ::2].astype(np.float32) / np.float32(250))
 
 
+def test_a_pixel_size_is_rounded_as_the_service_rounds_it(one: pd.DataFrame, tmp_path: Path) -> None:
+    size_um = 0.5039063  # 128 pixels of it are 65 of 1 µm, and 64 when it is rounded
+    fetch(one.assign(pixel_size_um=size_um), tmp_path, replace(RECIPE, pixel_size_um=1.0, size=32))
+    table = f"Metadata_Well,Metadata_Site,FileName_OrigDNA,Metadata_ImageResolutionX\nA01,1,a.tif,{size_um}e-6\n"
+    served = prepare_field([np.arange(128.0 * 128).reshape(128, 128)], replace(RECIPE, pixel_size_um=1.0, size=32),
+                           parse_layout(table, ["DNA"]).pixel_size_um)  # fmt: skip
+    (plate,) = open_plates(tmp_path).values()
+    assert plate.images.shape[2:] == served.shape[1:] == (64, 64)
+
+
 # --- files that cannot be used ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def many(one: pd.DataFrame) -> pd.DataFrame:
+    """A plate of two sites a well, of the same files."""
+    sites = pd.concat([one.assign(Metadata_Site=site) for site in ("1", "2")])
+    return sites.sort_values(["Metadata_Well", "Metadata_Site"], ignore_index=True)
+
+
 @pytest.fixture
-def broken(one: pd.DataFrame, tmp_path: Path) -> pd.DataFrame:
+def broken(many: pd.DataFrame, tmp_path: Path) -> pd.DataFrame:
     """Three sites of one plate cannot be used: two files are bad, one is missing, one field is smaller."""
-    rows = one.copy()
+    rows = many.copy()
     (tmp_path / "text.tif").write_bytes(b"not a TIFF")
     (tmp_path / "cut.tif").write_bytes(Path(rows["Path_DNA"].iloc[4]).read_bytes()[:-999])
     for number, channel in enumerate(CHANNELS):
@@ -138,16 +157,13 @@ def test_all_files_of_a_plate_that_cannot_be_used_are_told_at_once(broken: pd.Da
         f"plate {plate} well {wells[0]} site 1 channel RNA file {tmp_path / 'absent.tif'}",
         f"plate {plate} well {wells[4]} site 1 channel DNA file {tmp_path / 'cut.tif'}",
     ]
-    assert f"well {wells[9]} site 1 files" in lines[4]
-    assert "the plate's first one" in lines[4]
+    assert f"well {wells[9]} site 2 files" in lines[4]
+    assert "pixels, the plate's are" in lines[4]
     assert not list((tmp_path / "plates").glob("*.plate.json"))
 
 
 def test_mended_files_alone_are_read_again(one: pd.DataFrame, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    rows = one.copy()
-    for channel in CHANNELS:
-        rows[f"Path_{channel}"] = [shutil.copy(path, tmp_path / "elsewhere") for path in rows[f"Path_{channel}"]]
+    rows = elsewhere(one, tmp_path / "elsewhere")
     good = Path(rows["Path_ER"].iloc[3])
     kept = good.read_bytes()
     good.write_bytes(b"")
@@ -163,18 +179,91 @@ def test_mended_files_alone_are_read_again(one: pd.DataFrame, tmp_path: Path) ->
     assert images.read_bytes() == (tmp_path / "unbroken" / images.name).read_bytes()
 
 
-def test_bad_sites_are_left_out_when_asked_for_and_recorded(broken: pd.DataFrame, one: pd.DataFrame, tmp_path: Path) -> None:
+def test_bad_sites_are_left_out_when_asked_for_and_recorded(
+    broken: pd.DataFrame, many: pd.DataFrame, tmp_path: Path
+) -> None:
     report = fetch(broken, tmp_path / "plates", RECIPE, SKIPPING)
-    assert (report.sites, len(report.skipped)) == (22, 4)
+    assert (report.sites, len(report.skipped)) == (47, 4)
     (plate,) = open_plates(tmp_path / "plates", CLASSES).values()
     assert plate_records(tmp_path / "plates")[plate.plate].skipped == report.skipped
-    assert set(one["Metadata_Well"]) - set(plate.wells) == set(one["Metadata_Well"].iloc[[0, 4, 9]])
-    fetch(one, tmp_path / "whole", RECIPE)
+    fetch(many, tmp_path / "whole", RECIPE)
     (whole,) = open_plates(tmp_path / "whole", CLASSES).values()
-    kept = np.isin(whole.wells, plate.wells)
+    kept = np.delete(np.arange(50), [0, 4, 9])
+    assert plate.wells.tolist() == whole.wells[kept].tolist()
     np.testing.assert_array_equal(plate.images[:], whole.images[:][kept])
-    np.testing.assert_array_equal(plate.moments_of(np.arange(22)), whole.moments_of(np.flatnonzero(kept)))
-    assert fetch(broken, tmp_path / "plates", RECIPE).there == (plate.plate,)
+    np.testing.assert_array_equal(plate.moments_of(np.arange(47)), whole.moments_of(kept))
+    again = fetch(broken, tmp_path / "plates", RECIPE)
+    assert (again.there, again.skipped) == ((plate.plate,), report.skipped)
+
+
+def test_more_than_a_few_sites_are_never_left_out(many: pd.DataFrame, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes(b"not a TIFF")
+
+    def told(wells: pd.Series) -> str:
+        rows = many.copy()
+        rows.loc[wells, "Path_ER"] = str(bad)
+        with pytest.raises(FetchError) as error:
+            fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
+        assert not list((tmp_path / "plates").glob("*.plate.json"))
+        return error.value.detail.splitlines()[0]
+
+    label, controls = many["label"], many["role"] == "control"
+    assert told(label == "antimitotic").endswith(
+        "2 files of 2 sites cannot be used; those are all its sites of antimitotic, which are not left out; mend them:"
+    )
+    assert "6 sites cannot be used; that is more than 10 % of its 50 sites, which" in told(
+        many.index.isin(np.flatnonzero(controls)[:6])
+    )
+    few = pd.concat([many[controls].iloc[:1], *[many[~controls]] * 3]).reset_index(drop=True)
+    few["Metadata_Site"] = (few.index + 1).astype(str)
+    few.loc[0, "Path_DNA"] = str(bad)
+    with pytest.raises(FetchError, match="1 files of 1 sites cannot be used; those are all its controls, which are"):
+        fetch(few, tmp_path / "few", RECIPE, SKIPPING)
+
+
+def test_a_plate_takes_the_form_that_most_of_its_first_sites_have(many: pd.DataFrame, tmp_path: Path) -> None:
+    rows = many.copy()
+    for channel in CHANNELS:
+        path = tmp_path / f"{channel}.tif"
+        tifffile.imwrite(path, tifffile.imread(rows.loc[0, f"Path_{channel}"])[:125, :125], photometric="minisblack")
+        rows.loc[0, f"Path_{channel}"] = str(path)
+    report = fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
+    assert report.sites == 49
+    assert f"well {rows['Metadata_Well'].iloc[0]} site 1 files" in report.skipped[0]
+
+
+def test_planes_of_another_type_are_no_sites_of_the_plate(many: pd.DataFrame, tmp_path: Path) -> None:
+    types = {np.dtype(kind).name: kind for kind in (np.uint8, np.uint16, np.float32)}
+    for first, other in itertools.permutations(types, 2):
+        rows = many.iloc[:6].copy()
+        for number in range(6):
+            for channel in CHANNELS:
+                path = tmp_path / f"{number}-{channel}.tif"
+                plane = (np.arange(128 * 128).reshape(128, 128) % 251).astype(types[other if number == 5 else first])
+                tifffile.imwrite(path, plane, photometric="minisblack")
+                rows.loc[number, f"Path_{channel}"] = str(path)
+        for scaling in ({}, {"scaling": "fixed-scale", "full_scale": (251.0,) * 5}):
+            recipe = replace(RECIPE, pixel_size_um=None, **scaling)  # type: ignore[arg-type]
+            with pytest.raises(FetchError, match=f"site 2 files .*: the planes are {other}, the plate's are {first}$"):
+                fetch(rows, tmp_path / "plates", recipe)
+            shutil.rmtree(tmp_path / "plates")
+
+
+def test_a_folder_that_is_gone_is_no_bad_file(many: pd.DataFrame, tmp_path: Path) -> None:
+    rows = many.copy()
+    rows.loc[7, "Path_RNA"] = str(tmp_path / "share" / "7.tif")
+    with pytest.raises(FetchError, match=r"site 2 channel RNA file .*7.tif: its folder is not there; run again when"):
+        fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
+
+
+def test_plates_that_are_not_resampled_though_the_recipe_asks_for_it_are_told(two: pd.DataFrame, tmp_path: Path) -> None:
+    name = str(two["Metadata_Plate"].iloc[0])
+    rows = two.assign(pixel_size_um=two["pixel_size_um"].where(two["Metadata_Plate"] != name))
+    told = (f"plate {name}: 25 of 25 sites have no pixel size: not resampled to 1.196 µm, every 2-th pixel is taken",)
+    assert fetch(rows, tmp_path / "plates", RECIPE).unsized == told
+    assert fetch(rows, tmp_path / "plates", RECIPE).unsized == told
+    assert fetch(rows, tmp_path / "halved", replace(RECIPE, pixel_size_um=None)).unsized == ()
 
 
 def test_a_plate_of_which_nothing_can_be_used_is_never_skipped(one: pd.DataFrame, tmp_path: Path) -> None:
@@ -218,7 +307,7 @@ def test_killed_at_any_line_it_goes_on_and_no_half_plate_looks_whole(two: pd.Dat
     finished: dict[str, int] = {}
     kills, ends, folder = 0, 0, tmp_path / "killed"
     for _ in range(60):
-        killed = killed_at(rng.randrange(1, 1_500), rows, folder)
+        killed = killed_at(rng.randrange(1, 3_000), rows, folder)
         if (folder / "recipe.json").is_file():
             verify_plates(folder)
         for name, stamp in finished.items():
@@ -243,6 +332,43 @@ def test_a_draft_that_lost_pixels_makes_them_again(one: pd.DataFrame, tmp_path: 
         journal.write('[3, ["torn')
     fetch(one, tmp_path / "killed", RECIPE)
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
+
+
+def elsewhere(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """The same planes in a folder of their own."""
+    folder.mkdir()
+    return rows.assign(**{
+        f"Path_{channel}": [shutil.copy(path, folder) for path in rows[f"Path_{channel}"]] for channel in CHANNELS
+    })  # fmt: skip
+
+
+def test_files_that_changed_since_they_were_read_are_read_again(one: pd.DataFrame, tmp_path: Path) -> None:
+    rows = elsewhere(one, tmp_path / "images")
+    last = Path(rows["Path_Mito"].iloc[-1])
+    whole = last.read_bytes()
+    last.write_bytes(whole[:100])
+    with pytest.raises(FetchError, match="1 files of 1 sites cannot be used"):
+        fetch(rows, tmp_path / "plates", RECIPE)
+    last.write_bytes(whole)
+    for path in rows["Path_DNA"].iloc[:20]:
+        tifffile.imwrite(path, tifffile.imread(path) // 2, photometric="minisblack")
+    told: list[int] = []
+    fetch(rows, tmp_path / "plates", RECIPE, progress=lambda done, _: told.append(done))
+    assert told[0] == 4, "those whose files are as they were"
+    fetch(rows, tmp_path / "unbroken", RECIPE)
+    assert content(tmp_path / "plates") == content(tmp_path / "unbroken")
+
+
+def test_a_draft_whose_files_all_changed_takes_their_form(one: pd.DataFrame, tmp_path: Path) -> None:
+    rows = elsewhere(one, tmp_path / "images")
+    last = Path(rows["Path_Mito"].iloc[-1])
+    last.write_bytes(b"")
+    with pytest.raises(FetchError, match="an empty file"):
+        fetch(rows, tmp_path / "plates", RECIPE)
+    for channel in CHANNELS:
+        for path in rows[f"Path_{channel}"]:
+            tifffile.imwrite(path, np.arange(140 * 140, dtype=np.float32).reshape(140, 140), photometric="minisblack")
+    assert fetch(rows, tmp_path / "plates", RECIPE).sites == 25
 
 
 def test_workers_end_with_a_killed_parent(two: pd.DataFrame, tmp_path: Path) -> None:
@@ -308,6 +434,18 @@ def test_a_full_disk_is_told_and_what_was_made_is_kept(workers: int, index: pd.D
     assert verify_plates(small_disk) == 8
 
 
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk(one: pd.DataFrame, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(FetchError, match="no space is left in"):
+            fetch(one, tmp_path, RECIPE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fetch(one, tmp_path, RECIPE).sites == 25
+
+
 # --- S3 --------------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +493,31 @@ def test_a_bucket_that_may_not_be_read_is_told_with_the_way_out(one: pd.DataFram
     storage.forbidden = set(storage.objects)
     with pytest.raises(FetchError, match=r"well A01 site 1 channel DNA: s3://bucket/\S.* may not be read: .*--anonymous"):
         fetch(rows, tmp_path, RECIPE)
+
+
+def test_an_object_that_changed_since_it_was_read_is_read_again(one: pd.DataFrame, tmp_path: Path, storage) -> None:  # type: ignore[no-untyped-def]
+    rows = uploaded(one, storage)
+    first, last = (rows["Path_DNA"].iloc[row].removeprefix("s3:/") for row in (0, -1))
+    whole, storage.objects[last] = storage.objects[last], b""
+    with pytest.raises(FetchError, match="an empty file"):
+        fetch(rows, tmp_path / "plates", RECIPE)
+    storage.objects[first] = storage.objects[last] = whole
+    told: list[int] = []
+    fetch(rows, tmp_path / "plates", RECIPE, progress=lambda done, _: told.append(done))
+    assert told[0] == 23
+    (plate,) = open_plates(tmp_path / "plates").values()
+    assert plate.digests[0, 0] == plate.digests[-1, 0]
+
+
+def test_a_key_may_hold_what_other_addresses_set_apart(one: pd.DataFrame, tmp_path: Path, storage) -> None:  # type: ignore[no-untyped-def]
+    rows = uploaded(one, storage)
+    storage.objects["/bucket/a?b#c.tif"] = storage.objects[rows["Path_DNA"].iloc[3].removeprefix("s3:/")]
+    rows.loc[rows.index[3], "Path_DNA"] = "s3://bucket/a?b#c.tif"
+    assert fetch(rows, tmp_path / "plates", RECIPE).sites == 25
+    rows.loc[rows.index[3], "Path_DNA"] = "s3://bucket/a//b.tif"
+    well = rows["Metadata_Well"].iloc[3]
+    with pytest.raises(FetchError, match=f"well {well} site 1 channel DNA: s3://bucket/a//b.tif is no object's address: "):
+        fetch(rows, tmp_path / "other", RECIPE)
 
 
 def test_a_lost_network_is_told_and_fetching_goes_on_when_it_is_back(one: pd.DataFrame, tmp_path: Path, storage) -> None:  # type: ignore[no-untyped-def]

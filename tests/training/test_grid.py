@@ -1,5 +1,6 @@
 """A grid leaves tidy tables of every method beside the nulls, goes on where it stopped, and makes anew what changed."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,9 @@ import yaml
 from model.errors import RunError
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
-from training.grid import Axes, FinishedRun, Grid, Task, evaluate_grid, labs_of_their_seed, overview, read_grid, tasks_of
+from training.grid import (
+    Axes, FinishedRun, Grid, Task, cell_rows, evaluate_grid, labs_of_their_seed, overview, read_grid, tasks_of,
+)  # fmt: skip
 from training.methods import WAYS
 from training.progress import BEST
 from training.queries import ALL, DEFAULT, Cell
@@ -203,6 +206,24 @@ def test_without_controls_what_needs_none_is_evaluated_and_the_rest_is_told(run:
         "null: majority", "null: position", "null: intensity"].index), "erm", "adabn-treated"]  # fmt: skip
     assert len(told) == 2
     assert all("needs negative controls, and plate" in text for text in told)
+
+
+def test_a_test_plate_of_controls_alone_is_left_out_and_told(run: Run, erm_run: Run) -> None:
+    finished = FinishedRun.of(erm_run)
+    bare = run.split.new_batch[0]
+    plates = {**finished.plates, bare: finished.plates[bare].with_classes(())}
+    finished.__dict__["plates"] = plates
+    told: list[str] = []
+    small = Grid(methods=("erm",), cells=(Axes(query_wells=(2,), alpha=(math.inf, 0.1, 0)),))
+    tasks = tasks_of(1, {"erm": finished}, small, told.append)
+    assert told == [f"seed 1: no treated site of the classes on {bare} (new_batch): left out"]
+    for task, cell in itertools.product(tasks, small.every_cell):
+        rows, _ = cell_rows(task, cell, small.draws)
+        tested = {name for names in run.split.tests().values() for name in names}
+        assert set(rows["plate"]) == tested - {bare}
+    finished.__dict__["plates"] = {name: plate.with_classes(()) for name, plate in plates.items()}
+    with pytest.raises(RunError, match=f"{erm_run.path} has no test plate with a treated site of its classes"):
+        tasks_of(1, {"erm": finished}, small, told.append)
 
 
 def test_networks_that_need_controls_are_left_untrained_where_there_are_none(

@@ -1,15 +1,18 @@
 """Plates on disk: opened without being read, as they were fetched, or not at all."""
 
+import fcntl
 import hashlib
 import json
 import pickle
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from model.bundle import recipe_json
 from model.errors import RunError
 from model.images import ImageRecipe
 from training.dataset import NO_LABEL
@@ -22,6 +25,7 @@ from training.plates import (
     plates_recipe,
     require_recipe,
     verify_plates,
+    write_recipe,
 )
 from training.simulate import CHANNELS, CLASSES
 
@@ -121,6 +125,71 @@ def test_a_plate_of_another_version_is_refused(copy: Path) -> None:
         open_plates(copy)
 
 
+def test_plates_prepared_by_another_recipe_than_their_folders_are_named(copy: Path) -> None:
+    linear = replace(plates_recipe(copy), scaling="fixed-scale", full_scale=(4095.0,) * 5)
+    (copy / "recipe.json").unlink()
+    with pytest.raises(RunError, match=r"recipe.json is not what the plates SIM01B01P01, .*SIM02B02P02 were prepared by"):
+        write_recipe(copy, linear)
+    assert not (copy / "recipe.json").exists()
+    (copy / "recipe.json").write_text(json.dumps(recipe_json(linear)))
+    for look in (open_plates, verify_plates):
+        with pytest.raises(RunError, match=r"SIM01B01P01, .*SIM02B02P02 were prepared by: name another folder, or delete"):
+            look(copy)
+
+
+def test_of_two_first_calls_one_says_the_recipe(tmp_path: Path) -> None:
+    first = ImageRecipe(channels=("DNA",), size=64)
+    told: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            write_recipe(tmp_path, replace(first, shrink=3))
+        except RunError as error:
+            told.append(error)
+
+    with (tmp_path / ".recipe.json.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=second)
+        thread.start()
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe_json(first)))
+    thread.join()
+    assert "another shrink (it is 2, asked for is 3)" in str(told[0])
+    assert plates_recipe(tmp_path) == first
+
+
+def test_damaged_files_are_named_with_what_to_do(copy: Path) -> None:
+    record = next(copy.glob("*.plate.json"))
+    content = record.read_bytes()
+    for damage in (content[:40], b"[]", b'{"format": 1, "skipped": []}', b"\xff"):
+        record.write_bytes(damage)
+        with pytest.raises(RunError, match=rf"{record.name} is damaged \(.*\): delete it and fetch the plate again"):
+            open_plates(copy)
+    record.write_bytes(content)
+    for damage in (b'{"x":', b'{"x": 1}', b"null"):
+        (copy / "recipe.json").write_bytes(damage)
+        with pytest.raises(RunError, match=r"recipe.json is damaged \(.*\): delete it and run the same fetch again"):
+            open_plates(copy)
+
+
+def test_unfinished_plates_are_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = sorted(open_plates(copy))
+    assert not caplog.messages
+    (copy / f"{names[0]}.journal").touch()  # of a plate that is complete
+    (copy / "late 1.journal").touch()
+    (copy / "late%2F2.npy.partial").touch()
+    for look in (open_plates, verify_plates):
+        caplog.clear()
+        look(copy)
+        assert caplog.messages == [
+            f"{copy} is not fetched to its end, the plates late 1, late/2 are unfinished: run fetch again"
+        ]
+
+
+def test_verifying_names_plates_of_the_index_that_are_not_there(copy: Path) -> None:
+    with pytest.raises(RunError, match="lacks the plates A, B of the index: run fetch again"):
+        verify_plates(copy, ("B", "SIM01B01P01", "A"))
+
+
 def test_another_recipe_is_told_by_what_differs(fetched: Path) -> None:
     with pytest.raises(RunError, match=r"another shrink \(it is 2, asked for is 3\)"):
         require_recipe(fetched, replace(plates_recipe(fetched), shrink=3))
@@ -129,8 +198,6 @@ def test_another_recipe_is_told_by_what_differs(fetched: Path) -> None:
 
 def test_a_scale_taken_from_the_controls_belongs_to_one_size(tmp_path: Path) -> None:
     recipe = ImageRecipe(channels=("DNA",), size=64, scaling="control-scale")
-    from training.plates import write_recipe
-
     write_recipe(tmp_path, recipe)
     with pytest.raises(RunError, match=r"another size \(it is 64, asked for is 32\)"):
         require_recipe(tmp_path, replace(recipe, size=32))

@@ -13,7 +13,7 @@ from model.images import ImageRecipe
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
 from training.plates import open_plates
-from training.train import Run, TrainingConfig, prepare_run, require_same_split, train
+from training.train import Run, TrainingConfig, as_started, prepare_run, train
 
 
 def refetched(index: pd.DataFrame, folder: Path, config: TrainingConfig, recipe: ImageRecipe = RECIPE) -> TrainingConfig:
@@ -61,7 +61,7 @@ def test_a_given_split_is_used_and_checked(config: TrainingConfig, run: Run, tmp
         prepare_run(given, tmp_path / "run")
     path.write_text("train: [SIM01B01P01]\nvalidation: [SIM01_B02]\n")
     with pytest.raises(RunError, match="started with other purposes of the plates SIM01B01P02, SIM02B01P01"):
-        require_same_split(prepare_run(given, tmp_path / "run")[0])
+        as_started(prepare_run(given, tmp_path / "run")[0])
     with pytest.raises(RunError, match="leave test_lab out"):
         prepare_run(replace(given, test_lab="simulated_02"), tmp_path / "run")
 
@@ -76,6 +76,20 @@ def test_a_plate_without_controls_stops_what_needs_them_alone(
         train(own, tmp_path / "run", quiet=True)
     prepare_run(replace(own, method="erm"), tmp_path / "erm")
     assert f"no negative controls on {bare}: only methods that need none can use them" in caplog.text
+
+
+def test_plates_without_a_treated_site_of_the_classes_are_named(
+    index: pd.DataFrame, config: TrainingConfig, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without(*plates: str) -> TrainingConfig:
+        rows = index[~index["Metadata_Plate"].isin(plates) | (index["role"] == "control")]
+        return refetched(rows, tmp_path / "-".join(plates), config)
+
+    trained, validated, tested = run.split.train[0], run.split.validation[0], run.split.new_batch[0]
+    with pytest.raises(LayoutError, match=f"of the classes on {trained}, {validated}, of the plates to train"):
+        prepare_run(without(trained, validated, tested), tmp_path / "run")
+    prepare_run(without(tested), tmp_path / "run")
+    assert f"no treated site of the classes on {tested}: nothing is tested there" in caplog.text
 
 
 def test_a_class_without_images_is_named(config: TrainingConfig, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def test_unshifted_queries_send_no_well_twice_before_all_have_been_sent():
     assert query_draws(PLATE, Cell(query=41), Draws()) == []
 
 
+@pytest.mark.parametrize("cell", [DEFAULT, Cell(query=2), Cell(query=2, alpha=0.1), Cell(query=2, alpha=0)])
+def test_a_plate_of_controls_alone_has_no_query(cell):
+    assert query_draws(made_up_plate("P", controls=48), cell, Draws()) == []
+
+
 def test_one_class_queries_take_the_classes_in_turn():
     queries = query_draws(PLATE, Cell(query=10, alpha=0), Draws(queries=8))
     assert all(len(classes_of(query)) == 1 and len(set(query)) == 10 for query in queries)

@@ -100,6 +100,16 @@ def test_one_temperature_makes_the_averaged_probabilities_likeliest() -> None:
     assert nll(found) <= min(nll(temperature) for temperature in np.geomspace(0.2, 5, 400)) + 1e-7
 
 
+def test_plates_of_a_run_that_are_gone_are_all_named(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.config.plates, tmp_path / "plates")
+    moved = replace(run, config=replace(run.config, plates=str(tmp_path / "plates")))
+    gone = sorted((run.split.train[0], run.split.validation[0]))
+    for name in gone:
+        (tmp_path / "plates" / f"{name}.plate.json").unlink()
+    with pytest.raises(RunError, match=rf"plates lacks the plates {', '.join(gone)} of {run.path}: fetch them again"):
+        load_run_plates(moved)
+
+
 def test_baselines_are_not_served() -> None:
     for name in ("instancenorm", "arm-bn", "erm-zscore"):
         with pytest.raises(ValueError, match="the service serves erm and cs-arm-bn"):

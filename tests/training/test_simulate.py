@@ -152,6 +152,33 @@ def test_a_folder_with_a_finished_simulation_is_refused(tmp_path):
         simulate(SMALL, tmp_path)
 
 
+class StoppedError(Exception):
+    """The simulation stops here."""
+
+
+def stopped(plan: SimulationPlan, out: Path) -> None:
+    def stop(done: int, total: int) -> None:  # noqa: ARG001 (a progress's shape)
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        simulate(plan, out, progress=stop)
+
+
+def test_a_simulation_that_was_stopped_is_begun_again_by_the_same_plan_alone(tmp_path):
+    stopped(replace(SMALL, plates=2), tmp_path / "stopped")
+    with pytest.raises(FileExistsError, match="is of another plan: choose an empty folder"):
+        simulate(SMALL, tmp_path / "stopped")
+    simulate(replace(SMALL, plates=2), tmp_path / "stopped")
+    simulate(replace(SMALL, plates=2), tmp_path / "whole")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_a_folder_with_anything_else_in_it_is_refused(tmp_path):
+    (tmp_path / "simulated_01").mkdir()
+    with pytest.raises(FileExistsError, match="is not empty and no simulation was begun there"):
+        simulate(SMALL, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -49,6 +49,26 @@ def test_too_few_batches_are_refused() -> None:
         split_by_batch(table(1, 2, 2))
 
 
+def of_batches(**batches: int) -> pd.DataFrame:
+    """Labs with so many batches of one plate each."""
+    return pd.DataFrame([
+        {"Metadata_Source": lab, "Metadata_Batch": f"{lab}{batch}", "Metadata_Plate": f"{lab}{batch}"}
+        for lab, count in batches.items() for batch in range(count)
+    ])  # fmt: skip
+
+
+def test_a_lab_of_one_batch_does_not_take_the_turn_that_validation_needs() -> None:
+    alone = split_by_batch(of_batches(A=1, B=3))
+    assert (alone.train, alone.validation, alone.new_batch) == (("A0", "B0", "B1"), ("B2",), ())
+    two = split_by_batch(of_batches(A=1, B=2, C=1, D=2))
+    assert (two.train, two.validation, two.new_batch) == (("A0", "B0", "C0", "D0"), ("B1",), ("D1",))
+
+
+def test_a_lab_of_one_batch_takes_its_turn_where_enough_is_left() -> None:
+    split = split_by_batch(of_batches(A=1, B=2, C=2, D=2))
+    assert (split.validation, split.new_batch) == (("C1",), ("B1", "D1"))
+
+
 def test_an_unknown_lab_is_refused() -> None:
     with pytest.raises(LayoutError, match="no lab 'L9' in the index; there are L0, L1"):
         split_by_batch(table(2, 2, 2), test_lab="L9")
@@ -106,6 +126,14 @@ def test_a_split_that_is_none_is_told_all_that_is_wrong(tmp_path: Path, text: st
         read_split(tmp_path / "split.yaml", plates)
 
 
+@pytest.mark.parametrize("name", ["0012", "2021_04_26", "1e5", "yes", "null"])
+def test_names_in_a_split_are_text_as_it_stands(name: str, tmp_path: Path) -> None:
+    (tmp_path / "split.yaml").write_text(f"train: [{name}]\nvalidation: [L0B1]\n")
+    plates = table(1, 2, 1)
+    plates.loc[0, "Metadata_Plate"] = name
+    assert read_split(tmp_path / "split.yaml", plates).train == (name,)
+
+
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +153,15 @@ def test_batches_and_labs_on_both_sides_are_all_named() -> None:
         "plate L1B2P0 (new_lab): its lab L1 is of train too (L1B0P0)",
         "plate L1B2P0 (new_lab): its lab L1 is of in_domain too (L1B1P0)",
         "plate L1B1P0 (in_domain): its batch L1/L1B1 is not trained on, so it is a new one",
+    ]
+
+
+def test_a_new_batch_of_a_lab_that_is_not_trained_on_is_told_to_be_of_a_new_lab() -> None:
+    split = Split(train=("L0B0P0",), validation=("L1B1P0",), new_batch=("L0B1P0", "L1B0P0"))
+    with pytest.raises(LeakError) as told:
+        check_split(split, table(2, 2, 1))
+    assert told.value.detail.splitlines()[1:] == [
+        "plate L1B0P0 (new_batch): its lab L1 is not trained on, so it is a new one"
     ]
 
 

@@ -1,5 +1,6 @@
 """Training runs, stops, resumes exactly, and can be read back."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from model.errors import LayoutError, RunError
+from model.images import ImageRecipe
 from model.network import FromContext, NetworkSpec, ResNet
+from tests.training.conftest import RECIPE
 from training.episodes import Episode
 from training.evaluate import score_plate
+from training.fetch import fetch
 from training.methods import make_method, training_loss
 from training.progress import BEST, LAST, METRICS
 from training.train import Run, TrainingConfig, cosine, load_network, prepare_run, train
@@ -47,6 +51,38 @@ def test_a_run_is_never_written_over_nor_resumed_as_another(run: Run, config: Tr
     with pytest.raises(RunError, match="only more, at a constant rate"):
         train(replace(config, steps=1), run.path, resume=True, quiet=True)
     assert (run.path / "run.json").read_bytes() == before
+
+
+def test_a_run_is_not_gone_on_with_on_plates_of_other_labels_or_another_recipe(
+    config: TrainingConfig, index: pd.DataFrame, tmp_path: Path
+) -> None:
+    plates = tmp_path / "plates"
+    own = replace(config, plates=str(plates), classes=None, method="erm", steps=2)
+    relabelled = index.assign(label=index["label"].replace("antimitotic", "other"))
+    linear = replace(RECIPE, scaling="fixed-scale", full_scale=(65535.0,) * 5)
+    brighter = replace(linear, full_scale=(4095.0,) * 5)
+
+    def trained(rows: pd.DataFrame, recipe: ImageRecipe, **changes: int) -> bytes:
+        shutil.rmtree(plates, ignore_errors=True)
+        fetch(rows, plates, recipe)
+        train(replace(own, **changes), tmp_path / "run", resume=True, quiet=True)  # type: ignore[arg-type]
+        return (tmp_path / "run" / "run.json").read_bytes()
+
+    before = trained(index, linear)
+    with pytest.raises(RunError, match=r"other classes \(they were actin_edge, antimitotic, .*, and are actin_edge, .*\)"):
+        trained(relabelled, linear, steps=4)
+    with pytest.raises(RunError, match="started with other full_scale of the images, other mean of the images, other std"):
+        trained(index, brighter, steps=4)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert trained(index, linear) == before
+
+
+def test_a_finished_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:
+    hopeless = replace(config, learning_rate=0.0, steps=40, validate_every=1, patience=1)
+    train(hopeless, tmp_path / "run", quiet=True)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    train(replace(hopeless, steps=80, loader_workers=1), tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 def test_a_finished_run_that_is_resumed_says_so(
