@@ -439,13 +439,13 @@ class PlateMap:
         return frozenset(well for well, found in self.roles.items() if found is role)
 
 
-def parse_platemap(text: str) -> dict[str, Role]:
+def parse_platemap(text: str | bytes) -> dict[str, Role]:
     """Read a plate map's roles: which wells are negative controls.
 
-    Takes CSV or TSV with a well column (``well``, ``Metadata_Well`` or ``well_position``) and one that tells the role:
-    ``role``, ``control_type`` or ``pert_type`` (control, negcon, negative, DMSO; or treated, trt, compound, sample,
-    positive, poscon…, nothing), or, as on JUMP plate maps, ``broad_sample`` that is empty in DMSO wells. A role that is
-    none of these is refused, so that no control is taken for a treated well by its spelling.
+    Takes CSV or TSV, text or its UTF-8, with a well column (``well``, ``Metadata_Well`` or ``well_position``) and one that
+    tells the role: ``role``, ``control_type`` or ``pert_type`` (control, negcon, negative, DMSO; or treated, trt, compound,
+    sample, positive, poscon…, nothing), or, as on JUMP plate maps, ``broad_sample`` that is empty in DMSO wells. A role that
+    is none of these is refused, so that no control is taken for a treated well by its spelling.
 
     Raises:
         LayoutError: no such columns, a role that is not known, or a well named twice.
@@ -456,7 +456,7 @@ def parse_platemap(text: str) -> dict[str, Role]:
     return dict(platemap.roles)
 
 
-def read_platemap(text: str) -> PlateMap:
+def read_platemap(text: str | bytes) -> PlateMap:
     """Read a whole plate map, as ``parse_platemap`` does; one without a role column tells no roles.
 
     Raises:

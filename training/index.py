@@ -5,21 +5,24 @@ Columns: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``, ``Metadata
 path relative to the index file's folder or absolute. Other columns ride along. A plate's rows lie together.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import AnchorwellError, LayoutError, MissingChannelError
-from model.layout import WELL_COLUMNS, Role, parse_platemap, parse_site, parse_well
+from model.errors import AnchorwellError, LayoutError, PlateError
+from model.layout import Role, parse_platemap, parse_site, parse_well, read_platemap
+from training.load_data import PLATE, SITE, WELL, checked_sites, in_um, pixel_sizes, told_sizes, with_places
+from training.tables import ROW, Problems, Table, among, read_table
 
-KEYS = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
+KEYS = ["Metadata_Source", "Metadata_Batch", PLATE, WELL, SITE]
 COLUMNS = [*KEYS, "label", "role", "pixel_size_um"]
-RESOLUTION = "Metadata_ImageResolutionX"
 _PATH = "Path_"
 _BATCH_ROWS = 20_000
 
@@ -41,132 +44,174 @@ def path_column(channel: str) -> str:
 # --- a folder tree ---------------------------------------------------------------------------------------------------
 
 
-def index_plate(load_data: Path, platemap: Path, channels: Sequence[str]) -> pd.DataFrame:
-    """Index one plate from its LoadData table and its plate map.
-
-    Args:
-        load_data: CSV or Parquet with JUMP's columns: ``Metadata_*``, ``FileName_Orig<channel>`` and
-            ``PathName_Orig<channel>`` (relative to the table's folder, or absolute).
-        platemap: CSV or TSV with a well column, a role column (see ``model.layout.parse_platemap``) and ``label``, the
-            class to learn (empty for wells that have none).
-        channels: which channels to index, in order.
-
-    Raises:
-        LayoutError, MissingChannelError: a table lacks a column, or a well is not on the plate map.
-    """
-    table = _read_table(load_data)
-    if not platemap.is_file():
-        raise LayoutError(f"{load_data} has no {platemap.name} beside it: which wells are controls?")
-    text = platemap.read_text(encoding="utf-8")
-    roles = parse_platemap(text)
-    labels = _labels(platemap)
-    wells = [parse_well(str(well)) for well in table["Metadata_Well"]]
-    unknown = sorted(set(wells) - set(roles))
-    if unknown:
-        raise LayoutError(f"{platemap.name} does not name the wells {', '.join(unknown[:8])} of {load_data.name}")
-    index = pd.DataFrame({name: table[name].astype(str) for name in KEYS[:3]})
-    index["Metadata_Well"] = wells
-    index["Metadata_Site"] = [parse_site(str(site)) for site in table["Metadata_Site"]]
-    index["label"] = [labels.get(well, "") for well in wells]
-    index["role"] = [roles[well].value for well in wells]
-    index["pixel_size_um"] = _pixel_sizes(table)
-    for channel in channels:
-        index[path_column(channel)] = plane_places(table, channel, load_data.parent)
-    return index
-
-
 def index_tree(root: Path, channels: Sequence[str]) -> pd.DataFrame:
     """Index every folder below ``root`` that holds ``load_data.csv`` (or .parquet) and ``platemap.csv``.
 
+    LoadData has JUMP's columns: ``Metadata_*``, and ``URL_Orig<channel>`` or ``FileName_Orig<channel>`` and
+    ``PathName_Orig<channel>`` (relative to the table's folder, or absolute). The plate map is a CSV or TSV with a well
+    column, a role column (see ``model.layout.parse_platemap``) and ``label``, the class to learn (empty for wells that have
+    none).
+
+    Args:
+        root: where to look.
+        channels: which channels to index, in order.
+
     Raises:
-        LayoutError: there is none, a site is there twice, or an image is not there; tells of all plates at once.
+        LayoutError: there is none, something is wrong with the tables, or an image is not there; tells of all plates at
+            once.
     """
     tables = sorted([*root.rglob("load_data.csv"), *root.rglob("load_data.parquet")])
     if not tables:
         raise LayoutError(f"no load_data.csv below {root}")
-    plates, problems = [], []
-    for table in tables:
-        try:
-            plates.append(index_plate(table, table.parent / "platemap.csv", channels))
-            _require_images(plates[-1])
-        except AnchorwellError as error:
-            problems.append(error if str(table.parent) in error.detail else error.about(table=str(table)))
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise LayoutError("\n".join(error.detail for error in problems))
+    problems = Problems()
+    plates = [plate for table in tables for plate in _plates_of(table, channels, problems)]
+    problems.stop()
     return checked(pd.concat(plates, ignore_index=True))
 
 
-def _require_images(index: pd.DataFrame) -> None:
-    paths = [path for channel in channels_of(index) for path in index[path_column(channel)]]
-    absent = [path for path in paths if "://" not in path and not Path(path).is_file()]
-    if absent:
-        raise LayoutError(f"{len(absent)} of {len(paths)} images are not there, the first is {absent[0]}")
+def _plates_of(path: Path, channels: Sequence[str], problems: Problems) -> Iterator[pd.DataFrame]:
+    """Give the plates of a LoadData table, whatever is wrong with them told."""
+    columns = {channel: path_column(channel) for channel in channels}
+    platemap = _platemap(path, problems)
+    table = read_table(str(path), path.read_bytes(), problems)
+    if table is None or table.lacks(KEYS, problems):
+        return
+    if not len(table.rows):
+        problems.error(table.file, "it names no site")
+    placed = with_places(table, columns, problems)
+    if placed is None or platemap is None:
+        return
+    for _, rows in placed.rows.groupby(PLATE, sort=False):
+        plate = Table(table.file, rows.reset_index(drop=True))
+        sizes = pixel_sizes(plate, float("nan"), problems)
+        plate = checked_sites(plate.with_columns(pixel_size_um=sizes), columns, problems)
+        _tell_absent(plate, columns, problems)
+        yield _labelled(_with_known_wells(plate, platemap, problems), platemap)[[*COLUMNS, *columns.values()]]
 
 
-def plane_places(table: pd.DataFrame, channel: str, folder: Path) -> pd.Series:
-    """Return where a channel's planes lie by a LoadData table: its URL column, or its path and file name columns.
-
-    Args:
-        table: the LoadData table, its cells text.
-        channel: as in ``URL_Orig<channel>``.
-        folder: what relative paths are relative to.
-
-    Raises:
-        MissingChannelError: the table has neither.
-    """
-    url, name, place = (f"{kind}_Orig{channel}" for kind in ("URL", "FileName", "PathName"))
-    if url in table.columns:
-        return table[url].astype(str)
-    if name not in table.columns:
-        raise MissingChannelError(f"the LoadData table has no column {url} or {name}", channel=channel)
-    names = table[name].astype(str)
-    folders = table[place].astype(str) if place in table.columns else pd.Series("", index=table.index)
-    absolute = {text: _absolute(text, folder) for text in folders.unique()}
-    return (folders.map(absolute) + names).where(names != "", "")
+def _platemap(load_data: Path, problems: Problems) -> dict[str, tuple[str, str]] | None:
+    """Role and label of each well of the plate map beside a LoadData table; None where there is none."""
+    path = load_data.with_name("platemap.csv")
+    if not path.is_file():
+        problems.error(str(load_data), f"no {path.name} beside it: which wells are controls?")
+        return None
+    try:
+        roles, found = parse_platemap(path.read_bytes()), read_platemap(path.read_bytes())
+    except AnchorwellError as error:
+        problems.error(str(path), error.detail)
+        return None
+    names = [name.strip().casefold() for name in found.columns]
+    if "label" not in names:
+        problems.error(str(path), "no label column: which class does each well belong to?")
+        return None
+    at = names.index("label")
+    return {well: (roles[well].value, cells[at].strip()) for well, cells in found.rows.items()}
 
 
-def _absolute(text: str, folder: Path) -> str:
-    """A path column's entry with a slash at its end."""
-    return f"{text.rstrip('/')}/" if "://" in text else f"{(folder / text).resolve()}/"
+def _with_known_wells(plate: Table, platemap: Mapping[str, tuple[str, str]], problems: Problems) -> Table:
+    known = among(plate.rows[WELL], platemap)
+    problems.each(plate, ~known, "well {Metadata_Well} of plate {Metadata_Plate} is not on platemap.csv")
+    return plate.where(known)
+
+
+def _labelled(plate: Table, platemap: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    said = [platemap[well] for well in plate.rows[WELL]]
+    return plate.rows.assign(role=[role for role, _ in said], label=[label for _, label in said])
+
+
+def _tell_absent(plate: Table, columns: Mapping[str, str], problems: Problems) -> None:
+    paths = plate.rows[[ROW, *columns.values()]].melt(ROW)
+    absent = paths[[path != "" and "://" not in path and not Path(path).is_file() for path in paths["value"]]]
+    if len(absent):
+        first = absent["value"].iloc[0]
+        say = f"{len(absent)} of {len(paths)} images are not there, the first is {first}"
+        problems.error(plate.file, say, absent[ROW])
 
 
 # --- checking, writing, reading ---------------------------------------------------------------------------------------
 
 
 def checked(index: pd.DataFrame) -> pd.DataFrame:
-    """Check an index's columns, that no path is empty, no site there twice and no plate in two batches; return it sorted.
+    """Check an index; return it sorted, with plates' names as text, zero-padded wells, numbers of sites, and sizes in µm.
+
+    Every site has its names and paths and is there once; a well has one role and one label; a plate is of one batch and has
+    one pixel size, or none.
 
     Raises:
-        LayoutError: as it says.
+        LayoutError, WellNameError: as it says, or there are no rows.
     """
     _require_columns(list(index.columns))
-    wrong = sorted(set(index["role"]) - {role.value for role in Role})
-    if wrong:
-        raise LayoutError(f"the role is control or treated, not {', '.join(map(str, wrong))}")
-    for name in map(path_column, channels_of(index)):
-        empty = index[index[name].isna() | (index[name] == "")]
-        if len(empty):
-            raise LayoutError(f"{len(empty)} sites have no {name}, the first is {' '.join(map(str, empty.iloc[0][KEYS]))}")
-    plates = index[KEYS[:3]].drop_duplicates()
-    several = sorted(plates.loc[plates.duplicated("Metadata_Plate"), "Metadata_Plate"].astype(str))
-    if several:
-        raise LayoutError(f"plates of one name in several batches: {', '.join(several[:8])}; give them names of their own")
-    twice = index[index.duplicated(KEYS)]
-    if len(twice):
-        raise LayoutError(f"{len(twice)} sites are there twice, the first is {' '.join(map(str, twice.iloc[0][KEYS]))}")
+    _require_rows(len(index))
+    for name in [*KEYS[:3], *map(path_column, channels_of(index))]:
+        empty = index[name].isna() | (index[name] == "")
+        if empty.any():
+            first = " ".join(map(str, index.loc[empty, KEYS].iloc[0]))
+            raise LayoutError(f"{empty.sum()} sites have no {name}, the first is {first}")
+    index = index.assign(**{
+        **{name: index[name].astype(str) for name in KEYS[:3]},
+        WELL: _parsed(index, WELL, parse_well),
+        SITE: _parsed(index, SITE, parse_site).astype("int64"),
+        "label": index["label"].fillna("").astype(str),
+        "pixel_size_um": _checked_sizes(index),
+    })  # fmt: skip
+    _require_one_of_each(index)
     return index.sort_values(KEYS, ignore_index=True)
 
 
+def _parsed(index: pd.DataFrame, column: str, parse: Callable[[str], Any]) -> pd.Series:
+    values = {}
+    for cell in index[column].unique():
+        try:
+            values[cell] = parse(str(cell))
+        except PlateError as error:
+            plate = index.loc[index[column].isin([cell]), PLATE].iloc[0]
+            raise error.about(plate=str(plate)) from None
+    return index[column].map(values)
+
+
+def _checked_sizes(index: pd.DataFrame) -> pd.Series:
+    sizes, wrong = in_um(index["pixel_size_um"], 1)
+    if wrong.any():
+        row = index[wrong].iloc[0]
+        raise LayoutError(f"plate {row[PLATE]} well {row[WELL]}: {row['pixel_size_um']!r} is no pixel size in µm")
+    return sizes.astype(float)
+
+
+def _require_one_of_each(index: pd.DataFrame) -> None:
+    wrong = sorted({str(role) for role in index["role"].unique()} - {Role.CONTROL.value, Role.TREATED.value})
+    if wrong:
+        raise LayoutError(f"the role is control or treated, not {', '.join(wrong)}")
+    plates = index[KEYS[:3]].drop_duplicates()
+    several = sorted(plates.loc[plates.duplicated(PLATE), PLATE])
+    if several:
+        raise LayoutError(f"plates of one name in several batches: {', '.join(several[:8])}; give them names of their own")
+    for plate, sizes in index.groupby(PLATE)["pixel_size_um"]:
+        if len(told := told_sizes(sizes)) > 1:
+            raise LayoutError(f"plate {plate} has several pixel sizes (µm): {', '.join(told)}")
+    said = index[[PLATE, WELL, "role", "label"]].drop_duplicates()
+    twice = said[said.duplicated([PLATE, WELL], keep=False)]
+    if len(twice):
+        plate, well = twice[[PLATE, WELL]].iloc[0]
+        told = twice.loc[(twice[PLATE] == plate) & (twice[WELL] == well), ["role", "label"]].agg(" ".join, axis=1)
+        raise LayoutError(f"well {well} of plate {plate} has several roles or labels: {', '.join(told)}")
+    again = index.duplicated([PLATE, WELL, SITE])
+    if again.any():
+        first = " ".join(map(str, index.loc[again, KEYS].iloc[0]))
+        raise LayoutError(f"{again.sum()} sites are there twice, the first is {first}")
+
+
 def write_index(index: pd.DataFrame, path: Path) -> None:
-    """Write an index as Parquet or CSV, by the file's ending; paths below its folder become relative to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write an index as Parquet or CSV, by the file's ending; paths below its folder become relative to it.
+
+    It is there whole or not at all.
+    """
     portable = with_relative_paths(index, path.parent)
-    if path.suffix == ".parquet":
-        portable.to_parquet(path, index=False)
-    else:
-        portable.to_csv(path, index=False)
+    with _folder_beside(path) as folder:
+        if path.suffix == ".parquet":
+            portable.to_parquet(folder / path.name, index=False)
+        else:
+            portable.to_csv(folder / path.name, index=False)
+        (folder / path.name).replace(path)
 
 
 def write_index_of(plates: Iterable[pd.DataFrame], path: Path) -> None:
@@ -174,17 +219,24 @@ def write_index_of(plates: Iterable[pd.DataFrame], path: Path) -> None:
 
     Nothing is written where ``plates`` raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with _folder_beside(path) as folder:
         parts = []
         for number, rows in enumerate(plates):
-            parts.append(Path(folder) / f"{number}.parquet")
+            parts.append(folder / f"{number}.parquet")
             with_relative_paths(rows, path.parent).to_parquet(parts[-1], index=False)
         schema = pa.unify_schemas([pq.read_schema(part).remove_metadata() for part in parts], promote_options="permissive")
-        with pq.ParquetWriter(Path(folder) / path.name, schema) as writer:
+        with pq.ParquetWriter(folder / path.name, schema) as writer:
             for part in parts:
                 writer.write_table(_with_schema(pq.read_table(part), schema))
-        (Path(folder) / path.name).replace(path)
+        (folder / path.name).replace(path)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Make the folder of a file, and one in it that goes again, to write the file in before it is put in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder)
 
 
 def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -224,6 +276,7 @@ class IndexFile:
             index = _read_csv(path)
             columns, sites = list(index.columns), len(index)
         _require_columns(columns)
+        _require_rows(sites)
         return cls(path, _channels(columns), sites)
 
     def plates(self) -> Iterator[pd.DataFrame]:
@@ -234,7 +287,7 @@ class IndexFile:
         """
         seen: set[str] = set()
         for rows in self._parts():
-            plate = str(rows["Metadata_Plate"].iloc[0])
+            plate = str(rows[PLATE].iloc[0])
             if plate in seen:
                 raise LayoutError(f"the rows of plate {plate} lie apart in {self.path}: sort it by plate")
             seen.add(plate)
@@ -243,9 +296,9 @@ class IndexFile:
     def _parts(self) -> Iterator[pd.DataFrame]:
         pending: list[pd.DataFrame] = []
         for part in self._batches():
-            plate = part["Metadata_Plate"].astype(str)
+            plate = part[PLATE].astype(str)
             for _, rows in part.groupby((plate != plate.shift()).cumsum(), sort=False):
-                if pending and str(pending[0]["Metadata_Plate"].iloc[0]) != str(rows["Metadata_Plate"].iloc[0]):
+                if pending and str(pending[0][PLATE].iloc[0]) != str(rows[PLATE].iloc[0]):
                     yield pd.concat(pending, ignore_index=True)
                     pending = []
                 pending.append(rows)
@@ -269,15 +322,20 @@ def read_index(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=dict.fromkeys([*KEYS[:4], "role", "label"], str), low_memory=False)
+    problems = Problems()
+    table = read_table(str(path), path.read_bytes(), problems)
+    problems.stop()
+    assert table is not None
+    return table.rows.drop(columns=ROW)
 
 
 def _with_absolute_paths(index: pd.DataFrame, folder: Path) -> pd.DataFrame:
     base = f"{folder.resolve()}/"
-    columns = {"label": index["label"].fillna("").astype(str)}
+    columns = {}
     for name in map(path_column, channels_of(index)):
-        paths = index[name].astype(str)
-        columns[name] = paths.where(paths.str.startswith("/") | paths.str.contains("://", regex=False), base + paths)
+        paths = index[name].fillna("").astype(str)
+        whole = (paths == "") | paths.str.startswith("/") | paths.str.contains("://", regex=False)
+        columns[name] = paths.where(whole, base + paths)
     return index.assign(**columns)
 
 
@@ -287,24 +345,6 @@ def _require_columns(columns: Sequence[str]) -> None:
         raise LayoutError(f"the index lacks the columns {', '.join(missing) or 'Path_<channel>'}")
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    missing = [name for name in KEYS if name not in table.columns]
-    if missing:
-        raise LayoutError(f"{path} lacks the columns {', '.join(missing)}")
-    return table
-
-
-def _labels(platemap: Path) -> dict[str, str]:
-    table = pd.read_csv(platemap, sep=None, engine="python", dtype=str, keep_default_na=False)
-    table.columns = table.columns.str.strip().str.casefold()
-    well = next(name for name in WELL_COLUMNS if name in table.columns)
-    if "label" not in table.columns:
-        raise LayoutError(f"{platemap} has no label column: which class does each well belong to?")
-    return {parse_well(name): label.strip() for name, label in zip(table[well], table["label"], strict=True)}
-
-
-def _pixel_sizes(table: pd.DataFrame) -> pd.Series:
-    if RESOLUTION not in table.columns:
-        return pd.Series(float("nan"), index=table.index)
-    return table[RESOLUTION].astype(float) * 1e6  # metres → µm
+def _require_rows(rows: int) -> None:
+    if not rows:
+        raise LayoutError("the index has no rows")

@@ -1,9 +1,9 @@
 """JUMP's published tables → the index: which plates, what is in their wells, where their planes lie.
 
-Reads ``plate.csv``, ``well.csv``, ``perturbation_control.csv``, ``compound.csv`` and ``microscope_config.csv`` (each also
-gzipped) of the JUMP Cell Painting datasets, LoadData tables (CSV or Parquet), and a table of labels. All that is wrong
-with them is told, with file and row numbers as in the file. LoadData is read plate by plate, so that memory does not grow
-with the number of plates.
+Reads ``plate.csv``, ``well.csv``, ``perturbation_control.csv``, ``compound.csv``, ``orf.csv``, ``crispr.csv`` and
+``microscope_config.csv`` (each also gzipped) of the JUMP Cell Painting datasets, LoadData tables (CSV or Parquet), and a
+table of labels. All that is wrong with them is told, with file and row numbers as in the file. LoadData is read plate by
+plate, so that memory does not grow with the number of plates.
 """
 
 from collections import defaultdict, deque
@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from model.errors import MissingChannelError, WellNameError
-from model.layout import Role, parse_well
-from training.index import KEYS, RESOLUTION, path_column, plane_places, write_index_of
+from model.layout import Role
+from training.index import KEYS, path_column, write_index_of
+from training.load_data import PLATE, SITE, WELL, checked_sites, in_um, pixel_sizes, with_places, with_well_names
 from training.objects import Objects, is_remote
 from training.simulate import NEGATIVE_CONTROL
-from training.tables import ROW, Problem, Problems, Table, looked_up, read_table
+from training.tables import ROW, Problem, Problems, Table, among, looked_up, read_table
 
 POSITIVE_CONTROLS: Mapping[str, tuple[str, str]] = {
     "JCP2022_012818": ("TC-S-7004", "DYRK1A/B"),
@@ -34,15 +34,14 @@ POSITIVE_CONTROLS: Mapping[str, tuple[str, str]] = {
     "JCP2022_085227": ("aloxistatin", "cathepsin"),
 }
 """Compound → its name and mechanism of action: one compound a mechanism, on every plate of type COMPOUND."""
+_CONTROLS: Mapping[str, str] = {NEGATIVE_CONTROL: "negcon", **dict.fromkeys(POSITIVE_CONTROLS, "poscon")}
+_BUILT_IN = "the built-in table of positive controls"
 LABEL_COLUMNS = ("label", "Metadata_label", "Metadata_moa", "moa")
-PLATE, WELL, SITE, COMPOUND, PERT_TYPE = (
-    f"Metadata_{name}" for name in ("Plate", "Well", "Site", "JCP2022", "pert_type")
-)  # fmt: skip
+COMPOUND, PERT_TYPE = "Metadata_JCP2022", "Metadata_pert_type"
 _LOAD_DATA = tuple(
     f"{stem}{ending}" for stem in ("load_data_with_illum", "load_data") for ending in (".parquet", ".csv.gz", ".csv")
 )
 """LoadData files; of those in one folder the first is read."""
-_RESOLUTIONS = (1e-8, 1e-4)
 _TABLES_AHEAD = 16
 _LISTED = 30
 
@@ -118,14 +117,15 @@ def write_jump_index(
 class JumpTables:
     """What the tables say of the plates that were asked for.
 
-    ``plates`` by name; ``known`` names all plates there are. ``wells``: every well of those plates with its role and label.
+    ``plates`` by name; ``known`` names all plates there are. ``wells``: of each of those plates, every well with its role
+    and label.
     """
 
     plate_file: str
     well_file: str
     plates: pd.DataFrame
     known: frozenset[str]
-    wells: pd.DataFrame
+    wells: Mapping[str, pd.DataFrame]
     labels: tuple[str, ...]
     pixel_sizes_um: Mapping[str, float]
 
@@ -146,8 +146,15 @@ def read_jump_tables(folder: Path, compounds: Path | None, selection: Selection,
     plate_table = _published(folder, "plate", [*KEYS[:3], "Metadata_PlateType"], problems)
     well_table = _published(folder, "well", [KEYS[0], PLATE, WELL, COMPOUND], problems)
     control_table = _published(folder, "perturbation_control", [COMPOUND, PERT_TYPE], problems, needed=False)
-    compound_table = _published(folder, "compound", [COMPOUND], problems, needed=False)
-    labels = _labels(compounds, compound_table, selection, problems)
+    compound_table, orf_table, crispr_table = (
+        _published(folder, name, [COMPOUND], problems, needed=False) for name in ("compound", "orf", "crispr")
+    )
+    label_table = None if compounds is None else _label_table(compounds, compound_table, problems)
+    tables = [table for table in (compound_table, orf_table, crispr_table, control_table, label_table) if table is not None]
+    known_compounds = {*_CONTROLS, *(compound for table in tables for compound in table.rows[COMPOUND])}
+    types = _control_types(control_table, problems)
+    labels = _labels(label_table, compound_table, types, problems) if compounds else _built_in_labels(types, problems)
+    labels = _chosen(labels, str(compounds or _BUILT_IN), selection, problems)
     if plate_table is None or well_table is None:
         problems.stop()
     assert plate_table is not None
@@ -155,14 +162,15 @@ def read_jump_tables(folder: Path, compounds: Path | None, selection: Selection,
     plates = _selected_plates(plate_table, selection, problems)
     known = frozenset(plate_table.rows[PLATE])
     wells = _selected_wells(well_table, plates, known, problems)
-    roles = _roles(wells, control_table, compound_table, labels, problems)
+    _tell_unknown(wells, known_compounds, problems)
+    roles = _roles(wells, control_table, compound_table, types, labels)
     _tell_plates(plates, roles, plate_table.file, problems)
     return JumpTables(
         plate_table.file,
         well_table.file,
         plates.drop(columns=ROW).set_index(PLATE, drop=False),
         known,
-        roles,
+        {**dict.fromkeys(plates[PLATE], roles.iloc[:0]), **{str(plate): rows for plate, rows in roles.groupby(PLATE)}},
         tuple(dict.fromkeys(labels.values())),
         _microscope_pixel_sizes(folder, problems),
     )
@@ -193,81 +201,68 @@ def _selected_plates(table: Table, selection: Selection, problems: Problems) -> 
 
 def _selected_wells(table: Table, plates: pd.DataFrame, known: frozenset[str], problems: Problems) -> Table:
     """Wells of the selected plates, their names in order; wrong ones are reported and left out."""
-    stray = table.rows[~table.rows[PLATE].isin(known)]
+    stray = table.rows[~among(table.rows[PLATE], known)]
     for plate, rows in stray.groupby(PLATE, sort=False):
         problems.warn(table.file, f"plate {plate} is not in the plate table", rows[ROW])
-    chosen = table.where(table.rows[PLATE].isin(set(plates[PLATE])))
+    chosen = table.where(among(table.rows[PLATE], set(plates[PLATE])))
     sources = chosen.rows[PLATE].map(dict(zip(plates[PLATE], plates[KEYS[0]], strict=True)))
     other = sources != chosen.rows[KEYS[0]]
     problems.each(chosen, other, "plate {Metadata_Plate} is not of {Metadata_Source} by the plate table")
     problems.each(
         chosen, chosen.rows[COMPOUND] == "", "no Metadata_JCP2022 for well {Metadata_Well} of plate {Metadata_Plate}"
     )
-    chosen = _with_well_names(chosen, problems)
+    chosen = with_well_names(chosen, problems)
     chosen.report_twice([PLATE, WELL], "plate and well", problems)
     return Table(chosen.file, chosen.rows.drop_duplicates([PLATE, WELL]).reset_index(drop=True))
 
 
-def _with_well_names(table: Table, problems: Problems) -> Table:
-    """Zero-padded well names; rows whose well is none are reported and left out."""
-    names = {text: _well_or_none(text) for text in table.rows[WELL].unique()}
-    wells = table.rows[WELL].map(names)
-    problems.each(table, wells.isna(), "{Metadata_Well!r} is not a well of plate {Metadata_Plate}: expected A01 to AF48")
-    return table.with_columns(**{WELL: wells}).where(wells.notna())
-
-
-def _well_or_none(text: str) -> str | None:
-    try:
-        return parse_well(text)
-    except WellNameError:
+def _label_table(path: Path, compounds: Table | None, problems: Problems) -> Table | None:
+    """Read a table of labels, its compounds named and its labels in the column ``label``."""
+    if not path.is_file():
+        problems.error(str(path), "it is not there")
         return None
+    table = read_table(str(path), path.read_bytes(), problems)
+    if table is None:
+        return None
+    column = next((name for name in LABEL_COLUMNS if name in table.columns), None)
+    if column is None:
+        table.lacks([LABEL_COLUMNS[0]], problems)
+        return None
+    return _with_compounds(table.with_columns(label=table.rows[column]), compounds, problems)
 
 
-def _labels(path: Path | None, compounds: Table | None, selection: Selection, problems: Problems) -> dict[str, str]:
-    """Label of every compound that has one."""
-    if path is None:
-        labels = {compound: label for compound, (_, label) in POSITIVE_CONTROLS.items()}
-        file = "the built-in table of positive controls"
-    else:
-        file = str(path)
-        labels = _labels_of(path, compounds, problems)
+def _labels(table: Table | None, compounds: Table | None, types: Mapping[str, str], problems: Problems) -> dict[str, str]:
+    """Label of every compound that has one; no negative control has."""
+    if table is None:
+        return {}
+    table = table.where((table.rows["label"] != "") & (table.rows[COMPOUND] != ""))
+    rows = table.rows
+    several = rows.groupby(COMPOUND)["label"].transform("nunique") > 1
+    problems.each(table, several, "compound {Metadata_JCP2022} has several labels")
+    if compounds is not None:
+        known = {*compounds.rows[COMPOUND], *types, *_CONTROLS}
+        say = "compound {Metadata_JCP2022} is not in {file}"
+        problems.each(table, ~rows[COMPOUND].isin(known), say, file=Path(compounds.file).name)
+    negative = rows[COMPOUND].isin(_negative(types))
+    problems.each(table, negative, "{Metadata_JCP2022} is a negative control and has the label {label}")
+    return dict(zip(rows[COMPOUND], rows["label"], strict=True))
+
+
+def _built_in_labels(types: Mapping[str, str], problems: Problems) -> dict[str, str]:
+    for compound in sorted(_negative(types) & POSITIVE_CONTROLS.keys()):
+        problems.error(_BUILT_IN, f"{compound} is a negative control by the table of controls")
+    return {compound: label for compound, (_, label) in POSITIVE_CONTROLS.items()}
+
+
+def _negative(types: Mapping[str, str]) -> set[str]:
+    return {NEGATIVE_CONTROL, *(compound for compound, kind in types.items() if kind == "negcon")}
+
+
+def _chosen(labels: dict[str, str], file: str, selection: Selection, problems: Problems) -> dict[str, str]:
     absent = [label for label in selection.labels if label not in labels.values()]
     if absent:
         problems.error(file, f"no label {', '.join(absent)}; there are {', '.join(sorted(set(labels.values())))}")
     return {compound: label for compound, label in labels.items() if not selection.labels or label in selection.labels}
-
-
-def _labels_of(path: Path, compounds: Table | None, problems: Problems) -> dict[str, str]:
-    if not path.is_file():
-        problems.error(str(path), "it is not there")
-        return {}
-    table = read_table(str(path), path.read_bytes(), problems)
-    if table is None:
-        return {}
-    column = next((name for name in LABEL_COLUMNS if name in table.columns), None)
-    if column is None:
-        table.lacks([LABEL_COLUMNS[0]], problems)
-        return {}
-    table = _with_compounds(table, compounds, problems)
-    if table is None:
-        return {}
-    rows = table.rows[(table.rows[column] != "") & (table.rows[COMPOUND] != "")]
-    several = rows.groupby(COMPOUND)[column].transform("nunique") > 1
-    problems.each(Table(table.file, rows), several, "compound {Metadata_JCP2022} has several labels")
-    if compounds is not None:
-        known = {*compounds.rows[COMPOUND], *POSITIVE_CONTROLS}
-        problems.each(
-            Table(table.file, rows),
-            ~rows[COMPOUND].isin(known),
-            "compound {Metadata_JCP2022} is not in {file}",
-            file=Path(compounds.file).name,
-        )
-    problems.each(
-        Table(table.file, rows),
-        rows[COMPOUND] == NEGATIVE_CONTROL,
-        "{Metadata_JCP2022} is the negative control (DMSO)",
-    )
-    return dict(zip(rows[COMPOUND], rows[column], strict=True))
 
 
 def _with_compounds(table: Table, compounds: Table | None, problems: Problems) -> Table | None:
@@ -289,36 +284,41 @@ def _with_compounds(table: Table, compounds: Table | None, problems: Problems) -
     return table.with_columns(**{COMPOUND: found})
 
 
-def _roles(
-    wells: Table, controls: Table | None, compounds: Table | None, labels: Mapping[str, str], problems: Problems
-) -> pd.DataFrame:
-    """Wells with role, label and what the compound tables say of them."""
-    types, extra = _control_types(controls, problems), []
-    rows = wells.rows.copy()
-    rows[PERT_TYPE] = looked_up(rows[COMPOUND], types, "trt")
-    rows["role"] = np.where(rows[PERT_TYPE] == "negcon", Role.CONTROL.value, Role.TREATED.value)
-    rows["label"] = looked_up(rows[COMPOUND], labels)
-    negative = rows["role"] == Role.CONTROL.value
-    rows.loc[negative, "label"] = "negcon"
-    if compounds is not None:
-        unknown = rows[~rows[COMPOUND].isin({*compounds.rows[COMPOUND], *types, ""})]
-        for compound, same in unknown.groupby(COMPOUND, sort=False):
-            problems.warn(wells.file, f"compound {compound} is not in {Path(compounds.file).name}", same[ROW])
-        extra.append(compounds.rows.drop_duplicates(COMPOUND))
-    if controls is not None:
-        extra.append(controls.rows.drop(columns=PERT_TYPE).drop_duplicates(COMPOUND))
-    for table in extra:
-        new = [name for name in table.columns if name.startswith("Metadata_") and name not in rows.columns]
-        rows = rows.merge(table[[COMPOUND, *new]], on=COMPOUND, how="left")
-        rows[new] = rows[new].fillna("")
-    return rows.drop(columns=KEYS[0])
-
-
 def _control_types(controls: Table | None, problems: Problems) -> dict[str, str]:
     if controls is None:
-        return {NEGATIVE_CONTROL: "negcon", **dict.fromkeys(POSITIVE_CONTROLS, "poscon")}
+        return dict(_CONTROLS)
     controls.report_twice([COMPOUND], "compound", problems)
-    return dict(zip(controls.rows[COMPOUND], controls.rows[PERT_TYPE], strict=True))
+    kinds = controls.rows[PERT_TYPE]
+    known = kinds.isin(["negcon", "empty", "trt"]) | kinds.str.startswith("poscon")  # poscon_cp, poscon_diverse, poscon_orf
+    say = "{Metadata_JCP2022} has the pert_type {Metadata_pert_type!r}: expected negcon, poscon, empty or trt"
+    problems.each(controls, ~known, say)
+    return dict(zip(controls.rows[COMPOUND], kinds, strict=True))
+
+
+def _tell_unknown(wells: Table, known: set[str], problems: Problems) -> None:
+    """Warn of compounds that no table knows."""
+    unknown = wells.rows[~among(wells.rows[COMPOUND], {*known, ""})]
+    names = unknown[COMPOUND].unique()
+    if len(names):
+        listed = ", ".join([*names[:_LISTED], *["…"] * (len(names) > _LISTED)])
+        problems.warn(wells.file, f"{len(names)} compounds are in no other table: {listed}", unknown[ROW])
+
+
+def _roles(
+    wells: Table, controls: Table | None, compounds: Table | None, types: Mapping[str, str], labels: Mapping[str, str]
+) -> pd.DataFrame:
+    """Wells with role, label and what the compound tables say of them."""
+    rows = wells.rows.copy()
+    rows[PERT_TYPE] = looked_up(rows[COMPOUND], types, "trt")
+    negative = rows[PERT_TYPE] == "negcon"
+    rows["role"] = np.where(negative, Role.CONTROL.value, Role.TREATED.value)
+    rows["label"] = looked_up(rows[COMPOUND], labels).mask(negative, "negcon")
+    for table in (compounds, controls):
+        if table is not None:
+            new = [name for name in table.columns if name.startswith("Metadata_") and name not in rows.columns]
+            rows = rows.merge(table.rows.drop_duplicates(COMPOUND)[[COMPOUND, *new]], on=COMPOUND, how="left")
+            rows[new] = rows[new].fillna("")
+    return rows.drop(columns=KEYS[0])
 
 
 def _tell_plates(plates: pd.DataFrame, wells: pd.DataFrame, file: str, problems: Problems) -> None:
@@ -342,8 +342,12 @@ def _microscope_pixel_sizes(folder: Path, problems: Problems) -> dict[str, float
     table = _published(folder, "microscope_config", [KEYS[0], column], problems, needed=False)
     if table is None:
         return {}
-    sizes = pd.to_numeric(table.rows[column], errors="coerce")
-    return dict(zip(table.rows[KEYS[0]], sizes, strict=True))
+    sources = table.rows[KEYS[0]].str.replace(r"^([0-9]+)$", r"source_\1", regex=True)  # older tables number them
+    table = table.with_columns(**{KEYS[0]: sources})
+    table.report_twice([KEYS[0]], "the microscope of", problems)
+    sizes, wrong = in_um(table.rows[column], 1)
+    problems.each(table, wrong, f"{column} {{{column}!r}} of {{{KEYS[0]}}} is no pixel size in µm")
+    return dict(zip(sources, sizes, strict=True))
 
 
 # --- LoadData --------------------------------------------------------------------------------------------------------
@@ -444,18 +448,14 @@ def _plates_of(
     """Yield a LoadData table's plates that were asked for, each with its planes' places."""
     if table.lacks([PLATE, WELL, SITE], problems):
         return
-    unknown = table.rows[~table.rows[PLATE].isin(tables.known)]
+    unknown = table.rows[~among(table.rows[PLATE], tables.known)]
     for plate, rows in unknown.groupby(PLATE, sort=False):
         problems.error(table.file, f"plate {plate!r} is not in {Path(tables.plate_file).name}", rows[ROW])
-    chosen = table.where(table.rows[PLATE].isin(tables.plates.index))
-    try:
-        folder = Path() if is_remote(table.file) else Path(table.file).parent
-        places = {path_column(channel): plane_places(chosen.rows, channel, folder) for channel in channels}
-    except MissingChannelError as error:
-        problems.error(table.file, error.detail)
+    chosen = table.where(among(table.rows[PLATE], tables.plates.index))
+    placed = with_places(chosen, _columns(channels), problems)
+    if placed is None:
         return
-    chosen = chosen.with_columns(**places)
-    for plate, rows in chosen.rows.groupby(PLATE, sort=True):
+    for plate, rows in placed.rows.groupby(PLATE, sort=True):
         if str(plate) in seen:
             problems.error(table.file, f"plate {plate} is in {seen[str(plate)]} already", rows[ROW])
         else:
@@ -479,54 +479,22 @@ def _indexed(
                 column=column,
                 expected=str(own[column]),
             )
-    plate = _with_well_names(plate, problems)
-    sites = plate.rows[SITE].str.strip()
-    problems.each(
-        plate,
-        ~sites.str.fullmatch(r"[0-9]{1,6}"),
-        "site {Metadata_Site!r} of well {Metadata_Well} is not a whole number",
-    )
-    plate.report_twice([PLATE, WELL, SITE], "plate, well and site", problems)
-    _check_places(plate, channels, problems)
-    wells = tables.wells[tables.wells[PLATE] == name]
-    absent = ~plate.rows[WELL].isin(set(wells[WELL]))
+    plate = checked_sites(plate, _columns(channels), problems)
+    wells = tables.wells[name]
+    absent = ~among(plate.rows[WELL], set(wells[WELL]))
     say = "well {Metadata_Well} of plate {Metadata_Plate} has no row in {file}"
     problems.each(plate, absent, say, file=Path(tables.well_file).name)
-    sizes = _pixel_sizes(plate, tables.pixel_sizes_um.get(str(own[KEYS[0]]), float("nan")), problems)
+    sizes = pixel_sizes(plate, tables.pixel_sizes_um.get(str(own[KEYS[0]]), float("nan")), problems)
     if len(problems.errors) > before:
         return None
-    unseen = wells[~wells[WELL].isin(set(plate.rows[WELL]))]
+    unseen = wells[~among(wells[WELL], set(plate.rows[WELL]))]
     if len(unseen):
         problems.warn(tables.well_file, f"no image of {len(unseen)} wells of plate {name}", unseen[ROW])
     return _joined(plate.with_columns(pixel_size_um=sizes), own, wells, channels, selection)
 
 
-def _check_places(plate: Table, channels: Sequence[str], problems: Problems) -> None:
-    names = [path_column(channel) for channel in channels]
-    for channel, name in zip(channels, names, strict=True):
-        problems.each(
-            plate,
-            plate.rows[name] == "",
-            "no {channel} image of plate {Metadata_Plate} well {Metadata_Well}",
-            channel=channel,
-        )
-    places = plate.rows[[ROW, *names]].melt(ROW, names)
-    twice = places[(places["value"] != "") & places.duplicated("value", keep=False)]
-    for place, rows in twice.groupby("value", sort=False):
-        problems.error(
-            plate.file, f"{place} is named {len(rows)} times: one image for several wells, sites or channels", rows[ROW]
-        )
-
-
-def _pixel_sizes(plate: Table, by_microscope: float, problems: Problems) -> pd.Series:
-    """µm per pixel: LoadData states metres; where it does not, the microscope table's."""
-    if RESOLUTION not in plate.columns:
-        return pd.Series(by_microscope, index=plate.rows.index)
-    stated = plate.rows[RESOLUTION]
-    metres = pd.to_numeric(stated, errors="coerce")
-    wrong = (stated != "") & ~metres.between(*_RESOLUTIONS)
-    problems.each(plate, wrong, "Metadata_ImageResolutionX {Metadata_ImageResolutionX} is no pixel size in metres")
-    return (metres * 1e6).fillna(by_microscope)
+def _columns(channels: Sequence[str]) -> dict[str, str]:
+    return {channel: path_column(channel) for channel in channels}
 
 
 def _joined(
@@ -541,7 +509,6 @@ def _joined(
     if not len(merged):
         return None
     merged = merged.assign(**{name: own[name] for name in own.index if name != PLATE})
-    merged[SITE] = merged[SITE].str.strip().astype(np.int64)
     first = [*KEYS, "label", "role", "pixel_size_um", *map(path_column, channels)]
     extra = [name for name in merged.columns if name.startswith("Metadata_") and name not in first]
     return merged[[*first, *extra]].sort_values(KEYS, ignore_index=True)

@@ -123,7 +123,8 @@ def test_the_positive_controls_of_chosen_plates_are_labelled_by_their_mechanism(
     assert index["pixel_size_um"].tolist() == pytest.approx([0.598] * 12)
     assert index["Path_Mito"].iloc[0] == "s3://gallery/P1/A01_1_Mito.tiff"
     assert [str(warning).partition(": ")[2] for warning in warnings] == [
-        f"no image of label {label}" for _, label in POSITIVE_CONTROLS.values() if label not in set(index["label"])
+        "1 compounds are in no other table: JCP2022_000001",
+        *(f"no image of label {label}" for _, label in POSITIVE_CONTROLS.values() if label not in set(index["label"])),
     ]
 
 
@@ -224,6 +225,87 @@ def test_pixel_sizes_that_load_data_lacks_are_the_microscopes(folder: Path) -> N
     assert sizes.to_dict() == pytest.approx({"P1": 0.598, "P2": 0.598, "P3": 0.7032, "P4": 0.598})
 
 
+def microscopes(folder: Path, rows: str) -> None:
+    """A microscope table, and LoadData of P3 that states no pixel size."""
+    changed(folder / "load" / "source_8" / "B2" / "P3" / "load_data.csv", *[("5.98e-07", "")] * 8)
+    (folder / "tables" / "microscope_config.csv").write_text(f"Metadata_Source,Metadata_Pixel_Size_Microns\n{rows}")
+
+
+def test_a_microscope_table_may_number_the_sources(folder: Path) -> None:
+    microscopes(folder, "3,0.6\n8,0.7032\n")
+    index, _ = indexed(folder, Selection(plates=("P3",)))
+    assert index["pixel_size_um"].tolist() == pytest.approx([0.7032] * 6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("source_8,0.6\nsource_8,0.7\n", "row 3: the microscope of source_8 is in row 2 already"),
+        ("source_8,0.6\n8,0.6\n", "row 3: the microscope of source_8 is in row 2 already"),
+        *(
+            (f"source_8,{cell}\n", f"row 2: Metadata_Pixel_Size_Microns '{cell}' of source_8 is no pixel size in µm")
+            for cell in ("598", "-0.6", "0.6 um", "0", "inf", "nan")
+        ),
+    ],
+)
+def test_a_microscopes_pixel_size_that_is_none_or_there_twice_is_told(folder: Path, rows: str, told: str) -> None:
+    microscopes(folder, rows)
+    assert refused(folder, Selection(plates=("P3",))) == [f"tables/microscope_config.csv {told}"]
+
+
+@pytest.mark.parametrize(("metres", "listed"), [("1.3e-06", "1.3, 0.598"), ("", "none, 0.598")])
+def test_a_plate_has_one_pixel_size(folder: Path, metres: str, listed: str) -> None:
+    path = "load/source_8/B2/P3/load_data.csv"
+    changed(folder / path, ("5.98e-07", metres))
+    assert refused(folder, Selection(plates=("P3",))) == [
+        f"{path} rows 2-9: plate P3 has several pixel sizes (µm): {listed}"
+    ]
+
+
+def test_space_around_cells_means_nothing(folder: Path) -> None:
+    (folder / "moa.csv").write_text("Metadata_JCP2022,label\nJCP2022_000001 ,tubulin\nJCP2022_046054,NAMPT\n")
+    expected, _ = indexed(folder, compounds=folder / "moa.csv")
+    (folder / "moa.csv").write_text(" Metadata_JCP2022,label\nJCP2022_000001, tubulin \nJCP2022_046054 ,NAMPT\n")
+    changed(folder / "tables" / "well.csv.gz", *[(f"{NEGATIVE_CONTROL}\n", f"{NEGATIVE_CONTROL} \n")] * 2)
+    changed(folder / "tables" / "plate.csv.gz", ("B1,P1", "B1, P1"))
+    changed(folder / "tables" / "perturbation_control.csv", ("negcon", "negcon "))
+    found, _ = indexed(folder, compounds=folder / "moa.csv")
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["Negcon", "control", ""])
+def test_a_kind_of_control_that_is_not_known_is_told(folder: Path, kind: str) -> None:
+    changed(folder / "tables" / "perturbation_control.csv", ("negcon", kind))
+    say = f"{NEGATIVE_CONTROL} has the pert_type '{kind}': expected negcon, poscon, empty or trt"
+    assert refused(folder) == [f"tables/perturbation_control.csv row 3: {say}"]
+
+
+@pytest.mark.parametrize("kind", ["poscon_cp", "poscon_diverse", "poscon_orf", "empty", "trt"])
+def test_published_kinds_of_control_are_known(folder: Path, kind: str) -> None:
+    changed(folder / "tables" / "perturbation_control.csv", ("JCP2022_046054,poscon", f"JCP2022_046054,{kind}"))
+    index, _ = indexed(folder, Selection(plates=("P1",)))
+    assert set(index.loc[index["Metadata_Well"] == "B01", "Metadata_pert_type"]) == {kind}
+
+
+def test_a_label_of_a_negative_control_is_told(folder: Path) -> None:
+    changed(folder / "tables" / "perturbation_control.csv", ("JCP2022_046054,poscon", "JCP2022_046054,negcon"))
+    (folder / "moa.csv").write_text("Metadata_JCP2022,label\nJCP2022_000001,a\nJCP2022_046054,b\n")
+    assert refused(folder, compounds=folder / "moa.csv") == [
+        "moa.csv row 3: JCP2022_046054 is a negative control and has the label b"
+    ]
+    assert refused(folder) == [
+        "the built-in table of positive controls: JCP2022_046054 is a negative control by the table of controls"
+    ]
+
+
+@pytest.mark.parametrize("table", ["compound", "orf", "crispr"])
+def test_compounds_that_a_table_knows_are_not_warned_of(folder: Path, table: str) -> None:
+    say = f"{folder}/tables/well.csv.gz rows 4, 8, 12, 16: 1 compounds are in no other table: JCP2022_000001"
+    assert say in map(str, indexed(folder)[1])
+    (folder / "tables" / f"{table}.csv").write_text("Metadata_JCP2022\nJCP2022_000001\n")
+    assert say not in map(str, indexed(folder)[1])
+
+
 def test_tables_are_read_from_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = indexed(folder)
     with s3(monkeypatch) as server:
@@ -274,7 +356,7 @@ def test_all_that_is_wrong_is_told_at_once_with_file_and_rows(folder: Path) -> N
             f"{load} row 9: plate, well and site P3 B01 2 is in row 8 already",
             f"{load} row 4: no ER image of plate P3 well A02",
             f"{load} row 5: s3://gallery/P3/A02_2_DNA.tiff is named 2 times: one image for several wells, sites or channels",
-            f"{load} row 2: Metadata_ImageResolutionX 0.598 is no pixel size in metres",
+            f"{load} row 2: Metadata_ImageResolutionX 0.598 of plate P3 is no pixel size in metres",
         ]
     )
 
@@ -301,7 +383,7 @@ def test_what_need_not_stop_is_a_warning(folder: Path) -> None:
     told = [str(warning).replace(f"{folder}/", "") for warning in warnings]
     assert "tables/well.csv.gz row 14: plate P7 is not in the plate table" in told
     assert "tables/plate.csv.gz row 2: plate P1 has no controls in the well table" in told
-    assert "tables/well.csv.gz rows 4, 12: compound JCP2022_000001 is not in compound.csv" in told
+    assert "tables/well.csv.gz rows 4, 12: 1 compounds are in no other table: JCP2022_000001" in told
     assert "tables/well.csv.gz row 13: no image of 1 wells of plate P3" in told
     assert set(index["Metadata_Plate"]) == {"P1", "P3"}
 
@@ -327,7 +409,7 @@ def test_what_is_not_there_to_be_chosen_is_told(folder: Path, selection: Selecti
     [
         ("JCP2022_000001,a\nJCP2022_000001,b\n", "moa.csv rows 2-3: compound JCP2022_000001 has several labels"),
         ("JCP2022_777777,a\n", "moa.csv row 2: compound JCP2022_777777 is not in compound.csv"),
-        (f"{NEGATIVE_CONTROL},a\n", f"moa.csv row 2: {NEGATIVE_CONTROL} is the negative control (DMSO)"),
+        (f"{NEGATIVE_CONTROL},a\n", f"moa.csv row 2: {NEGATIVE_CONTROL} is a negative control and has the label a"),
     ],
 )
 def test_a_label_table_is_checked(folder: Path, table: str, told: str) -> None:
