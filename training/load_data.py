@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from model.errors import WellNameError
-from model.layout import PIXEL_SIZE_DECIMALS, parse_well
+from model.layout import parse_well, rounded_pixel_size_um
 from training.tables import ROW, Problems, Table
 
 PLATE, WELL, SITE = (f"Metadata_{name}" for name in ("Plate", "Well", "Site"))
@@ -123,4 +123,4 @@ def in_um(cells: pd.Series, um: float) -> tuple[pd.Series, pd.Series]:
 
 def told_sizes(sizes: pd.Series) -> list[str]:
     """Name the pixel sizes that differ, in their order; those not known are one of them."""
-    return ["none" if np.isnan(size) else f"{size:g}" for size in sizes.round(PIXEL_SIZE_DECIMALS).unique()]
+    return ["none" if np.isnan(size) else f"{size:g}" for size in sizes.map(rounded_pixel_size_um).unique()]

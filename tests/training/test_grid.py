@@ -16,7 +16,16 @@ from model.errors import RunError
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
 from training.grid import (
-    Axes, FinishedRun, Grid, Task, cell_rows, evaluate_grid, labs_of_their_seed, overview, read_grid, tasks_of,
+    Axes,
+    FinishedRun,
+    Grid,
+    Task,
+    cell_rows,
+    evaluate_grid,
+    labs_of_their_seed,
+    overview,
+    read_grid,
+    tasks_of,
 )  # fmt: skip
 from training.methods import WAYS
 from training.progress import BEST
