@@ -226,11 +226,13 @@ def test_a_plate_takes_the_form_that_most_of_its_first_sites_have(many: pd.DataF
     rows = many.copy()
     for channel in CHANNELS:
         path = tmp_path / f"{channel}.tif"
-        tifffile.imwrite(path, tifffile.imread(rows.loc[0, f"Path_{channel}"])[:125, :125], photometric="minisblack")
+        larger = np.pad(tifffile.imread(rows.loc[0, f"Path_{channel}"]), 16, mode="edge")
+        tifffile.imwrite(path, larger, photometric="minisblack")
         rows.loc[0, f"Path_{channel}"] = str(path)
     report = fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
     assert report.sites == 49
     assert f"well {rows['Metadata_Well'].iloc[0]} site 1 files" in report.skipped[0]
+    assert report.skipped[0].endswith(": the field is 80 x 80 pixels, the plate's are 64 x 64")
 
 
 def test_planes_of_another_type_are_no_sites_of_the_plate(many: pd.DataFrame, tmp_path: Path) -> None:
