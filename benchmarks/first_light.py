@@ -161,9 +161,14 @@ def resampled(scores: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def splits_of(scores: pd.DataFrame) -> int:
+    """How many independent units there are: left-out labs, in each seed."""
+    return len(scores[["seed", "test_lab"]].drop_duplicates())
+
+
 def bars(scores: pd.DataFrame, intervals: pd.DataFrame) -> list[Bar]:
     """Hold the measures against the bounds; beside them, every method's accuracy."""
-    found, splits = [], len(scores[["seed", "test_lab"]].drop_duplicates())
+    found, splits = [], splits_of(scores)
     for name, value in measures(scores).items():
         unit, at_least, at_most = BOUNDS[name]
         low, high = intervals[name].quantile(list(expanded_tails(splits)))
@@ -222,7 +227,7 @@ def main() -> None:
     means = by_unit.groupby(["method", "context", "setting", "plate"], sort=False, as_index=False)[METRICS].mean()
     means = means.assign(lab="", batch="")
     parts = [
-        headline(intervals, len(scores[["seed", "test_lab"]].drop_duplicates())),
+        headline(intervals, splits_of(scores)),
         table(found[: len(BOUNDS)]),
         note,
         markdown_table(summarise(means)),

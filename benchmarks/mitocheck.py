@@ -129,16 +129,21 @@ def networks_part(network: str, fold: int, seed: int, count: int, steps: int, th
     found = []
     for plate in test:
         crops = plate.served(np.arange(len(plate.labels)), recipe)
-        treated = measured(net, crops)
-        ways: dict[str, dict[str, Normaliser]] = {
-            "erm": {"erm source": Running(update=False), "adabn treated": treated},
-            "instancenorm": {"instancenorm instance": PerInstance()},
-            "arm-bn": {"arm-bn treated": treated},
-        }
-        found += [answered(way, plate, classify(net, crops, norm)[0], seed) for way, norm in ways[network].items()]
+        norms = normalisers(network, net, crops)
+        found += [answered(way, plate, classify(net, crops, norm)[0], seed) for way, norm in norms.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.concat(found, ignore_index=True).to_parquet(path, index=False)
     return path
+
+
+def normalisers(network: str, net: ResNet, crops: NDArray[np.float32]) -> dict[str, Normaliser]:
+    """The ways in which a network answers all crops of one plate."""
+    if network == "instancenorm":
+        return {"instancenorm instance": PerInstance()}
+    treated = measured(net, crops)
+    return {"arm-bn treated": treated} if network == "arm-bn" else {
+        "erm source": Running(update=False), "adabn treated": treated,
+    }  # fmt: skip
 
 
 def nulls(plates: Plates, split: Sequence[tuple[list[str], list[str]]]) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from training.contexts import (
     panel_rows,
     require_controls,
     source_statistics,
+    with_panel,
 )
 from training.dataset import PlateSites
 from training.methods import WAYS, Answers, Context, Method, Way, classify, classify_context, measured
@@ -163,10 +164,8 @@ class NetworkAnswers:
     def _context(self, plate: PlateSites, controls: Rows, sent: Rows) -> Rows:
         """Rows whose statistics are taken, those sent last."""
         match self.way.context:
-            case "controls":
-                return controls
-            case "panel":
-                return np.concatenate([controls, panel_rows(plate, self.trained.panel_wells)])
+            case "controls" | "panel":
+                return with_panel(controls, plate, self.trained.method, self.trained.panel_wells)
             case "treated":
                 return sent
             case "union":

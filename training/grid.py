@@ -41,7 +41,7 @@ from training.evaluate import (
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
 from training.plates import write_whole
-from training.progress import BEST, LAST, read_checkpoint
+from training.progress import BEST, LAST, is_finished, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
 from training.results import ABOUT, PROBABILITY
@@ -316,12 +316,12 @@ def train_missing(grid: Grid, tell: Tell) -> list[Run]:
 
 
 def _finished(config: TrainingConfig, folder: Path) -> Run | None:
-    """Return a run that has had all its steps."""
+    """Return a run that has had all its steps, or stopped early."""
     if not (folder / RUN).is_file() or not (folder / LAST).is_file() or not (folder / BEST).is_file():
         return None
     run = Run.load(folder)
     require_same_run(run.config, config, folder, resume=True)
-    return run if int(read_checkpoint(folder / LAST, ("global_step",))["global_step"]) >= config.steps else None
+    return run if is_finished(read_checkpoint(folder / LAST, ("global_step", "callbacks")), config.steps) else None
 
 
 def _trained(config: TrainingConfig, folder: Path, tell: Tell) -> Run:

@@ -72,9 +72,9 @@ def fit_nulls(train: Sequence[PlateSites]) -> tuple[Null, ...]:
 def _model(name: str) -> Any:
     if name == "majority":
         return _Frequencies()
-    return (
-        position_regression() if name == "position" else make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    )
+    if name == "position":
+        return position_regression()
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 
 def position_regression() -> Any:
