@@ -78,7 +78,7 @@ def make_run(workload: Workload, path: Path, steps: int, workers: int) -> Run:
     )  # fmt: skip
     plates = [f"P{number}" for number in range(workload.shape.plates + 2)]
     split = Split(train=tuple(plates[1:]), validation=(plates[0],))
-    return Run(path, config, split, tuple(f"class{label}" for label in range(CLASSES)), RECIPE)
+    return Run(path, config, split, tuple(f"class{label}" for label in range(CLASSES)), RECIPE, plates={})
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

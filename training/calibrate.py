@@ -49,6 +49,7 @@ class Calibration:
 class _Wells:
     """One plate's wells under its own controls: embeddings (wells, dim), labels (wells,), whether controls.
 
+    ``in_context`` (wells,) are those whose images the statistics were measured on: controls, and a panel's wells.
     ``site_logits`` are (sites, members, classes), ``site_wells`` (sites,) number each site's well.
     ``left_out`` holds, of a held-out plate and for several numbers of control wells, the differences (wells, dim) of other
     control wells from the centre of those, under the statistics of those.
@@ -58,6 +59,7 @@ class _Wells:
     embeddings: Float
     labels: NDArray[np.int64]
     controls: NDArray[np.bool_]
+    in_context: NDArray[np.bool_]
     site_logits: NDArray[np.float32]
     site_wells: NDArray[np.int64]
     left_out: dict[int, Float]
@@ -100,10 +102,10 @@ def calibrate(
     described = summarise_training(statistics, source, held_out_statistics, _blend_wells(network, recipe, train, statistics))
     labs = [plate.lab for plate in train], [plate.lab for plate in held_out]
     distances = leave_one_group_out(statistics, labs[0], held_out_statistics, labs[1])
-    trained = [_wells(network, method, p, recipe, own, {}) for p, own in zip(train, statistics, strict=True)]
+    trained = [_wells(network, method, p, recipe, own, {}, panel_wells) for p, own in zip(train, statistics, strict=True)]
     left_out = [_left_out_controls(network, method, plate, recipe, described, panel_wells) for plate in held_out]
     unseen = [
-        _wells(network, method, plate, recipe, own, differences)
+        _wells(network, method, plate, recipe, own, differences, panel_wells)
         for plate, own, differences in zip(held_out, held_out_statistics, left_out, strict=True)
     ]
     return Calibration(
@@ -135,7 +137,13 @@ def calibrate_unseen(
     described = summarise_training(statistics, source, statistics, _blend_wells(network, recipe, plates, statistics))
     wells = [
         _wells(
-            network, method, plate, recipe, own, _left_out_controls(network, method, plate, recipe, described, PANEL_WELLS)
+            network,
+            method,
+            plate,
+            recipe,
+            own,
+            _left_out_controls(network, method, plate, recipe, described, PANEL_WELLS),
+            PANEL_WELLS,
         )
         for plate, own in zip(plates, statistics, strict=True)
     ]
@@ -200,17 +208,20 @@ def _wells(
     recipe: ImageRecipe,
     statistics: BatchNormStatistics,
     left_out: dict[int, Float],
+    panel_wells: int,
 ) -> _Wells:
     rows = np.flatnonzero(plate.controls | (plate.labels != NO_LABEL))
     logits, embeddings = classify(network, plate.served(rows, recipe), _normaliser(network, method, statistics))
     names, where = np.unique(plate.wells[rows], return_inverse=True)
     labels, controls = np.zeros(len(names), np.int64), np.zeros(len(names), np.bool_)
     labels[where], controls[where] = plate.labels[rows], plate.controls[rows]
+    context = with_panel(plate.control_rows, plate, method, panel_wells)
     return _Wells(
         batch=plate.batch,
         embeddings=group_means(embeddings, where, len(names)),
         labels=labels,
         controls=controls,
+        in_context=np.isin(names, plate.wells[context]),
         site_logits=logits,
         site_wells=where.astype(np.int64),
         left_out=left_out,
@@ -348,7 +359,7 @@ class CalledWells(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]: ...
     @property
-    def controls(self) -> NDArray[np.bool_]: ...
+    def in_context(self) -> NDArray[np.bool_]: ...
     @property
     def site_logits(self) -> NDArray[np.float32]: ...
     @property
@@ -356,12 +367,21 @@ class CalledWells(Protocol):
 
 
 def fit_temperature(plates: Sequence[CalledWells]) -> float:
-    """Choose the class temperature that gives held-out treated wells the highest likelihood."""
+    """Choose the class temperature that gives held-out wells, but those of a context, the highest likelihood.
+
+    Raises:
+        LayoutError: there are no such wells.
+    """
+    if all(plate.in_context.all() for plate in plates):
+        raise LayoutError(
+            "the plates of held-out batches have no treated wells of the classes beside those of their contexts: "
+            "there is nothing to fit the temperature to; give more wells, or a smaller panel"
+        )
 
     def nll(log_temperature: float) -> float:
         losses = []
         for plate in plates:
-            temperature, wells = float(np.exp(log_temperature)), np.flatnonzero(~plate.controls)
+            temperature, wells = float(np.exp(log_temperature)), np.flatnonzero(~plate.in_context)
             called = well_probabilities(plate.site_logits, plate.site_wells, len(plate.labels), temperature)[wells]
             losses.append(-np.log(np.maximum(called[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())

@@ -15,6 +15,7 @@ from model.errors import ContextError
 from model.images import ImageRecipe, PreparedImage, centre_crop, crop_corner, measure_scale, normalise, scale_pixels
 from model.layout import SiteKey
 from model.scale import BatchScale
+from model.statistics import json_sha256
 
 NO_LABEL = -1
 _CHUNK_SITES = 64
@@ -95,6 +96,12 @@ class PlateSites:
     def digests(self) -> NDArray[np.str_]:
         """sha256 of every plane's file, hexadecimal (sites, channels); read anew each time; of no site without files."""
         return self.files.digests()
+
+    @property
+    def sha256(self) -> str:
+        """What the plate holds, hexadecimal: its lab and batch, and every site's well, label, role and files."""
+        sites = [self.wells.tolist(), self.names.tolist(), self.controls.tolist(), self.digests.tolist()]
+        return json_sha256([self.lab, self.batch, *sites])
 
     def context_rows(self, max_sites: int = MAX_CONTEXT_SITES) -> NDArray[np.int64]:
         """Control rows that enter the statistics, by the rule the service uses."""

@@ -238,8 +238,8 @@ class Outcome:
     wells: Wells
 
     @property
-    def controls(self) -> NDArray[np.bool_]:
-        """No well called is a control."""
+    def in_context(self) -> NDArray[np.bool_]:
+        """Of no well called is there an image in a context: a panel's wells are left out before."""
         return np.zeros(len(self.labels), np.bool_)
 
     def probabilities(self, temperature: float = 1.0) -> NDArray[np.float64]:

@@ -265,7 +265,7 @@ class FinishedRun:
     @cached_property
     def digests(self) -> dict[str, str]:
         """The sha256 of every plate's sites with their labels."""
-        return {name: _plate_sha256(plate) for name, plate in sorted(self.plates.items())}
+        return {name: plate.sha256 for name, plate in sorted(self.plates.items())}
 
     @cached_property
     def content(self) -> str:
@@ -290,11 +290,6 @@ class FinishedRun:
             "images_per_step": images,
             "steps_taken": self.steps_taken,
         }
-
-
-def _plate_sha256(plate: PlateSites) -> str:
-    sites = [plate.wells.tolist(), plate.labels.tolist(), plate.controls.tolist(), plate.digests.tolist()]
-    return json_sha256([plate.lab, plate.batch, *sites])
 
 
 def train_missing(grid: Grid, tell: Tell) -> list[Run]:

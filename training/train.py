@@ -116,13 +116,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says of itself."""
+    """What a run directory says of itself; ``plates`` has the sha256 of every plate with a purpose."""
 
     path: Path
     config: TrainingConfig
     split: Split
     classes: tuple[str, ...]
     recipe: ImageRecipe
+    plates: Mapping[str, str]
 
     @property
     def method(self) -> Method:
@@ -149,6 +150,7 @@ class Run:
             "split": asdict(self.split),
             "classes": self.classes,
             "recipe": recipe_json(self.recipe),
+            "plates": dict(self.plates),
         }
         write_whole(self.path / RUN, json.dumps(content, indent=2).encode() + b"\n")
 
@@ -162,6 +164,7 @@ class Run:
             split=Split.from_json(content["split"]),
             classes=tuple(content["classes"]),
             recipe=recipe_from_json(content["recipe"]),
+            plates=content["plates"],
         )
 
 
@@ -296,7 +299,8 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
     plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
     _require_treated(split, plates)
     mean, std = moments([plates[name] for name in split.train])
-    return Run(path, config, split, classes, replace(recipe, mean=mean, std=std)), plates
+    digests = {name: plates[name].sha256 for name in sorted(split.purposes())}
+    return Run(path, config, split, classes, replace(recipe, mean=mean, std=std), digests), plates
 
 
 def _split(config: TrainingConfig, plates: Mapping[str, PlateSites]) -> Split:
@@ -454,7 +458,7 @@ def as_started(run: Run) -> Run:
     """Return a run that is gone on with, with the very recipe that it was started with.
 
     Raises:
-        RunError: its folder of plates, or the file that splits them, was changed; names what differs.
+        RunError: its plates, their labels, or the file that splits them, were changed; names what differs.
     """
     if not (run.path / RUN).is_file():
         return run
@@ -464,6 +468,9 @@ def as_started(run: Run) -> Run:
     differences = [f"purposes of the plates {', '.join(changed)}"] if changed else []
     if started.classes != run.classes:
         differences.append(f"classes (they were {', '.join(started.classes)}, and are {', '.join(run.classes)})")
+    other = sorted(plate for plate in before.keys() & now.keys() if started.plates[plate] != run.plates[plate])
+    if other:
+        differences.append(f"images, labels or wells on the plates {', '.join(other)}")
     differences += [f"{name} of the images" for name in _recipe_differences(started.recipe, run.recipe)]
     if differences:
         raise RunError(f"{run.path} was started with other {', other '.join(differences)}: start another run")

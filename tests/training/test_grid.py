@@ -289,7 +289,7 @@ def test_plates_of_two_seeds_that_share_a_name_are_not_taken_for_one(erm_run: Ru
     """As simulated ones do: every seed has its own SIM01B01P01."""
     again = FinishedRun(replace(erm_run, config=replace(erm_run.config, seed=2)), "erm")
     first = FinishedRun.of(erm_run)
-    again.__dict__["plates"] = {name: replace(plate, labels=plate.labels[::-1]) for name, plate in first.plates.items()}
+    again.__dict__["plates"] = {name: replace(plate, names=plate.names[::-1]) for name, plate in first.plates.items()}
     table = pd.DataFrame({"lab": ["L", "L"], "seed": [1, 2]})
     work = [(Task(seed, one, WAYS[0]), "cells", DEFAULT) for seed, one in ((1, first), (2, again))]
     assert labs_of_their_seed(table, work)["lab"].tolist() == ["L of seed 1", "L of seed 2"]

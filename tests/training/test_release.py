@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.errors import RunError
+from model.errors import LayoutError, RunError
 from model.network import FromContext
 from training.calibrate import _Wells, fit_temperature
 from training.contexts import control_statistics, mean_moments
@@ -87,8 +87,8 @@ def test_one_temperature_makes_the_averaged_probabilities_likeliest() -> None:
     labels = rng.integers(0, 3, 60)
     logits = (4.0 * rng.normal(size=(180, 2, 3)) + 5.0 * np.eye(3)[np.repeat(labels, 3)][:, None]).astype(np.float32)
     wells = _Wells(
-        batch="B", embeddings=np.zeros((60, 2)), labels=labels, controls=np.zeros(60, np.bool_), site_logits=logits,
-        site_wells=np.repeat(np.arange(60), 3), left_out={},
+        batch="B", embeddings=np.zeros((60, 2)), labels=labels, controls=np.zeros(60, np.bool_),
+        in_context=np.zeros(60, np.bool_), site_logits=logits, site_wells=np.repeat(np.arange(60), 3), left_out={},
     )  # fmt: skip
 
     def nll(temperature: float) -> float:
@@ -98,6 +98,15 @@ def test_one_temperature_makes_the_averaged_probabilities_likeliest() -> None:
     found = fit_temperature([wells])
     assert 0.3 < found < 3.0  # within the bounds that are searched
     assert nll(found) <= min(nll(temperature) for temperature in np.geomspace(0.2, 5, 400)) + 1e-7
+
+    panel = np.arange(60) < 20
+    surer = np.where(np.repeat(panel, 3)[:, None, None], 20 * logits, logits)
+    without = fit_temperature([replace(wells, site_logits=surer, in_context=panel)])
+    alone = replace(wells, labels=labels[~panel], in_context=panel[~panel], site_logits=logits[60:],
+                    site_wells=np.repeat(np.arange(40), 3))  # fmt: skip
+    assert without == pytest.approx(fit_temperature([alone]), rel=1e-4)
+    with pytest.raises(LayoutError, match="beside those of their contexts"):
+        fit_temperature([replace(wells, in_context=np.ones(60, np.bool_))])
 
 
 def test_plates_of_a_run_that_are_gone_are_all_named(run: Run, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_a_run_is_not_gone_on_with_on_plates_of_other_labels_or_another_recipe(
     plates = tmp_path / "plates"
     own = replace(config, plates=str(plates), classes=None, method="erm", steps=2)
     relabelled = index.assign(label=index["label"].replace("antimitotic", "other"))
+    wells = index["Metadata_Well"][(index["Metadata_Plate"] == "SIM01B01P01") & (index["role"] != "control")].unique()
+    swapped = index.replace({"Metadata_Well": {wells[0]: wells[-1], wells[-1]: wells[0]}})
     linear = replace(RECIPE, scaling="fixed-scale", full_scale=(65535.0,) * 5)
     brighter = replace(linear, full_scale=(4095.0,) * 5)
 
@@ -71,6 +73,8 @@ def test_a_run_is_not_gone_on_with_on_plates_of_other_labels_or_another_recipe(
     before = trained(index, linear)
     with pytest.raises(RunError, match=r"other classes \(they were actin_edge, antimitotic, .*, and are actin_edge, .*\)"):
         trained(relabelled, linear, steps=4)
+    with pytest.raises(RunError, match="started with other images, labels or wells on the plates SIM01B01P01"):
+        trained(swapped, linear, steps=4)
     with pytest.raises(RunError, match="started with other full_scale of the images, other mean of the images, other std"):
         trained(index, brighter, steps=4)
     assert (tmp_path / "run" / "run.json").read_bytes() == before
