@@ -51,10 +51,10 @@ class Estimate:
         return Estimate(self.value - other.value, self.draws - other.draws, min(self.members, other.members))
 
     def share_of(self, whole: "Estimate") -> "Estimate":
-        """Ratio, paired draw by draw; undefined in draws where the whole is not above zero."""
+        """Ratio, paired draw by draw; undefined where the whole is not above zero: in a draw, or in too many of them."""
         usable = whole.draws > 0
         draws = np.where(usable, self.draws / np.where(usable, whole.draws, 1.0), np.nan)
-        value = self.value / whole.value if whole.value > 0 else np.nan
+        value = self.value / whole.value if whole.value > 0 and usable.mean() >= _LEVEL else np.nan
         return Estimate(value, draws, min(self.members, whole.members))
 
 

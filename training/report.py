@@ -97,7 +97,7 @@ def gaps(results: Results, resamples: Resamples) -> pd.DataFrame:
     """Points gained per well over unadapted ERM on the same plates and seeds, and the share of ERM's loss that this is.
 
     Share closed = (adapted - ERM) / (ERM in domain - ERM), Sanchez-Fernandez et al. 2026, per well and per image. It is NaN
-    where ERM has no loss to close, and has no interval where the loss is not above zero in 95 % of the draws.
+    where ERM's loss is not above zero in 95 % of the draws: there is nothing to close.
     """
     unadapted = of_way(results.default, UNADAPTED)
     at_home = unadapted[unadapted["setting"] == "in_domain"]
@@ -348,7 +348,7 @@ def _gap_section(results: Results, resamples: Resamples) -> str:
     titles = ["method", "setting", _BEHIND, "gain per well over unadapted ERM", "share closed, per well", "per image"]
     told = (
         f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. Share closed = (method - ERM) / (ERM in domain - "
-        "ERM): above 1 a method does better there than ERM does at home; empty where ERM loses nothing."
+        "ERM): above 1 a method does better there than ERM does at home; empty where it is not sure that ERM loses anything."
     )
     return "\n\n".join(["## Domain gap closed", told, _markdown(titles, rows)])
 

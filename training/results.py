@@ -66,8 +66,19 @@ class Results:
         return any("simul" in name.lower() for name in names)
 
     def ways(self) -> list[Way]:
-        """Methods with their contexts: unadapted ERM first, nulls last, the others as they come."""
-        return sorted(ways_of(self.cells), key=lambda way: (way[0].startswith(NULL), way != UNADAPTED))
+        """Methods with their contexts: unadapted ERM first, nulls last, the others as they come.
+
+        A null that came with an embedding table is left out where the same one stands by itself for the same plates.
+        """
+        known = [way for way in ways_of(self.cells) if not self._repeated(way)]
+        return sorted(known, key=lambda way: (way[0].startswith(NULL), way != UNADAPTED))
+
+    def _repeated(self, way: Way) -> bool:
+        method, context = way
+        if not method.startswith(NULL) or context == "-":
+            return False
+        own = of_way(self.default, (method, "-"))
+        return not own.empty and set(places_of(own)) >= set(places_of(of_way(self.default, way)))
 
 
 def read_results(folder: Path) -> Results:

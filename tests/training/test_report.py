@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,9 @@ def test_a_grids_tables_are_reported_as_they_are(run: Run, erm_run: Run, tmp_pat
         "null: intensity",
     ):
         assert f"| {method} |" in new_batch
+    assert "null: majority (cs-arm-bn controls)" not in text, "it stands by itself"
+    alone = replace(read_results(tmp_path), cells=pd.read_parquet(tmp_path / "cells-embedding.parquet"))
+    assert ("null: majority", "cs-arm-bn controls") in alone.ways()
     ours = whole(cells, OURS, "new_batch")["well_accuracy"].mean()
     assert f"| {ours:.3f} (" in new_batch
     assert "| cs-arm-bn (controls), blended |" in text.split("## Control wells")[1]
