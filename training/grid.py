@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -26,7 +27,7 @@ from model.bundle import file_sha256, recipe_json
 from model.errors import NoControlsError, RunError
 from model.predictions import group_means
 from model.statistics import json_sha256
-from training.dataset import PlateSites
+from training.dataset import NO_LABEL, PlateSites
 from training.evaluate import (
     NetworkAnswers,
     Outcome,
@@ -40,7 +41,7 @@ from training.evaluate import (
 )
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
-from training.plates import write_whole
+from training.plates import plate_records, write_whole
 from training.progress import BEST, LAST, is_finished, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
@@ -133,6 +134,8 @@ class Grid(Asked):
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("a method is named twice")
         for name in self.embeddings:
             if name not in self.methods or known[name].blended:
                 raise ValueError(f"no embeddings of {name!r}: name some of the grid's methods that are not blended")
@@ -193,7 +196,7 @@ def read_grid(path: Path) -> Grid:
     """
     try:
         return Grid.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise RunError(f"{path}: {_told(error)}") from None
@@ -230,7 +233,7 @@ class FinishedRun:
 
     @cached_property
     def plates(self) -> dict[str, PlateSites]:
-        """All plates of the run's folder."""
+        """All plates with a purpose."""
         return load_run_plates(self.run)
 
     @cached_property
@@ -263,14 +266,9 @@ class FinishedRun:
         return file_sha256(self.run.path / BEST)
 
     @cached_property
-    def digests(self) -> dict[str, str]:
-        """The sha256 of every plate's sites with their labels."""
-        return {name: plate.sha256 for name, plate in sorted(self.plates.items())}
-
-    @cached_property
     def content(self) -> str:
         """The sha256 of the plates, their labels and their purposes."""
-        plates = [list(item) for item in self.digests.items()]
+        plates = [list(item) for item in sorted(self.run.plates.items())]
         return json_sha256([plates, asdict(self.run.split), self.run.classes, recipe_json(self.run.recipe)])
 
     @cached_property
@@ -328,10 +326,13 @@ def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
     """Sort runs by seed and network.
 
     Raises:
-        RunError: two runs of one network and seed, or runs of one seed whose plates, recipes, purposes or classes differ.
+        RunError: two runs of one network and seed, runs of one seed whose plates, recipes, purposes or classes differ, or of
+            different seeds whose classes do.
     """
     seeds: dict[int, dict[str, FinishedRun]] = {}
     for run in runs:
+        if run.classes != runs[0].classes:
+            raise RunError(f"{runs[0].path} and {run.path} have other classes: not comparable")
         finished = FinishedRun.of(run)
         others = seeds.setdefault(run.config.seed, {})
         if finished.network_name in others:
@@ -346,10 +347,8 @@ def by_seed(runs: Sequence[Run]) -> dict[int, dict[str, FinishedRun]]:
 
 
 def _differing(one: FinishedRun, other: FinishedRun) -> str:
-    for name in ("classes", "split", "recipe"):
-        if getattr(one.run, name) != getattr(other.run, name):
-            return f"another {name}" if name != "classes" else "other classes"
-    return "other plates"
+    differing = (name for name in ("split", "recipe") if getattr(one.run, name) != getattr(other.run, name))
+    return next((f"another {name}" for name in differing), "other plates")
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -383,6 +382,16 @@ class Task:
         """Whether few controls are blended with the training's."""
         return isinstance(self.subject, Way) and self.subject.blended
 
+    def takes(self, plate: PlateSites) -> bool:
+        """Whether it can be used on a test plate: not where it needs negative controls and there are none."""
+        return bool(plate.controls.any()) or not (isinstance(self.subject, Way) and self.subject.uses_controls)
+
+    @property
+    def tested(self) -> Iterator[tuple[str, PlateSites]]:
+        """Test plates that it can be used on, with their settings."""
+        plates = plates_tested(self.run.run.split, self.run.plates)
+        return ((setting, plate) for setting, plate in plates if self.takes(plate))
+
     def digest(self, kind: str, cell: Cell, draws: Draws) -> str:
         """Name what there is of the task in a cell by all that it depends on."""
         weights = (
@@ -404,22 +413,31 @@ def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell)
     first = next(iter(runs.values()))
     _tell_untested(seed, first, tell)
     found = [Task(seed, first, null) for null in fit_nulls(first.train_plates)]
-    without = [plate.plate for plate in first.plates.values() if not plate.controls.any()]
+    learned = (*first.train_plates, *first.validation_plates)
+    bare = [plate.plate for plate in learned if not plate.controls.any()]
     for way in grid.ways:
         if way.network not in runs:
             tell(f"seed {seed}: {way.name} is left out: no run of the network {way.network}")
-        elif way.needs_controls and without:
-            tell(f"seed {seed}: {way.name} is left out: it needs negative controls, and plate {without[0]} has none")
+        elif way.needs_controls and bare:
+            tell(
+                f"seed {seed}: {way.name} is left out: it needs negative controls on the plates of training and validation, "
+                f"and plate {bare[0]} has none"
+            )
         else:
             found.append(Task(seed, runs[way.network], way))
+            left_out = [
+                plate.plate for _, plate in plates_tested(first.run.split, first.plates) if not found[-1].takes(plate)
+            ]
+            if left_out:
+                tell(f"seed {seed}: {way.name} has no negative controls on {', '.join(left_out)}: left out")
     return found
 
 
 def _tell_untested(seed: int, run: FinishedRun, tell: Tell) -> None:
-    """Say which test plates have nothing to call.
+    """Say which test plates have nothing to call, and which wells and files of plates are left out.
 
     Raises:
-        RunError: none has.
+        RunError: no test plate has anything to call.
     """
     tested = {plate.plate for _, plate in plates_tested(run.run.split, run.plates)}
     if not tested:
@@ -428,6 +446,21 @@ def _tell_untested(seed: int, run: FinishedRun, tell: Tell) -> None:
         without = [name for name in names if name not in tested]
         if without:
             tell(f"seed {seed}: no treated site of the classes on {', '.join(without)} ({setting}): left out")
+        wells = Counter(label for name in names for label in _unscored(run.plates[name]))
+        if wells and run.run.config.classes is None:  # else they were left out by name
+            listed = ", ".join(f"{label} ({count})" for label, count in sorted(wells.items()))
+            tell(f"seed {seed}: treated wells of labels that are no class are not scored ({setting}): {listed}")
+    records = plate_records(Path(run.run.config.plates))
+    skipped = {name: len(records[name].skipped) for name in run.run.split.purposes() if records[name].skipped}
+    if skipped:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(skipped.items()))
+        tell(f"seed {seed}: sites with files that could not be used were left out when plates were fetched; files: {listed}")
+
+
+def _unscored(plate: PlateSites) -> list[str]:
+    """Labels of the treated wells that have one, and none of the classes; an entry a well."""
+    rows = np.flatnonzero(~plate.controls & (plate.labels == NO_LABEL) & (plate.names != ""))
+    return [label for _, label in sorted({(str(plate.wells[row]), str(plate.names[row])) for row in rows})]
 
 
 def cell_rows(task: Task, cell: Cell, draws: Draws) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -436,7 +469,7 @@ def cell_rows(task: Task, cell: Cell, draws: Draws) -> tuple[pd.DataFrame, pd.Da
     Plates with too few wells for the cell have no row.
     """
     rows, wells = [], []
-    for setting, plate in plates_tested(task.run.run.split, task.run.plates):
+    for setting, plate in task.tested:
         found = outcome(task.answers, plate, cell, draws)
         if found is None:
             continue
@@ -476,7 +509,7 @@ def embedding_rows(task: Task) -> pd.DataFrame:
     assert isinstance(task.answers, NetworkAnswers)
     split, plates = task.run.run.split, task.run.plates
     tables = []
-    for setting, plate in [*(("train", plates[name]) for name in split.train), *plates_tested(split, plates)]:
+    for setting, plate in [*(("train", plates[name]) for name in split.train), *task.tested]:
         rows = np.sort(np.concatenate([plate.treated, plate.control_rows]))
         controls = np.unique(plate.wells[plate.control_rows])
         found = task.answers.answers(plate, rows, plate.treated, controls)
@@ -522,9 +555,26 @@ def evaluate_grid(grid: Grid, runs: Sequence[Run], out: Path, *, tell: Tell, pro
         progress(done, len(work))
         make_part(task, kind, cell, grid, out / PARTS)
     progress(len(work), len(work))
+    (out / ABOUT).unlink(missing_ok=True)  # until all tables are of this grid
     tables = _write_tables(work, grid, out)
-    write_whole(out / ABOUT, json.dumps(_about(grid, seeds, told), indent=2).encode() + b"\n")
+    _tell_empty(tables["cells"], grid, note)
+    digests = {f"{name}.parquet": file_sha256(out / f"{name}.parquet") for name in tables}
+    about = {**_about(grid, seeds, told), "tables": digests}
+    write_whole(out / ABOUT, json.dumps(about, indent=2).encode() + b"\n")
     return tables["cells"]
+
+
+def _tell_empty(cells: pd.DataFrame, grid: Grid, tell: Tell) -> None:
+    """Say which cells no plate has wells for."""
+    scored = set(zip(cells["controls"], cells["query_wells"], cells["alpha"], strict=True))
+    for cell in grid.every_cell:
+        if (cell.controls, cell.query, cell.alpha) not in scored:
+            asked = f"control wells {_all(cell.controls)}, treated wells sent {_all(cell.query)}, alpha {cell.alpha:g}"
+            tell(f"no test plate has the wells for a cell of the grid ({asked}): not scored")
+
+
+def _all(count: int) -> str:
+    return "all" if count == ALL else str(count)
 
 
 def _parts(task: Task, grid: Grid) -> Iterator[tuple[str, Cell]]:
@@ -535,17 +585,18 @@ def _parts(task: Task, grid: Grid) -> Iterator[tuple[str, Cell]]:
 
 
 def make_part(task: Task, kind: str, cell: Cell, grid: Grid, folder: Path) -> None:
-    """Make one part unless it is there; of the default cell, predictions first, so that the cells say that both are."""
+    """Make one part unless it is there; of the default cell, predictions beside it."""
     digest = task.digest(kind, cell, grid.draws)
-    path = folder / f"{digest}.{kind}.parquet"
-    if path.is_file():
+    path, predictions_path = folder / f"{digest}.{kind}.parquet", folder / f"{digest}.predictions.parquet"
+    predicted = kind == "cells" and cell == DEFAULT and not task.blended
+    if path.is_file() and (predictions_path.is_file() or not predicted):
         return
     if kind == "embeddings":
         write_table(path, embedding_rows(task))
         return
     scored, predictions = cell_rows(task, cell, grid.draws)
-    if cell == DEFAULT and not task.blended:
-        write_table(folder / f"{digest}.predictions.parquet", predictions)
+    if predicted:
+        write_table(predictions_path, predictions)
     write_table(path, scored)
 
 
@@ -582,7 +633,7 @@ def labs_of_their_seed(table: pd.DataFrame, work: Sequence[tuple[Task, str, Cell
     """Tell labs of different seeds apart where these have other plates under the same names, as simulated ones do."""
     known: dict[str, str] = {}
     runs = {task.seed: task.run for task, _, _ in work}
-    if all(known.setdefault(name, digest) == digest for run in runs.values() for name, digest in run.digests.items()):
+    if all(known.setdefault(name, digest) == digest for run in runs.values() for name, digest in run.run.plates.items()):
         return table
     lab, seed = ("Metadata_Source", "Metadata_seed") if "Metadata_Source" in table else ("lab", "seed")
     return table.assign(**{lab: table[lab].astype(str) + " of seed " + table[seed].astype(str)})
@@ -592,13 +643,27 @@ def _tell_budgets(seeds: Mapping[int, Mapping[str, FinishedRun]], tell: Tell) ->
     for seed, runs in seeds.items():
         for name, finished in runs.items():
             taken, steps = finished.steps_taken, finished.run.config.steps
-            if taken is not None and taken < steps:
+            if taken is None:
+                tell(f"seed {seed}: how many of its {steps} steps {name} had is not known ({LAST} is not there)")
+            elif taken < steps:
                 tell(f"seed {seed}: {name} had {taken} of {steps} steps: stopped by its validation, or not finished")
         budgets = {name: finished.budget for name, finished in runs.items()}
         first = next(iter(budgets.values()))
         differ = sorted({key for budget in budgets.values() for key in first if budget[key] != first[key]})
         if differ:
             tell(f"seed {seed}: budgets are NOT equal: the runs differ in {', '.join(differ)}")
+    _tell_seeds(seeds, tell)
+
+
+def _tell_seeds(seeds: Mapping[int, Mapping[str, FinishedRun]], tell: Tell) -> None:
+    """Say where a network had another budget with another seed; how many steps were taken is told of each run."""
+    first: dict[str, tuple[int, dict[str, Any]]] = {}
+    for seed, runs in seeds.items():
+        for name, finished in runs.items():
+            before, budget = first.setdefault(name, (seed, finished.budget))
+            differ = sorted(key for key in budget if key != "steps_taken" and budget[key] != finished.budget[key])
+            if differ:
+                tell(f"seeds {before} and {seed}: budgets of {name} are NOT equal: they differ in {', '.join(differ)}")
 
 
 def _about(grid: Grid, seeds: Mapping[int, Mapping[str, FinishedRun]], told: Sequence[str]) -> dict[str, Any]:

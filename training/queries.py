@@ -52,6 +52,10 @@ class Draws:
     controls: int = 4
     queries: int = 8
 
+    def __post_init__(self) -> None:
+        if min(self.controls, self.queries) < 1:
+            raise ValueError(f"draws of controls and queries are 1 or more, not {self.controls} and {self.queries}")
+
 
 def control_draws(plate: PlateSites, count: int, draws: Draws) -> list[Wells]:
     """Sets of ``count`` control wells: none where the plate has fewer, one where these are all there are.

@@ -20,17 +20,19 @@ from training.dataset import PlateSites
 from training.evaluate import evaluate, evaluate_nulls
 from training.export import export_bundle
 from training.methods import Method
-from training.plates import open_plates, require_recipe
+from training.plates import open_plates, plate_table, require_recipe
+from training.splits import check_split
 from training.train import Run, load_network
 
 GOLDEN_SITES = 4
 
 
 def load_run_plates(run: Run) -> dict[str, PlateSites]:
-    """Open a run's plates, with the classes that it was trained on.
+    """Open the plates that have a purpose in a run, with the classes that it was trained on.
 
     Raises:
-        RunError: they are not all there any more, or were prepared otherwise.
+        RunError: they are not all there any more, were prepared otherwise, or are not those that it was begun with.
+        LeakError: they let training see what it is tested on.
     """
     folder = Path(run.config.plates)
     require_recipe(folder, run.recipe)
@@ -38,7 +40,15 @@ def load_run_plates(run: Run) -> dict[str, PlateSites]:
     absent = sorted(run.split.purposes().keys() - plates.keys())
     if absent:
         raise RunError(f"{folder} lacks the plates {', '.join(absent)} of {run.path}: fetch them again")
-    return plates
+    own = {name: plates[name] for name in run.split.purposes()}
+    changed = sorted(name for name, plate in own.items() if plate.sha256 != run.plates.get(name))
+    if changed:
+        raise RunError(
+            f"images, labels or wells on the plates {', '.join(changed)} of {folder} are not those that {run.path} was "
+            f"begun with: fetch the plates as they were, or train anew"
+        )
+    check_split(run.split, plate_table(own))
+    return own
 
 
 def evaluate_run(path: Path) -> pd.DataFrame:
@@ -158,20 +168,18 @@ def ensemble_of(runs: Sequence[Run]) -> Ensemble:
 
 
 def load_plates_of_runs(runs: Sequence[Run]) -> dict[str, PlateSites]:
-    """Open every run's plates, those of one folder once.
+    """Open every run's plates.
 
     Raises:
         RunError: two runs know different plates by one name.
     """
     plates: dict[str, PlateSites] = {}
-    for run in {run.config.plates: run for run in runs}.values():
-        loaded = load_run_plates(run)
-        for name in plates.keys() & loaded.keys():
-            if (plates[name].lab, plates[name].batch) != (loaded[name].lab, loaded[name].batch):
-                raise RunError(
-                    f"plate {name} of {run.config.plates} is of another lab or batch than that of the runs before"
-                )
-        plates |= loaded
+    known: dict[str, str] = {}
+    for run in runs:
+        other = sorted(name for name, digest in run.plates.items() if known.setdefault(name, digest) != digest)
+        if other:
+            raise RunError(f"{', '.join(other)} of {run.path} are other plates than those of the runs before")
+        plates |= load_run_plates(run)
     return plates
 
 

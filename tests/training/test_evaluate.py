@@ -15,6 +15,7 @@ from model.statistics import Prior
 from tests.training.plates import made_up_plate
 from training.calibrate import calibrate
 from training.contexts import context_rows, panel_rows
+from training.dataset import NO_LABEL
 from training.evaluate import (
     SWEPT_IMAGES,
     SWEPT_SIZES,
@@ -289,6 +290,7 @@ def test_a_run_is_scored_on_every_test_plate_in_every_context(run: Run) -> None:
 def test_a_panel_is_calibrated_by_statistics_of_controls_and_panel(run: Run) -> None:
     plates = load_run_plates(run)
     train, held_out = ([plates[name] for name in names] for names in (run.split.train, run.split.validation))
+    held_out = [replace(p, labels=np.where(p.labels == NO_LABEL, NO_LABEL, p.labels % 4)) for p in held_out]  # two a class
     network = Ensemble([load_network(run)])
     found = calibrate(network, NETWORKS["cs-arm-bn-panel"], run.recipe, train, held_out, [run.split.train])
     panels = [panel_rows(plate, 1) for plate in train]

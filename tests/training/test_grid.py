@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from model.bundle import file_sha256
 from model.errors import RunError
 from tests.training.conftest import RECIPE
 from training.fetch import fetch
@@ -29,7 +31,7 @@ from training.grid import (
 )  # fmt: skip
 from training.methods import WAYS
 from training.progress import BEST
-from training.queries import ALL, DEFAULT, Cell
+from training.queries import ALL, DEFAULT, Cell, Draws
 from training.results import read_results
 from training.train import Run, TrainingConfig
 
@@ -214,7 +216,66 @@ def test_without_controls_what_needs_none_is_evaluated_and_the_rest_is_told(run:
     assert [task.named["method"] for task in tasks] == [*sorted(NULLS - {"null: intensity-relative"}, key=[
         "null: majority", "null: position", "null: intensity"].index), "erm", "adabn-treated"]  # fmt: skip
     assert len(told) == 2
-    assert all("needs negative controls, and plate" in text for text in told)
+    assert all("it needs negative controls on the plates of training and validation" in text for text in told)
+
+
+def test_a_test_plate_without_controls_alone_is_left_out_of_what_needs_them(run: Run) -> None:
+    finished = FinishedRun.of(run)
+    bare, *_ = run.split.new_batch
+    plates = dict(finished.plates)
+    finished.__dict__["plates"] = plates | {bare: replace(plates[bare], controls=np.zeros(len(plates[bare].wells), bool))}
+    told: list[str] = []
+    tasks = tasks_of(
+        1, {"cs-arm-bn": finished}, Grid(methods=("cs-arm-bn controls", "cs-arm-bn source"), cells=()), told.append
+    )
+    assert told == [f"seed 1: cs-arm-bn controls has no negative controls on {bare}: left out"]
+    ours, source = (set(cell_rows(task, DEFAULT, Draws())[0]["plate"]) for task in tasks[-2:])
+    assert source - ours == {bare}
+    assert ours
+
+
+def test_wells_and_sites_that_are_not_scored_are_told(run: Run, erm_run: Run) -> None:
+    unnamed = FinishedRun.of(replace(erm_run, config=replace(erm_run.config, classes=None)))
+    told: list[str] = []
+    tasks_of(1, {"erm": unnamed}, Grid(methods=("erm",), cells=()), told.append)
+    wells = len(run.split.in_domain)
+    assert f"seed 1: treated wells of labels that are no class are not scored (in_domain): inactive ({wells})" in told
+    told.clear()
+    tasks_of(1, {"erm": FinishedRun.of(erm_run)}, Grid(methods=("erm",), cells=()), told.append)
+    assert told == [], "classes were named"
+
+
+def test_what_makes_seeds_differ_is_refused_or_told(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    second = replace(erm_run, config=replace(erm_run.config, seed=2, learning_rate=0.5), path=tmp_path / "run")
+    (tmp_path / "run").symlink_to(erm_run.path)
+    with pytest.raises(RunError, match="other classes: not comparable"):
+        evaluated([erm_run, replace(second, classes=run.classes[:2])], tmp_path)
+    shutil.copytree(erm_run.path, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "checkpoints" / "last.ckpt").unlink()
+    told: list[str] = []
+    unfinished = replace(second, path=tmp_path / "unfinished")
+    evaluated([erm_run, unfinished], tmp_path / "results", Grid(methods=("erm",), cells=(Axes(controls=(99,)),)), told)
+    assert "seeds 1 and 2: budgets of erm are NOT equal: they differ in learning_rate" in told
+    assert "seed 2: how many of its 6 steps erm had is not known (checkpoints/last.ckpt is not there)" in told
+    missing = "no test plate has the wells for a cell of the grid (control wells 99, treated wells sent all, alpha inf)"
+    assert f"{missing}: not scored" in told
+
+
+def test_tables_are_of_the_evaluation_that_tells_of_them(run: Run, erm_run: Run, tmp_path: Path) -> None:
+    grid = Grid(methods=("erm",), cells=())
+    evaluated([run, erm_run], tmp_path, grid)
+    before = (tmp_path / "predictions.parquet").read_bytes()
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["tables"] == {name: file_sha256(tmp_path / name) for name in ("cells.parquet", "predictions.parquet")}
+    next((tmp_path / "parts").glob("*.predictions.parquet")).unlink()
+    (tmp_path / "predictions.parquet").unlink()
+    (tmp_path / "predictions.parquet").mkdir()  # cannot be written
+    with pytest.raises(OSError, match="predictions"):
+        evaluated([run, erm_run], tmp_path, grid)
+    assert not (tmp_path / "about.json").exists()
+    (tmp_path / "predictions.parquet").rmdir()
+    evaluated([run, erm_run], tmp_path, grid)
+    assert (tmp_path / "predictions.parquet").read_bytes() == before
 
 
 def test_a_test_plate_of_controls_alone_is_left_out_and_told(run: Run, erm_run: Run) -> None:
@@ -287,9 +348,9 @@ def test_a_run_on_other_images_is_not_compared_and_one_cut_short_is_told(run: Ru
 
 def test_plates_of_two_seeds_that_share_a_name_are_not_taken_for_one(erm_run: Run) -> None:
     """As simulated ones do: every seed has its own SIM01B01P01."""
-    again = FinishedRun(replace(erm_run, config=replace(erm_run.config, seed=2)), "erm")
+    others = dict.fromkeys(erm_run.plates, "0" * 64)
+    again = FinishedRun(replace(erm_run, config=replace(erm_run.config, seed=2), plates=others), "erm")
     first = FinishedRun.of(erm_run)
-    again.__dict__["plates"] = {name: replace(plate, names=plate.names[::-1]) for name, plate in first.plates.items()}
     table = pd.DataFrame({"lab": ["L", "L"], "seed": [1, 2]})
     work = [(Task(seed, one, WAYS[0]), "cells", DEFAULT) for seed, one in ((1, first), (2, again))]
     assert labs_of_their_seed(table, work)["lab"].tolist() == ["L of seed 1", "L of seed 2"]

@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from model.errors import LayoutError, RunError
+from model.errors import LayoutError, LeakError, RunError
 from model.network import FromContext
 from training.calibrate import _Wells, fit_temperature
 from training.contexts import control_statistics, mean_moments
 from training.methods import make_method
-from training.release import calibration_plates, ensemble_of, load_run_plates, release, served_context
+from training.release import (
+    calibration_plates,
+    ensemble_of,
+    load_plates_of_runs,
+    load_run_plates,
+    release,
+    served_context,
+)
 from training.splits import Split
 from training.train import RUN, Run, load_network
 
@@ -62,7 +69,7 @@ def test_a_batch_that_any_run_trained_on_does_not_calibrate(run: Run, tmp_path: 
 def test_members_of_other_training_plates_bring_their_own_source_and_normalisation(run: Run, tmp_path: Path) -> None:
     mine = run.split.train[:1]
     moved = replace(run.recipe, mean=tuple(m + 0.05 for m in run.recipe.mean), std=tuple(s * 1.5 for s in run.recipe.std))
-    fold = altered(run, tmp_path / "fold", split=replace(run.split, train=mine), recipe=moved)
+    fold = altered(run, tmp_path / "fold", split=Split(mine, run.split.validation), recipe=moved)
     bundle, parity = release([run.path, fold.path], tmp_path / "out", name="folds", minimum_control_wells=4)
     assert parity.logits < 1e-3
     assert bundle.manifest.training["plates"] == sorted(run.split.train)
@@ -117,6 +124,22 @@ def test_plates_of_a_run_that_are_gone_are_all_named(run: Run, tmp_path: Path) -
         (tmp_path / "plates" / f"{name}.plate.json").unlink()
     with pytest.raises(RunError, match=rf"plates lacks the plates {', '.join(gone)} of {run.path}: fetch them again"):
         load_run_plates(moved)
+
+
+def test_plates_of_a_run_that_were_changed_or_leak_are_refused(run: Run) -> None:
+    first = run.split.train[0]
+    with pytest.raises(RunError, match=f"on the plates {first} of .* are not those that {run.path} was begun with"):
+        load_run_plates(replace(run, plates={**run.plates, first: "0" * 64}))
+    moved = replace(run.split, train=run.split.train[1:], new_batch=(*run.split.new_batch, first))
+    with pytest.raises(LeakError, match=rf"plate {first} \(new_batch\)"):
+        load_run_plates(replace(run, split=moved))
+
+
+def test_runs_that_know_other_plates_by_one_name_make_no_ensemble(run: Run, tmp_path: Path) -> None:
+    first = run.split.validation[0]
+    other = replace(run, path=tmp_path, plates={**run.plates, first: "0" * 64})
+    with pytest.raises(RunError, match=f"{first} of {tmp_path} are other plates than those of the runs before"):
+        load_plates_of_runs([run, other])
 
 
 def test_baselines_are_not_served() -> None:
