@@ -3,7 +3,7 @@
 Figures are taken by the functions that return tables; ``write_report`` sets them in Markdown beside the plots.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,7 +277,7 @@ def write_report(folder: Path, out: Path, focus: Way | None = None) -> Path:
     results = read_results(folder)
     resamples = Resamples()
     shown = [way for way in dict.fromkeys((UNADAPTED, _focus(folder, results, focus))) if way in results.ways()]
-    cost = _cost_section(folder, results)
+    cost, wells = _cost_section(folder, results), _wells_by_way(folder, results, shown)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.md"
     path.unlink(missing_ok=True)
@@ -288,7 +288,7 @@ def write_report(folder: Path, out: Path, focus: Way | None = None) -> Path:
         *(_curve_section(results, resamples, axis, out) for axis in CURVES),
         _calibration_section(results, resamples, shown, out),
         _confusion_section(results, shown, out),
-        _embedding_section(folder, results, shown, out),
+        _embedding_section(wells, out),
         cost,
     ]
     write_whole(path, ("\n\n".join(section for section in sections if section) + "\n").encode())
@@ -450,11 +450,15 @@ def _confusion_section(results: Results, shown: Sequence[Way], out: Path) -> str
     return f"## Confusions\n\n![Share of each class's wells by call](confusion.png)\n\nWells (times seeds): {wells}."
 
 
-def _embedding_section(folder: Path, results: Results, shown: Sequence[Way], out: Path) -> str:
+def _wells_by_way(folder: Path, results: Results, shown: Sequence[Way]) -> dict[Way, pd.DataFrame]:
+    """Embeddings of the methods that are shown and have enough wells and features for two axes."""
     if results.embeddings is None:
-        return ""
+        return {}
     tables = {way: _wells_of(folder, results.embeddings, way) for way in shown}
-    tables = {way: table for way, table in tables.items() if min(len(table) - 1, len(features_of(table))) > 1}  # two axes
+    return {way: table for way, table in tables.items() if min(len(table) - 1, len(features_of(table))) > 1}
+
+
+def _embedding_section(tables: Mapping[Way, pd.DataFrame], out: Path) -> str:
     if not tables:
         return ""
     plots.embeddings(tables, out / "embedding.png")

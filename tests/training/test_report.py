@@ -366,6 +366,7 @@ def test_embeddings_that_are_not_finite_are_refused_by_feature(tmp_path: Path) -
     table.assign(e003=table["e003"].where(table["Metadata_Plate"] != "B9p2")).to_parquet(path, index=False)
     with pytest.raises(LayoutError, match=r"embeddings\.parquet: the feature e003 of erm \(unadapted\) is not finite"):
         write_report(tmp_path, tmp_path / "report")
+    assert not (tmp_path / "report").exists(), "what is refused leaves an earlier report as it was"
 
 
 @pytest.mark.parametrize("name", ["about.json", "cost.json"])
