@@ -418,14 +418,18 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Folder to write report.md and its plots to.")],
     *,
     method: Annotated[
-        str, typer.Option(help="The method that plots of one method show beside unadapted ERM.")
-    ] = "cs-arm-bn",
-    context: Annotated[str, typer.Option(help="Its context.")] = "controls",
+        str | None,
+        typer.Option(help="The method that plots of one method show beside unadapted ERM; cs-arm-bn where it is there."),
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="Its context; controls by default.")] = None,
 ) -> None:
     """Write a report of an evaluation: tables with intervals over plates, plots, and what they cannot show."""
     from training.report import write_report  # noqa: PLC0415 (pandas)
+    from training.results import FOCUS  # noqa: PLC0415 (pandas)
 
-    typer.echo(f"report: {write_report(results, out, (method, context))}")
+    focus = None if method is None and context is None else (method or FOCUS[0], context or FOCUS[1])
+    with _writing(out):
+        typer.echo(f"report: {write_report(results, out, focus)}")
 
 
 @app.command("embeddings")
@@ -449,7 +453,8 @@ def embeddings_command(
 
     columns = Columns(label=label_column, control=control_column, control_value=control_value, setting=setting_column)
     batches = tuple(batch.strip() for batch in train_batches.split(",")) if train_batches else ()
-    cells = write_baselines(table, out, name, columns, batches)
+    with _writing(out):
+        cells = write_baselines(table, out, name, columns, batches)
     for (method, context, setting), rows in cells.groupby(["method", "context", "setting"], sort=False):
         typer.echo(f"{method} {context} {setting}: {rows['well_accuracy'].mean():.3f} per well, {len(rows)} plates")
 
@@ -485,7 +490,8 @@ def cost_command(
 
         loaded = Run.load(run)
         spec, size = loaded.spec, loaded.recipe.size
-    typer.echo(write_cost(Workload(spec, size, treated, controls, minibatch, steps), out, rounds))
+    with _writing(out):
+        typer.echo(write_cost(Workload(spec, size, treated, controls, minibatch, steps), out, rounds))
 
 
 def main() -> None:

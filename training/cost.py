@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.network import BatchNorm, FromContext, Given, NetworkSpec, ResNet, Running
 from model.statistics import BatchNormStatistics
+from training.plates import write_whole
+from training.results import COST
 
-COST = "cost.json"
 WAYS = ("forward", "measure", "tent", "finetune-affine", "finetune-all")
 _NEEDS = MappingProxyType(
     {
@@ -51,7 +52,11 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch: treated and control images of ``size`` pixels, and how fine-tuning would go about it."""
+    """One batch: treated and control images of ``size`` pixels, and how fine-tuning would go about it.
+
+    Raises:
+        ValueError: a number of it is less than 1.
+    """
 
     spec: NetworkSpec
     size: int
@@ -61,13 +66,21 @@ class Workload:
     steps: int = 100
 
     def __post_init__(self) -> None:
-        if min(self.treated, self.controls, self.minibatch, self.steps) < 1:
-            raise ValueError("treated, controls, minibatch and steps are 1 or more")
+        _require_one("size", self.size)
+        for name in ("treated", "controls", "minibatch", "steps"):
+            _require_one(name, getattr(self, name))
+        for name in ("channels", "classes", "width"):
+            _require_one(name, getattr(self.spec, name))
 
     @property
     def tent_steps(self) -> int:
         """Minibatches of the treated images; the last may be smaller."""
         return -(-self.treated // self.minibatch)
+
+
+def _require_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it is 1 or more")
 
 
 class _Bench:
@@ -230,7 +243,12 @@ def _resident(name: str) -> int:
 
 
 def measure_cost(workload: Workload, rounds: int = 5) -> dict[str, Any]:
-    """Measure everything: plain values, for ``cost.json`` and ``cost_markdown``."""
+    """Measure everything: plain values, for ``cost.json`` and ``cost_markdown``.
+
+    Raises:
+        ValueError: fewer rounds than one.
+    """
+    _require_one("rounds", rounds)
     operations, kept, times = flops(workload), kept_bytes(workload), seconds(workload, rounds)
     rows = []
     for way in WAYS:
@@ -246,12 +264,17 @@ def measure_cost(workload: Workload, rounds: int = 5) -> dict[str, Any]:
 
 
 def write_cost(workload: Workload, out: Path, rounds: int) -> str:
-    """Measure and write ``cost.json`` and ``cost.md`` into a folder; returns the Markdown."""
+    """Measure and write ``cost.json`` and ``cost.md`` into a folder; returns the Markdown.
+
+    Raises:
+        ValueError: see ``measure_cost``.
+    """
     cost = measure_cost(workload, rounds)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / COST).write_text(json.dumps(cost, indent=1) + "\n", encoding="utf-8")
     text = cost_markdown(cost)
-    (out / "cost.md").write_text(text + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cost.md").unlink(missing_ok=True)  # so that it does not stand beside values of another measurement
+    write_whole(out / COST, (json.dumps(cost, indent=1) + "\n").encode())
+    write_whole(out / "cost.md", f"{text}\n".encode())
     return text
 
 

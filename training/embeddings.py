@@ -10,8 +10,10 @@ tvn               typical variation normalisation (Ando et al. 2017): scale and 
 """
 
 import re
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from gzip import BadGzipFile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,17 +25,21 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from model.errors import LayoutError, NoControlsError
+from model.errors import AnchorwellError, LayoutError, NoControlsError, WellNameError
 from model.layout import parse_well
 from training.metrics import accuracy, calibrated, macro_f1
 from training.nulls import position_features, position_regression
+from training.plates import write_whole
 from training.queries import ALL
-from training.results import NULL, PROBABILITY, SETTINGS, grouped
+from training.results import METADATA, NULL, PROBABILITY, SETTINGS, as_text, grouped, read_parquet
+from training.tables import Problem
 
-METADATA = "Metadata_"
 TRAIN = "train"
 TVN_RIDGE = 0.5
-_NETWORK = ("Metadata_method", "Metadata_context", "Metadata_seed")
+SEED = "Metadata_seed"
+_NETWORK = ("Metadata_method", "Metadata_context", SEED)
+_ROW_NUMBERS = re.compile(r"|unnamed: \d+|index|level_\d+|__index_level_\d+__", re.IGNORECASE)
+_LARGEST = float(np.finfo(np.float32).max)
 
 Float = NDArray[np.float64]
 
@@ -86,9 +92,13 @@ class Wells:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def features_of(table: pd.DataFrame) -> list[str]:
-    """Columns that hold features: all that are not ``Metadata_*``."""
-    return [str(name) for name in table.columns if not str(name).startswith(METADATA)]
+def features_of(table: pd.DataFrame, columns: Columns = Columns()) -> list[str]:
+    """Columns that hold features: all that are not ``Metadata_*`` and that ``columns`` does not name."""
+    return [name for name in map(str, table) if _is_feature(name, columns)]
+
+
+def _is_feature(name: str, columns: Columns) -> bool:
+    return not name.startswith(METADATA) and name not in astuple(columns)
 
 
 def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[str] = ()) -> list[Wells]:
@@ -98,56 +108,130 @@ def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[
     ``new_batch``, other labs ``new_lab``.
 
     Raises:
-        LayoutError: a column is absent or not numeric, a feature is not finite, a well is there twice, or training and test
-            share a plate, a batch that should be new, a lab that should be new, or a row.
+        LayoutError: the table cannot be read or has no rows, a column is absent, named twice, holds row numbers or words for
+            features, a row lacks its plate or network, a well's name is none, a feature is not finite, a well is there
+            twice, or training and test share a plate, a batch that should be new, a lab that should be new, or a row.
+        NoControlsError: no well is a control.
     """
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={columns.plate: str})
+    table = _read(path, columns)
     keys = [key for key in _NETWORK if key in table]
+    settings = [] if train_batches or columns.setting not in table else [columns.setting]
+    needed = [columns.lab, columns.batch, columns.plate, columns.well]
+    absent = [column for column in (columns.label, columns.control, *needed) if column not in table]
+    if absent:
+        raise LayoutError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.columns)[:300]}")
+    if table.empty:
+        raise LayoutError(f"{path} has no rows under its header: one row a well is expected")
+    for column in (*needed, *settings, *keys):
+        _refuse(path, table, table[column] == "", f"{column} is empty: fill it in, or leave such rows out")
+    if SEED in keys:
+        seeds = pd.to_numeric(table[SEED], errors="coerce")
+        _refuse(path, table, seeds % 1 != 0, f"{SEED} is no whole number")
+        table = table.assign(**{SEED: seeds.astype(np.int64)})
     groups = list(grouped(table, keys)) if keys else [((), table)]
     return [_wells(path, _name(name, keys, key), _seed(keys, key), part, columns, train_batches) for key, part in groups]
 
 
+def _read(path: Path, columns: Columns) -> pd.DataFrame:
+    """Read a table, its rows numbered as in the file; what is no feature is text, so that names stay as they are written."""
+    if path.suffix == ".parquet":
+        table = read_parquet(path).rename(columns=str)
+        table.index = pd.RangeIndex(1, len(table) + 1)
+        _check_names(path, list(table.columns), columns)
+    else:
+        table = _read_csv(path, columns)
+    features = set(features_of(table, columns))
+    return table.assign(**{name: as_text(table[name]) for name in map(str, table) if name not in features})
+
+
+def _read_csv(path: Path, columns: Columns) -> pd.DataFrame:
+    """Read a CSV, in which only a feature can be missing: a class may be called NA or None."""
+    how: dict[str, Any] = {"keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+    try:
+        # A second row that is wider is an error here; under a header, pandas would take its first cells for an index.
+        names = pd.read_csv(path, header=None, nrows=2, dtype=str, **how).iloc[0].tolist()
+        _check_names(path, names, columns)
+        features = [name for name in names if _is_feature(name, columns)]
+        table = pd.read_csv(
+            path, header=0, names=names, dtype=dict.fromkeys(set(names) - set(features), str),
+            na_values={name: [""] for name in features}, low_memory=False, **how,
+        )  # fmt: skip
+    except (ValueError, EOFError, zlib.error, BadGzipFile) as error:
+        raise LayoutError(f"{path} cannot be read as a CSV: {' '.join(str(error).split())}") from None
+    table.index = pd.RangeIndex(2, len(table) + 2)  # the header is row 1
+    filled: pd.DataFrame = table[~table.replace("", np.nan).isna().all(axis=1)]
+    return filled
+
+
+def _check_names(path: Path, names: Sequence[str], columns: Columns) -> None:
+    """Refuse columns that would count as features and are none: row numbers, which tell a sorted label, and copies."""
+    header = pd.Index(names)
+    if header.has_duplicates:
+        raise LayoutError(f"{path}: its header names the column {header[header.duplicated()][0]!r} twice")
+    numbers = [name for name in names if _is_feature(name, columns) and _ROW_NUMBERS.fullmatch(name.strip())]
+    if numbers:
+        raise LayoutError(f"{path}: the column {numbers[0]!r} is named as row numbers are, and would count as a feature: "
+                          "drop it (pandas writes none with index=False), or name it Metadata_row")  # fmt: skip
+
+
+def _refuse(path: Path, table: pd.DataFrame, wrong: pd.Series, what: str) -> None:
+    if wrong.any():
+        raise LayoutError(str(Problem(str(path), tuple(table.index[wrong]), what)))
+
+
 def _name(name: str, keys: Sequence[str], key: tuple[Any, ...]) -> str:
-    parts = [str(value) for column, value in zip(keys, key, strict=True) if column != "Metadata_seed"]
+    parts = [str(value) for column, value in zip(keys, key, strict=True) if column != SEED]
     return " ".join([name, *parts]).strip()
 
 
 def _seed(keys: Sequence[str], key: tuple[Any, ...]) -> int:
-    return int(dict(zip(keys, key, strict=True)).get("Metadata_seed", 0))
+    return int(dict(zip(keys, key, strict=True)).get(SEED, 0))
 
 
 def _wells(path: Path, name: str, seed: int, table: pd.DataFrame, columns: Columns, train_batches: Sequence[str]) -> Wells:
-    needed = [columns.label, columns.control, columns.lab, columns.batch, columns.plate, columns.well]
-    absent = [column for column in needed if column not in table]
-    if absent:
-        raise LayoutError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(map(str, table.columns))[:300]}")
     about = pd.DataFrame({
-        "lab": table[columns.lab].astype(str), "batch": table[columns.batch].astype(str),
-        "plate": table[columns.plate].astype(str), "well": table[columns.well].astype(str),
-        "label": table[columns.label].fillna("").astype(str),
-        "control": table[columns.control].astype(str) == columns.control_value,
+        "lab": table[columns.lab], "batch": table[columns.batch], "plate": table[columns.plate],
+        "well": _well_names(path, table, columns), "label": table[columns.label],
+        "control": table[columns.control] == columns.control_value,
     }).reset_index(drop=True)  # fmt: skip
     about["setting"] = _settings(path, table, about, columns, train_batches)
     if not about["control"].any():
-        values = ", ".join(sorted(set(table[columns.control].astype(str)))[:8])
+        values = ", ".join(sorted(set(table[columns.control]))[:8])
         raise NoControlsError(f"{path}: no well has {columns.control} {columns.control_value!r}; there are {values}")
-    wells = Wells(name, seed, _features(path, table, about), about)
+    wells = Wells(name, seed, _features(path, table, about, columns), about)
     _check(path, wells)
     return wells
 
 
-def _features(path: Path, table: pd.DataFrame, about: pd.DataFrame) -> Float:
-    names = [name for name in features_of(table) if not table[name].isna().all()]  # other networks' features
+def _well_names(path: Path, table: pd.DataFrame, columns: Columns) -> list[str]:
+    """Name every row's well in one way, so that A1 and A01 are one."""
+    found = []
+    for row, plate, well in zip(table.index, table[columns.plate], table[columns.well], strict=True):
+        try:
+            found.append(parse_well(well))
+        except WellNameError as error:
+            raise LayoutError(f"{path} row {row}, plate {plate}: {error.detail}") from None
+    return found
+
+
+def _features(path: Path, table: pd.DataFrame, about: pd.DataFrame, columns: Columns) -> Float:
+    names = [name for name in features_of(table, columns) if not table[name].isna().all()]  # other networks' features
     words = [name for name in names if not pd.api.types.is_numeric_dtype(table[name])]
-    if words or not names:
-        raise LayoutError(f"{path}: " + (f"the feature {words[0]!r} is no number" if words else "there are no features"))
+    if words:
+        found = table[words[0]]
+        first = found[pd.to_numeric(found, errors="coerce").isna() & found.notna()]
+        raise LayoutError(f"{path}: the feature {words[0]!r} is no number" + (
+            f" but {first.iloc[0]!r} in row {first.index[0]}" if len(first) else ""
+        ) + ": drop the column, or name it Metadata_… where it is no feature")  # fmt: skip
+    if not names:
+        raise LayoutError(f"{path}: there are no features")
     features = table[names].to_numpy(np.float64)
-    bad = np.argwhere(~np.isfinite(features))
+    bad = np.argwhere(~(np.abs(features) <= _LARGEST))
     if len(bad):
         row, column = bad[0]
-        place = f"plate {about['plate'][row]} well {about['well'][row]}"
-        raise LayoutError(f"{path}: {len(bad)} features are not finite, the first {names[column]!r} of {place}: drop such "
-                          "columns or impute them (pycytominer.feature_select, operation drop_na_columns)")  # fmt: skip
+        place = f"{names[column]!r} of plate {about['plate'][row]} well {about['well'][row]}"
+        raise LayoutError(f"{path}: {len(bad)} features are not finite or beyond {_LARGEST:.1e}, the first {place}: drop "
+                          "such columns or impute them (pycytominer.feature_select, operation drop_na_columns)")  # fmt: skip
     return features
 
 
@@ -166,7 +250,7 @@ def _settings(
                 for train, lab in zip(trains, about["lab"], strict=True)]  # fmt: skip
     if columns.setting not in table:
         raise LayoutError(f"{path} has no column {columns.setting} that says which wells train: name training batches")
-    settings = table[columns.setting].astype(str).tolist()
+    settings = table[columns.setting].tolist()
     unknown = sorted(set(settings) - {TRAIN, *SETTINGS})
     if unknown:
         raise LayoutError(f"{path}: {columns.setting} is {unknown[0]!r}; known are {TRAIN}, {', '.join(SETTINGS)}")
@@ -271,7 +355,8 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
     accuracy per image is not known, and no temperature is fitted.
 
     Raises:
-        LayoutError: fewer than two classes to learn, or a test well of a class that training does not have.
+        LayoutError: fewer than two classes to learn, no test well with a label, or one of a class that training does not
+            have.
         NoControlsError: see ``zscore`` and ``tvn``.
     """
     train = wells.where(TRAIN)
@@ -279,6 +364,8 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
     if len(classes) < 2:  # noqa: PLR2004 (a classifier)
         raise LayoutError(f"the training wells of {wells.name or 'the table'} have {len(classes)} labels; two are needed")
     tests = np.concatenate([wells.where(setting) for setting in SETTINGS])
+    if not len(tests):
+        raise LayoutError(f"no treated test well of {wells.name or 'the table'} has a label: there is nothing to score")
     for row in tests:
         if wells.about["label"][row] not in classes:
             raise LayoutError(f"{wells.at(int(row))} is of class {wells.about['label'][row]!r}, which no training well has")
@@ -287,7 +374,7 @@ def evaluate_embeddings(wells: Wells) -> tuple[pd.DataFrame, pd.DataFrame]:
     shares = np.bincount(numbers[train]) / len(train)
     answers[f"{NULL}majority"] = np.tile(shares, (len(tests), 1))
     answers[f"{NULL}position"] = _probabilities(
-        position_features([parse_well(well) for well in wells.about["well"]]), numbers, train, tests, position_regression()
+        position_features(wells.about["well"].tolist()), numbers, train, tests, position_regression()
     )
     tables = [_tables(wells, method, tests, found, classes, numbers) for method, found in answers.items()]
     return pd.concat([cells for cells, _ in tables]), pd.concat([predictions for _, predictions in tables])
@@ -332,13 +419,18 @@ def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_ba
     """
     if not re.fullmatch(r"[\w.-]*", name):
         raise ValueError(f"an embedding's name has letters, digits, dots, dashes and underscores, not {name!r}")
-    tables = [evaluate_embeddings(wells) for wells in read_wells(path, name, columns, train_batches)]
+    networks = read_wells(path, name, columns, train_batches)
+    try:
+        tables = [evaluate_embeddings(wells) for wells in networks]
+    except AnchorwellError as error:
+        raise error.about(table=str(path)) from None
     cells = pd.concat([found for found, _ in tables], ignore_index=True)
     predictions = pd.concat([found for _, found in tables], ignore_index=True)
     out.mkdir(parents=True, exist_ok=True)
     suffix = f"embedding-{name}" if name else "embedding"
-    cells.to_parquet(out / f"cells-{suffix}.parquet", index=False)
-    predictions.to_parquet(out / f"predictions-{suffix}.parquet", index=False)
+    (out / f"cells-{suffix}.parquet").unlink(missing_ok=True)  # so that no cells stand beside predictions of another table
+    write_whole(out / f"predictions-{suffix}.parquet", predictions.to_parquet(index=False))
+    write_whole(out / f"cells-{suffix}.parquet", cells.to_parquet(index=False))
     return cells
 
 

@@ -3,7 +3,7 @@
 Figures are taken by the functions that return tables; ``write_report`` sets them in Markdown beside the plots.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from model.errors import LayoutError, RunError
 from training import plots
 from training.cost import cost_markdown
 from training.embeddings import features_of, variance_shares
 from training.intervals import Estimate, Resamples, members
 from training.metrics import expected_calibration_error, worst_batch
+from training.plates import write_whole
 from training.queries import ALL
 from training.results import (
     BEFORE,
+    COST,
     FOCUS,
     METRICS,
     NULL,
@@ -34,6 +37,7 @@ from training.results import (
     places_of,
     read_results,
     way_name,
+    ways_of,
 )  # fmt: skip
 
 BINS = 10
@@ -145,7 +149,7 @@ def curve(results: Results, resamples: Resamples, axis: str) -> Curve | None:
         for (blended, x), group in grouped(line, ("blended", axis)):
             figure: dict[str, object] = {**_figure(resamples.mean(group, "well_accuracy"), "value")}
             rows.append({**place, "blended": bool(blended), "x": float(x), **figure, "plates": len(places_of(group))})
-    return Curve(axis, pd.DataFrame(rows), fixed)
+    return Curve(axis, pd.DataFrame(rows), fixed) if rows else None
 
 
 def _fixed(cells: pd.DataFrame, axis: str) -> dict[str, float] | None:
@@ -261,16 +265,22 @@ def _of_seeds(count: int) -> list[str]:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path, out: Path, focus: Way = FOCUS) -> Path:
+def write_report(folder: Path, out: Path, focus: Way | None = None) -> Path:
     """Write ``report.md`` and its plots from a results folder; ``focus`` is the method that plots of one method show.
 
+    Without one it is ``FOCUS``, or the first that adapts. The text is there only when all its plots are.
+
     Raises:
+        RunError: ``focus`` is not in the results, or the cost is damaged.
         RunError, LayoutError: see ``training.results.read_results``.
     """
     results = read_results(folder)
     resamples = Resamples()
+    shown = [way for way in dict.fromkeys((UNADAPTED, _focus(folder, results, focus))) if way in results.ways()]
+    cost, wells = _cost_section(folder, results), _wells_by_way(folder, results, shown)
     out.mkdir(parents=True, exist_ok=True)
-    shown = [way for way in (UNADAPTED, _focus(results, focus)) if way in results.ways()]
+    path = out / "report.md"
+    path.unlink(missing_ok=True)
     sections = [
         _opening(results),
         _results_section(results, resamples, out),
@@ -278,17 +288,31 @@ def write_report(folder: Path, out: Path, focus: Way = FOCUS) -> Path:
         *(_curve_section(results, resamples, axis, out) for axis in CURVES),
         _calibration_section(results, resamples, shown, out),
         _confusion_section(results, shown, out),
-        _embedding_section(results, shown, out),
-        "" if results.cost is None else f"## Cost of adapting\n\n{cost_markdown(results.cost)}",
+        _embedding_section(wells, out),
+        cost,
     ]
-    path = out / "report.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    write_whole(path, ("\n\n".join(section for section in sections if section) + "\n").encode())
     return path
 
 
-def _focus(results: Results, focus: Way) -> Way:
-    adapted = [way for way in results.ways() if way != UNADAPTED and not way[0].startswith(NULL)]
-    return focus if focus in adapted or not adapted else adapted[0]
+def _focus(folder: Path, results: Results, asked: Way | None) -> Way:
+    known = results.ways()
+    if asked is None:
+        adapted = [way for way in known if way != UNADAPTED and not way[0].startswith(NULL)]
+        return FOCUS if FOCUS in adapted or not adapted else adapted[0]
+    if asked not in known:
+        there = ", ".join(f"{method} with context {context}" for method, context in known)
+        raise RunError(f"{folder} has no {asked[0]} with context {asked[1]}; it has {there}")
+    return asked
+
+
+def _cost_section(folder: Path, results: Results) -> str:
+    if results.cost is None:
+        return ""
+    try:
+        return f"## Cost of adapting\n\n{cost_markdown(results.cost)}"
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise RunError(f"{folder / COST} is damaged ({error!r}): measure the cost again") from None
 
 
 def _opening(results: Results) -> str:
@@ -388,7 +412,7 @@ def _point(value: float, plates: int, *, most: int) -> str:
 
 def _calibration_section(results: Results, resamples: Resamples, shown: Sequence[Way], out: Path) -> str:
     parts = ["## Calibration"]
-    if results.predictions is not None:
+    if results.predictions is not None and set(shown) & set(ways_of(results.predictions)):
         plots.reliability(reliability(results, resamples), shown, out / "reliability.png")
         parts.append("![Share of wells called rightly against confidence](reliability.png)")
         parts.append("Dots after temperature, rings before it (T = 1); their area is the share of the wells.")
@@ -426,11 +450,15 @@ def _confusion_section(results: Results, shown: Sequence[Way], out: Path) -> str
     return f"## Confusions\n\n![Share of each class's wells by call](confusion.png)\n\nWells (times seeds): {wells}."
 
 
-def _embedding_section(results: Results, shown: Sequence[Way], out: Path) -> str:
+def _wells_by_way(folder: Path, results: Results, shown: Sequence[Way]) -> dict[Way, pd.DataFrame]:
+    """Embeddings of the methods that are shown and have enough wells and features for two axes."""
     if results.embeddings is None:
-        return ""
-    tables = {way: _wells_of(results.embeddings, way) for way in shown}
-    tables = {way: table for way, table in tables.items() if len(table) > 2}  # noqa: PLR2004 (two axes)
+        return {}
+    tables = {way: _wells_of(folder, results.embeddings, way) for way in shown}
+    return {way: table for way, table in tables.items() if min(len(table) - 1, len(features_of(table))) > 1}
+
+
+def _embedding_section(tables: Mapping[Way, pd.DataFrame], out: Path) -> str:
     if not tables:
         return ""
     plots.embeddings(tables, out / "embedding.png")
@@ -446,13 +474,16 @@ def _embedding_section(results: Results, shown: Sequence[Way], out: Path) -> str
     ])  # fmt: skip
 
 
-def _wells_of(embeddings: pd.DataFrame, way: Way) -> pd.DataFrame:
+def _wells_of(folder: Path, embeddings: pd.DataFrame, way: Way) -> pd.DataFrame:
     """Test plates' wells of one method, first seed, with that network's features alone."""
     chosen = (embeddings["Metadata_method"] == way[0]) & (embeddings["Metadata_context"] == way[1])
     part = embeddings[chosen & (embeddings["Metadata_setting"] != "train")]
     part = part[part["Metadata_seed"] == part["Metadata_seed"].min()]
     empty = [name for name in features_of(part) if part[name].isna().all()]
     kept: pd.DataFrame = part.drop(columns=empty)
+    for name in features_of(kept):
+        if not np.isfinite(kept[name]).all():
+            raise LayoutError(f"{folder}/embeddings.parquet: the feature {name} of {way_name(way)} is not finite everywhere")
     return kept
 
 

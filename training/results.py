@@ -3,20 +3,23 @@
 A results folder holds ``cells.parquet`` (a row a plate and cell of the grid), ``predictions.parquet`` (a row a treated well:
 probabilities after temperature, and what was called before it, how surely) and ``embeddings.parquet`` (a row a well); files
 beside them whose names go on after a dash, such as ``cells-openphenom.parquet``, hold more rows. ``about.json`` says
-what the cells are of; ``cost.json`` is what ``training.cost`` wrote.
+what the cells are of and, by its sha256, which tables were written with it; ``cost.json`` is what ``training.cost`` wrote.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from model.bundle import file_sha256
 from model.errors import LayoutError, RunError
 from training.queries import ALL
+from training.tables import Problem
 
 SETTINGS = {"in_domain": "in domain", "new_batch": "new batches", "new_lab": "new lab"}
 """Settings in order, as they are called in print."""
@@ -26,12 +29,22 @@ METRICS = ("image_accuracy", "well_accuracy", "macro_f1", "nll", "ece", "brier")
 BEFORE = ("nll_before", "ece_before", "brier_before")
 CELL_COLUMNS = (*KEYS, *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE)
 PREDICTION_COLUMNS = (*KEYS, "well", "label", "called", "called_before", "confidence_before")
+METADATA = "Metadata_"
+EMBEDDING_COLUMNS = tuple(
+    f"{METADATA}{name}"
+    for name in ("Source", "Batch", "Plate", "pert_type", "label", "method", "context", "setting", "seed")
+)
 PROBABILITY = "p:"
-ABOUT = "about.json"
+ABOUT, COST = "about.json", "cost.json"
 NULL = "null: "
 UNADAPTED = ("erm", "source")
 """What a lab would otherwise use: an ordinary network with its running statistics."""
 FOCUS = ("cs-arm-bn", "controls")
+_NUMBERS = frozenset({
+    "seed", *AXES, "query", "images", "wells", *METRICS, "temperature", *BEFORE, "confidence_before", f"{METADATA}seed",
+})  # fmt: skip
+_MAY_LACK = frozenset({"image_accuracy", f"{METADATA}label", f"{METADATA}pert_type"})
+"""Embeddings of wells know no images, and a well may have no class."""
 
 Way = tuple[str, str]
 
@@ -85,9 +98,11 @@ def read_results(folder: Path) -> Results:
     """Read a results folder.
 
     Raises:
-        RunError: there is no table of cells.
-        LayoutError: a table lacks a column, has a setting that is not known, or scores a plate twice.
+        RunError: there is no table of cells, a table is not the one that its evaluation wrote, or a file of JSON is damaged.
+        LayoutError: a table cannot be read, lacks a column or a value, holds words for numbers, has a setting that is not
+            known, or scores a plate twice.
     """
+    told = _told(folder)
     cells = _read(folder, "cells", CELL_COLUMNS)
     if cells is None:
         raise RunError(f"{folder} has no cells.parquet: evaluate first, or name the folder that evaluation wrote")
@@ -101,28 +116,91 @@ def read_results(folder: Path) -> Results:
         row = twice.iloc[0]
         raise LayoutError(f"plate {row['plate']} is scored twice for {way_name((row['method'], row['context']))}, "
                           f"{row['setting']}, seed {row['seed']}: two runs wrote into {folder}")  # fmt: skip
-    cost, about = folder / "cost.json", folder / ABOUT
+    predictions = _read(folder, "predictions", PREDICTION_COLUMNS)
+    if predictions is not None and not classes_of(predictions):
+        raise LayoutError(
+            f"{folder}/predictions.parquet has no probabilities: a column {PROBABILITY}<class> a class is expected"
+        )
     return Results(
         cells=cells.astype({"blended": bool, "alpha": float}),
-        predictions=_read(folder, "predictions", PREDICTION_COLUMNS),
-        embeddings=_read(folder, "embeddings", ("Metadata_Plate", "Metadata_method", "Metadata_label")),
-        cost=json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else None,
-        told=tuple(json.loads(about.read_text(encoding="utf-8"))["told"]) if about.is_file() else (),
+        predictions=predictions,
+        embeddings=_read(folder, "embeddings", EMBEDDING_COLUMNS),
+        cost=_read_json(folder / COST, "measure the cost again") if (folder / COST).is_file() else None,
+        told=told,
     )
 
 
-def _read(folder: Path, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
+def _told(folder: Path) -> tuple[str, ...]:
+    """Return what the evaluation told, once its tables are known to be those that it wrote."""
+    path = folder / ABOUT
+    if not path.is_file():
+        evaluated = (folder / "cells.parquet").is_file()
+        return (f"what was left out of the evaluation is not known: the folder has no {ABOUT}",) if evaluated else ()
+    about = _read_json(path, "evaluate again")
+    told, tables = about.get("told"), about.get("tables", {})
+    if not isinstance(told, list) or not isinstance(tables, dict):
+        raise RunError(f"{path} is damaged (it does not say what was told of which tables): evaluate again")
+    for name, digest in tables.items():
+        table = folder / name
+        if not table.is_file() or file_sha256(table) != digest:
+            raise RunError(f"{table} was changed or only half written after its evaluation: evaluate again")
+    return tuple(map(str, told))
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (it is no object): {remedy}")
+    return content
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a Parquet file.
+
+    Raises:
+        LayoutError: it is none, or damaged.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, pa.ArrowException) as error:
+        raise LayoutError(f"{path} cannot be read as Parquet: {error}") from None
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise LayoutError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _read(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
     paths = [folder / f"{name}.parquet", *sorted(folder.glob(f"{name}-*.parquet"))]
-    tables = []
-    for path in paths:
-        if not path.is_file():
-            continue
-        table = pd.read_parquet(path)
-        absent = [column for column in columns if column not in table]
-        if absent:
-            raise LayoutError(f"{path} lacks the columns {', '.join(absent)}")
-        tables.append(table)
+    tables = [_checked(path, read_parquet(path), columns) for path in paths if path.is_file()]
     return pd.concat(tables, ignore_index=True) if tables else None
+
+
+def _checked(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Refuse a table that lacks a column or a value, or has words for numbers; its words are text."""
+    absent = [column for column in columns if column not in table]
+    if absent:
+        raise LayoutError(f"{path} lacks the columns {', '.join(absent)}")
+    for name in map(str, table):
+        feature = columns is EMBEDDING_COLUMNS and not name.startswith(METADATA)
+        number = feature or name in _NUMBERS or name.startswith(PROBABILITY)
+        if number and not pd.api.types.is_numeric_dtype(table[name]):
+            raise LayoutError(f"{path}: the column {name} holds no numbers but {table[name].dtype}: evaluate again")
+    table = table.assign(**{column: as_text(table[column]) for column in columns if column not in _NUMBERS})
+    for column in columns:
+        empty = (table[column].isna() if column in _NUMBERS else table[column] == "").to_numpy(bool)
+        if empty.any() and column not in _MAY_LACK:
+            rows = tuple(int(row) + 1 for row in np.flatnonzero(empty))
+            raise LayoutError(str(Problem(str(path), rows, f"{column} is empty: evaluate again")))
+    return table
+
+
+def as_text(column: pd.Series) -> pd.Series:
+    """Write a column's cells as text without space around it: whole numbers without a fraction, what is missing as ""."""
+    return column.convert_dtypes().astype("string").fillna("").str.strip().astype(str)
 
 
 def way_name(way: Way) -> str:

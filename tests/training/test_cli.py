@@ -68,6 +68,7 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("report", "{out}", "--out", "{out}/report"), "has no cells.parquet"),
         (("embeddings", "{out}/table.parquet", "--out", "{out}"), "table.parquet"),
         (("cost", "--depth", "19", "--out", "{out}"), "--depth is one of 18, 34, 50"),
+        (("cost", "--size", "0", "--out", "{out}"), "size is 0; it is 1 or more"),
     ],
 )
 def test_wrong_input_is_told_without_a_traceback(
@@ -114,6 +115,29 @@ def test_a_full_disk_is_one_line_with_the_path(plates_root: Path, tmp_path: Path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert told == f"error: {out}: File too large"
+
+
+def test_a_full_disk_is_told_by_folder_whatever_is_written(
+    tmp_path: Path, told_by_main: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder, out = made_up.write(tmp_path / "results", made_up.cells(seeds=1)), tmp_path / "out"
+    monkeypatch.setattr("training.plots.accuracies", full)
+    assert told_by_main("report", folder, "--out", out) == f"error: {out}: No space left on device"
+    monkeypatch.setattr("training.embeddings.write_whole", full)
+    told = told_by_main("embeddings", folder / "embeddings.parquet", "--out", out)
+    assert told == f"error: {out}: No space left on device"
+    monkeypatch.setattr("training.cost.measure_cost", full)
+    assert told_by_main("cost", "--out", out) == f"error: {out}: No space left on device"
+
+
+def test_a_method_that_was_not_evaluated_is_not_reported(tmp_path: Path, told_by_main: Callable[..., str]) -> None:
+    folder = made_up.write(tmp_path / "results", made_up.cells(seeds=1))
+    for asked in (("--method", "nope"), ("--context", "nope")):
+        assert " with context " in told_by_main("report", folder, "--out", tmp_path / "report", *asked)
+        assert not (tmp_path / "report").exists()
 
 
 def test_embeddings_are_scored_into_a_results_folder_and_reported_beside_the_rest(tmp_path: Path) -> None:

@@ -73,6 +73,32 @@ def test_every_way_is_measured_and_written_for_the_report(tmp_path: Path) -> Non
         assert row["peak_bytes"] >= row["added_bytes"] >= 0
 
 
-def test_a_workload_without_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 or more"):
-        replace(SMALL, controls=0)
+@pytest.mark.parametrize("name", ["controls", "size", "steps"])
+def test_a_workload_without_images_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; it is 1 or more"):
+        replace(SMALL, **{name: 0})
+    with pytest.raises(ValueError, match="width is 0; it is 1 or more"):
+        replace(SMALL, spec=replace(SMALL.spec, width=0))
+
+
+def test_no_rounds_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rounds is 0; it is 1 or more"):
+        write_cost(SMALL, tmp_path / "out", rounds=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_costs_is_not_left_beside_other_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full when the new values are written leaves the old ones whole."""
+    (tmp_path / "cost.json").write_text("old")
+    (tmp_path / "cost.md").write_text("old")
+
+    def full(_path: Path, _content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.cost.measure_cost", lambda *_: {})
+    monkeypatch.setattr("training.cost.cost_markdown", lambda _: "new")
+    monkeypatch.setattr("training.cost.write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_cost(SMALL, tmp_path, rounds=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
+    assert (tmp_path / "cost.json").read_text() == "old"

@@ -1,7 +1,9 @@
 """Embedding baselines: TVN and z-scores against references, strict splits, and what is wrong with a table."""
 
+import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +170,24 @@ def put(column: str, value: object, **where: object) -> Callable[[pd.DataFrame],
 WRONG: list[tuple[Callable[[pd.DataFrame], pd.DataFrame], type[AnchorwellError], str]] = [
     (lambda t: t.drop(columns="Metadata_label"), LayoutError, "lacks the columns Metadata_label"),
     (put("e003", np.nan, Plate="B1p0", Well="A02"), LayoutError, "'e003' of plate B1p0 well A02"),
-    (lambda t: t.assign(e004="word"), LayoutError, "the feature 'e004' is no number"),
+    (lambda t: t.assign(e004="word"), LayoutError, "the feature 'e004' is no number but 'word' in row 1"),
+    (put("e003", 1e200, Plate="B1p0", Well="A02"), LayoutError, "'e003' of plate B1p0 well A02"),
+    (lambda t: t.head(0), LayoutError, "table.parquet has no rows"),
+    (put("Metadata_Plate", None, Plate="B0p0", Well="A02"), LayoutError, "table.parquet row 2: Metadata_Plate is empty"),
+    (put("Metadata_method", None, Batch="B0", Well="A01"), LayoutError, "rows 1, 25, 145, 169: Metadata_method is empty"),
+    (lambda t: t.assign(Metadata_seed=1.5), LayoutError, "Metadata_seed is no whole number"),
+    (lambda t: t.assign(Metadata_seed="x"), LayoutError, "Metadata_seed is no whole number"),
+    (put("Metadata_Well", "a1", Plate="B0p0", Well="A02"), LayoutError, "plate B0p0 well A01 has two rows"),
+    (put("Metadata_Well", "Q99", Plate="B1p0", Well="A02"), LayoutError, "row 50, plate B1p0: 'Q99' is not a well"),
+    (
+        lambda t: t.assign(Metadata_label=t["Metadata_label"].where(t["Metadata_setting"] == "train")),
+        LayoutError,
+        "no treated test well of erm source has a label",
+    ),
+    *[
+        (lambda t, name=name: t.assign(**{name: range(len(t))}), LayoutError, f"the column {name!r} is named as row numbers")
+        for name in ("", "index", "level_0", "Unnamed: 0")
+    ],
     (
         lambda t: t.assign(Metadata_pert_type="trt"),
         NoControlsError,
@@ -192,8 +211,98 @@ WRONG: list[tuple[Callable[[pd.DataFrame], pd.DataFrame], type[AnchorwellError],
 def test_a_table_that_would_mislead_is_refused_by_name(
     change: Callable[[pd.DataFrame], pd.DataFrame], error: type[AnchorwellError], words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=re.escape(words)):
         evaluate_embeddings(read(change(one_network()), tmp_path)[0])
+
+
+@pytest.mark.parametrize("column", ["label", "control", "setting"])
+def test_a_column_that_is_named_for_something_is_no_feature(column: str, tmp_path: Path) -> None:
+    """Numbers of classes among the features would be called rightly by any network."""
+    table, own = one_network(), getattr(COLUMNS, column)
+    names = {value: str(number) for number, value in enumerate(sorted(set(table[own])))}
+    numbers = table[own].map(names).astype(int) if column != "setting" else table[own]
+    table.assign(moa_id=numbers).drop(columns=own).to_parquet(tmp_path / "named.parquet")
+    value = names["negcon"] if column == "control" else "negcon"
+    columns = replace(COLUMNS, **{column: "moa_id"}, control_value=value)
+    (wells,) = read_wells(tmp_path / "named.parquet", "", columns)
+    np.testing.assert_array_equal(wells.features, table.filter(regex="^e").to_numpy())
+
+
+def test_classes_called_as_missing_values_are_classes_in_a_csv(tmp_path: Path) -> None:
+    """And a column that pandas would read as numbers stays as it is written."""
+    table = one_network().replace({"alpha": "NA", "beta": "None", "gamma": "null"}).assign(Metadata_Source="007")
+    table = table[table["Metadata_setting"] != "new_lab"]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    (wells,) = read_wells(tmp_path / "table.csv", "", COLUMNS)
+    assert set(wells.about["label"]) == {"", "NA", "None", "null", "delta"}
+    assert set(wells.about["lab"]) == {"007"}
+    np.testing.assert_allclose(wells.features, table.filter(regex="^e").to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda lines: ["," + lines[0], *(f"{n},{line}" for n, line in enumerate(lines[1:]))],
+            "the column '' is named as row",
+        ),
+        (lambda lines: [lines[0].replace("e003", "e002"), *lines[1:]], "its header names the column 'e002' twice"),
+        (lambda lines: [lines[0], *(f"{n},{line}" for n, line in enumerate(lines[1:]))], "cannot be read as a CSV"),
+        (lambda lines: [*lines, "1," * 40], "cannot be read as a CSV"),
+        (lambda lines: [*lines[:3], "", lines[3].replace("B0p0", ""), *lines[4:]], "row 5: Metadata_Plate is empty"),
+        (lambda lines: lines[:1], "has no rows"),
+        (lambda _: [], "cannot be read as a CSV"),
+    ],
+)
+def test_a_csv_that_is_not_as_its_header_says_is_refused_by_name(
+    change: Callable[[list[str]], list[str]], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(change(one_network().to_csv(index=False).splitlines())))
+    with pytest.raises(LayoutError, match=rf"table\.csv.*{re.escape(words)}"):
+        read_wells(path, "", COLUMNS)
+
+
+def test_columns_of_parquet_are_read_as_they_would_be_from_a_csv(tmp_path: Path) -> None:
+    """Labels as categories, plates as numbers of which some batches have none."""
+    table = one_network()
+    plates = {name: 1_000.0 + number for number, name in enumerate(sorted(set(table["Metadata_Plate"])))}
+    table = table.assign(
+        Metadata_label=table["Metadata_label"].replace("", None).astype("category"),
+        Metadata_Plate=table["Metadata_Plate"].map(plates), Metadata_seed=3.0,
+    )  # fmt: skip
+    (wells,) = read(table, tmp_path)
+    assert wells.seed == 3
+    assert set(wells.about["plate"]) == {f"{plate:.0f}" for plate in plates.values()}
+    assert set(wells.about["label"]) == {"", *made_up.CLASSES}
+    assert "plate 1000 well A01" in wells.at(0)
+
+
+def test_a_table_that_cannot_be_scored_is_named(tmp_path: Path) -> None:
+    relabelled(one_network(), "Metadata_pert_type", "trt", Plate="B7p2").to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(NoControlsError, match=r"table\.parquet: plate B7p2 of batch B7 has no control"):
+        write_baselines(tmp_path / "table.parquet", tmp_path, "", COLUMNS)
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    with pytest.raises(LayoutError, match=r"table\.parquet cannot be read as Parquet"):
+        write_baselines(tmp_path / "table.parquet", tmp_path, "", COLUMNS)
+
+
+def test_a_scoring_that_is_stopped_leaves_no_cells_beside_other_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_network().to_parquet(tmp_path / "table.parquet")
+    write_baselines(tmp_path / "table.parquet", tmp_path, "", COLUMNS)
+    written: list[str] = []
+
+    def full(path: Path, _content: bytes) -> None:
+        written.append(path.name)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.embeddings.write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_baselines(tmp_path / "table.parquet", tmp_path, "", COLUMNS)
+    assert written == ["predictions-embedding.parquet"]
+    assert not (tmp_path / "cells-embedding.parquet").exists()
 
 
 def test_a_training_well_under_another_plates_name_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from model.bundle import file_sha256
 from model.errors import LayoutError, RunError
 from tests.training import made_up
 from training.embeddings import Columns, write_baselines
 from training.grid import Axes, Grid, evaluate_grid
 from training.intervals import Resamples
 from training.report import calibration_by_batch, cannot_show, confusion, curve, gaps, reliability, scores, write_report
-from training.results import SETTINGS, Results, read_results
+from training.results import SETTINGS, Results, of_way, read_results
 from training.train import Run
 
 ERM, OURS = ("erm", "source"), ("cs-arm-bn", "controls")
@@ -230,6 +233,56 @@ def test_a_grids_tables_are_reported_as_they_are(run: Run, erm_run: Run, tmp_pat
     assert (tmp_path / "report" / "embedding.png").is_file()
 
 
+def test_a_report_that_is_stopped_leaves_none_rather_than_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.cells(seeds=1).to_parquet(tmp_path / "cells.parquet", index=False)
+    (tmp_path / "report").mkdir()
+    path = tmp_path / "report" / "report.md"
+    path.write_text("of other results")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for place in ("training.plots.accuracies", "training.report.write_whole"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, full)
+            with pytest.raises(OSError, match="No space left"):
+                write_report(tmp_path, tmp_path / "report")
+        assert not path.exists()
+
+
+def test_nulls_alone_are_reported_without_plots_of_methods(tmp_path: Path) -> None:
+    cells = made_up.cells(seeds=1)
+    made_up.write(tmp_path, cells[cells["method"].str.startswith("null")])
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    assert "| null: majority |" in text
+    assert "## Calibration" not in text
+    assert not (tmp_path / "report" / "reliability.png").exists()
+
+
+def test_a_method_named_outright_is_shown_or_refused(tmp_path: Path) -> None:
+    cells = made_up.cells(seeds=1)
+    whole_plates = Results(cells).default
+    made_up.write(tmp_path, whole_plates[whole_plates["method"] != "cs-arm-bn"])
+    with pytest.raises(RunError, match=r"has no nope with context controls; it has erm with context source, adabn-controls"):
+        write_report(tmp_path, tmp_path / "report", ("nope", "controls"))
+    assert not (tmp_path / "report").exists()
+    shown = {
+        ERM: "erm (unadapted) in domain",
+        ("arm-bn", "treated"): "arm-bn (treated) in domain",
+        None: "adabn-controls in",
+    }
+    for asked, words in shown.items():
+        text = write_report(tmp_path, tmp_path / "report", asked).read_text(encoding="utf-8")
+        assert text.split("## Confusions")[1].split("\n##")[0].count(words) == 1
+
+
+def test_methods_that_were_scored_at_one_point_each_make_no_curve(results: Results) -> None:
+    apart = [of_way(results.default, way).assign(controls=k) for way, k in ((OURS, 4), (("arm-bn", "treated"), 8))]
+    assert curve(Results(pd.concat(apart)), Resamples(draws=50), "controls") is None
+
+
 def test_cells_alone_are_reported_and_cost_beside_them(tmp_path: Path) -> None:
     made_up.cells(seeds=1).to_parquet(tmp_path / "cells.parquet", index=False)
     row = {"way": "forward", "needs": "nothing", "flops": 2e9, "seconds": 1.0, "seconds_low": 0.9, "seconds_high": 1.1,
@@ -274,3 +327,82 @@ def test_tables_that_do_not_hold_together_are_refused(tmp_path: Path) -> None:
         wrong.to_parquet(path, index=False)
         with pytest.raises(LayoutError, match=error):
             read_results(tmp_path)
+
+
+Change = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+def emptied(column: str, value: object = None) -> Change:
+    return lambda table: table.assign(**{column: table[column].where(table.index != 2, value)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("cells", lambda t: t.assign(well_accuracy="0.5"), "the column well_accuracy holds no numbers"),
+        ("cells", emptied("well_accuracy"), " row 3: well_accuracy is empty"),
+        ("cells", emptied("lab"), " row 3: lab is empty"),
+        ("cells", emptied("lab", ""), " row 3: lab is empty"),
+        ("predictions", lambda t: t.drop(columns=list(t.filter(like="p:"))), " has no probabilities"),
+        ("predictions", lambda t: t.assign(**{"p:alpha": "0.5"}), "the column p:alpha holds no numbers"),
+        ("predictions", emptied("confidence_before"), " row 3: confidence_before is empty"),
+        ("embeddings", lambda t: t.drop(columns="Metadata_setting"), " lacks the columns Metadata_setting"),
+        ("embeddings", lambda t: t.assign(e003="word"), "the column e003 holds no numbers"),
+    ],
+)
+def test_a_table_with_values_that_cannot_be_is_refused_by_file(
+    name: str, change: Change, words: str, tmp_path: Path
+) -> None:
+    cells = made_up.cells(seeds=1)
+    path = made_up.write(tmp_path, Results(cells).default.reset_index(drop=True)) / f"{name}.parquet"
+    change(pd.read_parquet(path)).to_parquet(path, index=False)
+    with pytest.raises(LayoutError, match=rf"{name}\.parquet.*{words}"):
+        read_results(tmp_path)
+
+
+def test_embeddings_that_are_not_finite_are_refused_by_feature(tmp_path: Path) -> None:
+    path = made_up.write(tmp_path) / "embeddings.parquet"
+    table = pd.read_parquet(path)
+    table.assign(e003=table["e003"].where(table["Metadata_Plate"] != "B9p2")).to_parquet(path, index=False)
+    with pytest.raises(LayoutError, match=r"embeddings\.parquet: the feature e003 of erm \(unadapted\) is not finite"):
+        write_report(tmp_path, tmp_path / "report")
+    assert not (tmp_path / "report").exists(), "what is refused leaves an earlier report as it was"
+
+
+@pytest.mark.parametrize("name", ["about.json", "cost.json"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": [', '{"told": 1, "workload": {"spec": {}}}'])
+def test_a_damaged_file_beside_the_tables_is_refused_by_name(name: str, content: str, tmp_path: Path) -> None:
+    made_up.cells(seeds=1).head(20).to_parquet(tmp_path / "cells.parquet", index=False)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RunError, match=rf"{re.escape(name)} is damaged \(.*: (evaluate|measure the cost) again"):
+        write_report(tmp_path, tmp_path / "report")
+
+
+def test_a_table_that_is_cut_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("cells", "predictions", "embeddings"):
+        path = made_up.write(tmp_path, made_up.cells(seeds=1)) / f"{name}.parquet"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(LayoutError, match=rf"{name}\.parquet cannot be read as Parquet"):
+            read_results(tmp_path)
+
+
+def test_tables_that_are_not_those_of_their_evaluation_are_refused(tmp_path: Path) -> None:
+    made_up.write(tmp_path, made_up.cells(seeds=1))
+    tables = {f"{name}.parquet": tmp_path / f"{name}.parquet" for name in ("cells", "predictions", "embeddings")}
+    digests = {name: file_sha256(path) for name, path in tables.items()}
+    (tmp_path / "about.json").write_text(json.dumps({"told": ["seed 1: cut short"], "tables": digests}))
+    assert read_results(tmp_path).told == ("seed 1: cut short",)
+    for path in tables.values():
+        content = path.read_bytes()
+        for damage in (lambda path=path: path.unlink(), lambda path=path, content=content: path.write_bytes(content[:-1])):
+            damage()
+            with pytest.raises(RunError, match=rf"{path.name} was changed or only half written after its evaluation"):
+                read_results(tmp_path)
+        path.write_bytes(content)
+
+
+def test_tables_without_word_of_what_was_left_out_are_said_to_be_so(tmp_path: Path) -> None:
+    made_up.cells(seeds=1).to_parquet(tmp_path / "cells.parquet", index=False)
+    assert "What was left out of the evaluation is not known" in " ".join(cannot_show(read_results(tmp_path)))
+    (tmp_path / "about.json").write_text(json.dumps({"told": []}))
+    assert "not known" not in " ".join(cannot_show(read_results(tmp_path)))
