@@ -12,11 +12,12 @@ Run: ``python -m benchmarks.science [--workers 2] [--keep | --check]``.
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from training.evaluate import TrainedNetwork, answers_of, outcome, scores
 from training.grid import Grid, SeedAsked, evaluate_grid, read_grid, train_missing, write_table
 from training.intervals import Estimate, Resamples
 from training.methods import WAYS
-from training.plates import open_plates
+from training.plates import open_plates, write_whole
 from training.progress import BEST, LAST
 from training.queries import ALL, DEFAULT, Draws
 from training.report import write_report
@@ -55,8 +56,14 @@ Way = tuple[str, str]
 
 
 def fetched(seed: int, out: Path, workers: int, plan: SimulationPlan = PLAN) -> None:
-    """Simulate a seed's plates and fetch them into ``out``, unless they are there."""
-    fetched_plates(replace(plan, seed=seed), out.with_name(f"data-{out.name}"), {out: RECIPE}, workers)
+    """Simulate a seed's plates, fetch them into ``out`` and let their TIFFs go, unless that was done."""
+    done, data = out.with_name(f"{out.name}.json"), out.with_name(f"data-{out.name}")
+    made = json.dumps(asdict(replace(plan, seed=seed)))
+    if done.is_file() and done.read_text(encoding="utf-8") == made:
+        return
+    fetched_plates(replace(plan, seed=seed), data, {out: RECIPE}, workers)
+    write_whole(done, made.encode())
+    shutil.rmtree(data)
 
 
 def trained(grid: Grid, seed: int, network: str) -> None:
