@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from model.bundle import Bundle, Parity
-    from training.train import TrainingConfig
 
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Read s3:// without credentials: public data.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of an S3 other than AWS's; else AWS_ENDPOINT.")]
@@ -292,27 +291,8 @@ def train_command(
         devices=devices, num_nodes=num_nodes, accumulate=accumulate,
         precision=cast('Literal["fp32", "bf16"]', precision), loader_workers=loader_workers,
     )  # fmt: skip
-    _check_choices(config)
     train(config, out, resume=resume)
     rank_zero_only(typer.echo)(f"run: {out}")
-
-
-def _check_choices(config: "TrainingConfig") -> None:
-    from training.methods import make_method  # noqa: PLC0415 (torch)
-
-    choices = {
-        "depth": (18, 34, 50),
-        "schedule": ("constant", "cosine"),
-        "accelerator": ("auto", "cpu", "gpu"),
-        "precision": ("fp32", "bf16"),
-    }
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise typer.BadParameter(f"--{name} is one of {', '.join(map(str, allowed))}")
-    try:
-        make_method(config.method, config.context)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command("export")
