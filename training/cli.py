@@ -307,7 +307,9 @@ def export_command(
     from training.release import release  # noqa: PLC0415 (torch)
 
     _require_empty(out)
-    _tell_bundle(*release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells))
+    with _writing(out):
+        bundle, parity = release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
+    _tell_bundle(bundle, parity)
 
 
 @app.command("import-checkpoint")
@@ -334,6 +336,8 @@ def import_checkpoint_command(
     from training.methods import make_method  # noqa: PLC0415 (torch)
     from training.plates import open_plates, require_recipe  # noqa: PLC0415 (pandas)
 
+    if context not in ("controls", "union", "source"):
+        raise typer.BadParameter("--context is one of controls, union, source")
     _require_empty(out)
     names = _listed(classes)
     recipe = ImageRecipe(
@@ -347,10 +351,11 @@ def import_checkpoint_command(
     method = make_method("erm") if context == "source" else make_method("cs-arm-bn", context)
     require_recipe(calibration, recipe)
     plates = open_plates(calibration, names)
-    bundle, parity = checkpoints.import_checkpoints(
-        folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
-        minimum_control_wells=minimum_control_wells,
-    )  # fmt: skip
+    with _writing(out):
+        bundle, parity = checkpoints.import_checkpoints(
+            folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
+            minimum_control_wells=minimum_control_wells,
+        )  # fmt: skip
     typer.echo(f"members: {', '.join(str(member['file']) for member in bundle.manifest.training['members'])}")
     _tell_bundle(bundle, parity)
 
