@@ -116,9 +116,10 @@ def index_command(
 
     All that is wrong with the tables is told at once, with file and row.
     """
-    from training.index import IndexFile, index_tree, write_index  # noqa: PLC0415 (pandas)
+    from training.index import IndexFile, index_tree, require_channels, write_index  # noqa: PLC0415 (pandas)
 
     names = tuple(name.strip() for name in channels.split(","))
+    require_channels(names)
     if load_data:
         from training.jump import Selection, write_jump_index  # noqa: PLC0415 (pandas)
         from training.objects import ObjectAccess, Objects  # noqa: PLC0415 (obstore)

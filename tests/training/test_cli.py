@@ -54,6 +54,8 @@ def test_plates_are_simulated_without_torch(tmp_path: Path) -> None:
         (("index", "{out}", "--out", "{out}/index.csv"), "no load_data.csv below"),
         (("fetch", "{out}/index.csv", "{out}/plates", "--scaling", "none"), "index.csv"),
         (("fetch", "{index}", "{out}/plates", "--pixel-size-um", "0"), "pixel_size_um 0 is not positive and finite"),
+        (("index", "{out}", "--out", "{out}/i.csv", "--channels", "DNA,DNA"), "'DNA' is empty or there twice"),
+        (("fetch", "{index}", "{out}/plates", "--workers", "0"), "workers is 0; it is 1 or more"),
         (("fetch", "{index}", "{out}/plates", "--shrink", "0"), "shrink is 0; it is a number of pixels, 1 or more"),
         (("train", "{out}/plates", "{out}/run"), "holds no plates"),
         (("train", "{out}/plates", "{out}/run", "--method", "magic"), "no method 'magic'"),
