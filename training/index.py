@@ -195,8 +195,10 @@ def _require_one_of_each(index: pd.DataFrame) -> None:
     wrong = index[~index["role"].isin([Role.CONTROL.value, Role.TREATED.value])]
     if len(wrong):
         named = ", ".join(sorted({str(role) for role in wrong["role"].unique()}))
-        plate, well = wrong[[PLATE, WELL]].iloc[0]
-        raise LayoutError(f"the role is control or treated, not {named}: first in well {well} of plate {plate}")
+        first = wrong.iloc[0]
+        raise LayoutError(
+            f"the role is control or treated, not {named}: first in well {first[WELL]} of plate {first[PLATE]}"
+        )
     plates = index[KEYS[:3]].drop_duplicates()
     several = sorted(plates.loc[plates.duplicated(PLATE), PLATE])
     if several:
@@ -224,8 +226,8 @@ def _require_own_paths(index: pd.DataFrame) -> None:
         plate, path = again[[PLATE, "value"]].iloc[0]
         same = again[(again[PLATE] == plate) & (again["value"] == path)].head(_PLACES_TOLD)
         places = " and ".join(
-            f"well {well} site {site} channel {column.removeprefix(_PATH)}"
-            for well, site, column in same[[WELL, SITE, "variable"]].itertuples(index=False)
+            f"well {well} site {site} channel {str(column).removeprefix(_PATH)}"
+            for well, site, column in same[[WELL, SITE, "variable"]].to_numpy().tolist()
         )
         raise LayoutError(f"plate {plate}: {path} is given for {places}: a plane has a file of its own")
 
