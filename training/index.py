@@ -195,10 +195,8 @@ def _require_one_of_each(index: pd.DataFrame) -> None:
     wrong = index[~index["role"].isin([Role.CONTROL.value, Role.TREATED.value])]
     if len(wrong):
         named = ", ".join(sorted({str(role) for role in wrong["role"].unique()}))
-        first = wrong.iloc[0]
-        raise LayoutError(
-            f"the role is control or treated, not {named}: first in well {first[WELL]} of plate {first[PLATE]}"
-        )
+        row = wrong.iloc[0]
+        raise LayoutError(f"the role is control or treated, not {named}: first in well {row[WELL]} of plate {row[PLATE]}")
     plates = index[KEYS[:3]].drop_duplicates()
     several = sorted(plates.loc[plates.duplicated(PLATE), PLATE])
     if several:
