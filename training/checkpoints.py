@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle, Parity, file_sha256
-from model.errors import CheckpointError
+from model.errors import CheckpointError, LayoutError
 from model.images import ImageRecipe
 from model.network import STAGES, Ensemble, NetworkSpec, ResNet
 from training.calibrate import calibrate_unseen
 from training.dataset import PlateSites
 from training.methods import Method
 from training.release import calibrated_bundle
+from training.train import require_size
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
@@ -75,11 +76,16 @@ def import_checkpoints(
 
     Raises:
         CheckpointError: a file is no such checkpoint; names the file and the key.
-        LayoutError: the plates are too few to calibrate on.
+        LayoutError: the plates are too few to calibrate on, or two outputs have one name. RunError: their fields are smaller
+            than the network's input.
         BundleError: ONNX and torch disagree.
     """
     if recipe.size < LEAST_SIZE:
         raise CheckpointError(f"images of {recipe.size} pixels; the published network's pooling needs {LEAST_SIZE} or more")
+    repeated = sorted({label for label in classes if classes.count(label) > 1})
+    if repeated:
+        raise LayoutError(f"the classes name {', '.join(repeated)} more than once: name every output of the network once")
+    require_size(plates, recipe.size)
     networks = read_networks(folder, classes=len(classes), channels=len(recipe.channels))
     if method.context == "source":
         _require_running_statistics(networks)
@@ -211,8 +217,8 @@ def _require_tensor(tensor: Tensor, shape: torch.Size, file: str, key: str, spec
         problem = f"has shape {tuple(tensor.shape)}; expected is {tuple(shape)} (for {made})"
     elif not tensor.is_floating_point():
         problem = f"is of type {tensor.dtype}; expected are floating-point numbers"
-    elif not tensor.isfinite().all():
-        problem = "has values that are not finite"
+    elif not tensor.float().isfinite().all():  # as it is served: a float64 may be larger than any float32
+        problem = "has values that are not finite in float32"
     elif key.endswith("running_var") and (tensor < 0).any():
         problem = "has a negative variance"
     if problem:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from model.bundle import Bundle, Parity
-    from training.train import TrainingConfig
 
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Read s3:// without credentials: public data.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of an S3 other than AWS's; else AWS_ENDPOINT.")]
@@ -117,9 +116,10 @@ def index_command(
 
     All that is wrong with the tables is told at once, with file and row.
     """
-    from training.index import IndexFile, index_tree, write_index  # noqa: PLC0415 (pandas)
+    from training.index import IndexFile, index_tree, require_channels, write_index  # noqa: PLC0415 (pandas)
 
     names = tuple(name.strip() for name in channels.split(","))
+    require_channels(names)
     if load_data:
         from training.jump import Selection, write_jump_index  # noqa: PLC0415 (pandas)
         from training.objects import ObjectAccess, Objects  # noqa: PLC0415 (obstore)
@@ -292,27 +292,8 @@ def train_command(
         devices=devices, num_nodes=num_nodes, accumulate=accumulate,
         precision=cast('Literal["fp32", "bf16"]', precision), loader_workers=loader_workers,
     )  # fmt: skip
-    _check_choices(config)
     train(config, out, resume=resume)
     rank_zero_only(typer.echo)(f"run: {out}")
-
-
-def _check_choices(config: "TrainingConfig") -> None:
-    from training.methods import make_method  # noqa: PLC0415 (torch)
-
-    choices = {
-        "depth": (18, 34, 50),
-        "schedule": ("constant", "cosine"),
-        "accelerator": ("auto", "cpu", "gpu"),
-        "precision": ("fp32", "bf16"),
-    }
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise typer.BadParameter(f"--{name} is one of {', '.join(map(str, allowed))}")
-    try:
-        make_method(config.method, config.context)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command("export")
@@ -327,7 +308,9 @@ def export_command(
     from training.release import release  # noqa: PLC0415 (torch)
 
     _require_empty(out)
-    _tell_bundle(*release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells))
+    with _writing(out):
+        bundle, parity = release(runs, out, name=name or out.name, minimum_control_wells=minimum_control_wells)
+    _tell_bundle(bundle, parity)
 
 
 @app.command("import-checkpoint")
@@ -354,6 +337,8 @@ def import_checkpoint_command(
     from training.methods import make_method  # noqa: PLC0415 (torch)
     from training.plates import open_plates, require_recipe  # noqa: PLC0415 (pandas)
 
+    if context not in ("controls", "union", "source"):
+        raise typer.BadParameter("--context is one of controls, union, source")
     _require_empty(out)
     names = _listed(classes)
     recipe = ImageRecipe(
@@ -367,10 +352,11 @@ def import_checkpoint_command(
     method = make_method("erm") if context == "source" else make_method("cs-arm-bn", context)
     require_recipe(calibration, recipe)
     plates = open_plates(calibration, names)
-    bundle, parity = checkpoints.import_checkpoints(
-        folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
-        minimum_control_wells=minimum_control_wells,
-    )  # fmt: skip
+    with _writing(out):
+        bundle, parity = checkpoints.import_checkpoints(
+            folder, list(plates.values()), out, name=name or out.name, classes=names, recipe=recipe, method=method,
+            minimum_control_wells=minimum_control_wells,
+        )  # fmt: skip
     typer.echo(f"members: {', '.join(str(member['file']) for member in bundle.manifest.training['members'])}")
     _tell_bundle(bundle, parity)
 

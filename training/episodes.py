@@ -25,7 +25,7 @@ class EpisodeShape:
     """How much of a plate a step draws: L treated, K controls from a range (K-jitter), of D plates.
 
     ``panel`` images are drawn of the plate's panel, which is ``panel_wells`` wells of every class; a method without a panel
-    draws as many more treated ones.
+    draws as many more treated ones. Raises ValueError where a number is out of range.
     """
 
     treated: int = 64
@@ -34,6 +34,16 @@ class EpisodeShape:
     plates: int = 8
     panel: int = 0
     panel_wells: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("treated", 1), ("controls_min", 0), ("plates", 1), ("panel", 0), ("panel_wells", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is {least} or more")
+        if self.controls_max < self.controls_min:
+            raise ValueError(
+                f"controls_min is {self.controls_min} and controls_max {self.controls_max}: "
+                "the fewest are not more than the most"
+            )
 
     @property
     def rows(self) -> int:

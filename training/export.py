@@ -4,11 +4,16 @@ One pair of graphs holds every member. Both share ``weights.bin``: an initialise
 Statistics are compared with a float64 torch pass, logits with a float32 one.
 """
 
+import fcntl
 import hashlib
 import logging
+import os
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,7 @@ from model.bundle import (
     Parity,
     finish_bundle,
 )
+from model.errors import RunError
 from model.network import Ensemble, FromContext, Given, Network, PriorTensors
 from model.predictions import EmbeddingReference
 from model.statistics import Prior, TrainingStatistics
@@ -92,7 +98,7 @@ def export_bundle(
 
     Args:
         network: the trained members; their running statistics are not used.
-        path: a directory, made if missing.
+        path: a directory that is not there or empty; it is written beside its place and moved there when it is whole.
         manifest: complete but for ``files``.
         training_statistics: what the training plates look like.
         embedding_reference: how embeddings vary.
@@ -100,14 +106,41 @@ def export_bundle(
 
     Raises:
         BundleError: ONNX and torch disagree by more than the tolerances.
+        RunError: another process writes it.
     """
-    path.mkdir(parents=True, exist_ok=True)
     network = network.eval().cpu()
-    write_graphs(network, path, golden_images[:2])
-    prior = training_statistics.prior(GOLDEN_WELLS)
-    golden = make_golden(network, golden_images, prior)
-    parity = check_parity(path, golden, prior)
-    return finish_bundle(path, manifest, training_statistics, embedding_reference, golden), parity
+    with _folder_beside(path) as folder:
+        write_graphs(network, folder, golden_images[:2])
+        prior = training_statistics.prior(GOLDEN_WELLS)
+        golden = make_golden(network, golden_images, prior)
+        parity = check_parity(folder, golden, prior)
+        bundle = finish_bundle(folder, manifest, training_statistics, embedding_reference, golden)
+        folder.rename(path.resolve())
+    return replace(bundle, path=path), parity
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Make an empty folder beside a place, held against other processes; what is left of it in the end, or was, goes.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    folder = path.resolve().with_name(f".{path.resolve().name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunError(f"{path} is being written by another process: wait for it, or name another directory") from None
+    try:
+        for left in folder.iterdir():
+            left.unlink()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) -> None:

@@ -101,12 +101,16 @@ class FetchOptions:
     """How planes are fetched: by how many processes, with which access; whether a few sites may be left out.
 
     ``skip_bad_sites`` leaves out sites that cannot be used, a tenth of a plate's at most, and never all sites of a label nor
-    all controls.
+    all controls. Raises ValueError where there are no workers.
     """
 
     workers: int = 1
     access: ObjectAccess = field(default_factory=ObjectAccess)
     skip_bad_sites: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it is 1 or more")
 
 
 def fetch(
@@ -488,6 +492,8 @@ def _prepare(task: SiteTask, reading: Sequence[Future[StampedObject]], recipe: I
         except FileNotFoundError:
             _require_folder(task, channel, place)
             problems.append(f"{_named(task)} channel {channel} file {place}: it is not there")
+        except IsADirectoryError:
+            problems.append(f"{_named(task)} channel {channel} file {place}: it is a folder")
         except FetchError as error:
             raise error.about(plate=task.plate, well=task.well, site=task.site, channel=channel) from None
         except AnchorwellError as error:
@@ -505,9 +511,13 @@ def _require_folder(task: SiteTask, channel: str, place: str) -> None:
     """Check that a file alone is not there.
 
     Raises:
-        FetchError: its folder is not there either: a disk was taken away, or a share.
+        FetchError: its folder is not there either: a disk was taken away, or a share; or it is no place that is read.
     """
     folder = Path(place).parent
+    if not is_remote(place) and "://" in place:
+        raise FetchError(
+            f"{_named(task)} channel {channel} file {place}: planes are read from s3:// and from disk: copy it there"
+        )
     if not is_remote(place) and not folder.is_dir():
         raise FetchError(
             f"{_named(task)} channel {channel} file {place}: its folder is not there; run again when the storage is there"

@@ -25,6 +25,7 @@ KEYS = ["Metadata_Source", "Metadata_Batch", PLATE, WELL, SITE]
 COLUMNS = [*KEYS, "label", "role", "pixel_size_um"]
 _PATH = "Path_"
 _BATCH_ROWS = 20_000
+_PLACES_TOLD = 4
 
 
 def channels_of(index: pd.DataFrame) -> tuple[str, ...]:
@@ -34,6 +35,18 @@ def channels_of(index: pd.DataFrame) -> tuple[str, ...]:
 
 def _channels(columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(name.removeprefix(_PATH) for name in columns if name.startswith(_PATH))
+
+
+def require_channels(channels: Sequence[str]) -> None:
+    """Check names of channels to index.
+
+    Raises:
+        LayoutError: one is empty or there twice.
+    """
+    wrong = sorted({name for name in channels if not name or channels.count(name) > 1})
+    if wrong:
+        listed = ", ".join(map(repr, wrong))
+        raise LayoutError(f"of the channels {','.join(channels)} {listed} is empty or there twice: name each channel once")
 
 
 def path_column(channel: str) -> str:
@@ -134,8 +147,8 @@ def _tell_absent(plate: Table, columns: Mapping[str, str], problems: Problems) -
 def checked(index: pd.DataFrame) -> pd.DataFrame:
     """Check an index; return it sorted, with plates' names as text, zero-padded wells, numbers of sites, and sizes in µm.
 
-    Every site has its names and paths and is there once; a well has one role and one label; a plate is of one batch and has
-    one pixel size, or none.
+    Every site has its names and paths and is there once; a plate's planes have a path each; a well has one role and one
+    label; a plate is of one batch and has one pixel size, or none.
 
     Raises:
         LayoutError, WellNameError: as it says, or there are no rows.
@@ -155,6 +168,7 @@ def checked(index: pd.DataFrame) -> pd.DataFrame:
         "pixel_size_um": _checked_sizes(index),
     })  # fmt: skip
     _require_one_of_each(index)
+    _require_own_paths(index)
     return index.sort_values(KEYS, ignore_index=True)
 
 
@@ -178,9 +192,11 @@ def _checked_sizes(index: pd.DataFrame) -> pd.Series:
 
 
 def _require_one_of_each(index: pd.DataFrame) -> None:
-    wrong = sorted({str(role) for role in index["role"].unique()} - {Role.CONTROL.value, Role.TREATED.value})
-    if wrong:
-        raise LayoutError(f"the role is control or treated, not {', '.join(wrong)}")
+    wrong = index[~index["role"].isin([Role.CONTROL.value, Role.TREATED.value])]
+    if len(wrong):
+        named = ", ".join(sorted({str(role) for role in wrong["role"].unique()}))
+        row = wrong.iloc[0]
+        raise LayoutError(f"the role is control or treated, not {named}: first in well {row[WELL]} of plate {row[PLATE]}")
     plates = index[KEYS[:3]].drop_duplicates()
     several = sorted(plates.loc[plates.duplicated(PLATE), PLATE])
     if several:
@@ -198,6 +214,20 @@ def _require_one_of_each(index: pd.DataFrame) -> None:
     if again.any():
         first = " ".join(map(str, index.loc[again, KEYS].iloc[0]))
         raise LayoutError(f"{again.sum()} sites are there twice, the first is {first}")
+
+
+def _require_own_paths(index: pd.DataFrame) -> None:
+    columns = [path_column(channel) for channel in channels_of(index)]
+    paths = index[[PLATE, WELL, SITE, *columns]].melt([PLATE, WELL, SITE])
+    again = paths[paths.duplicated([PLATE, "value"], keep=False)]
+    if len(again):
+        plate, path = again[[PLATE, "value"]].iloc[0]
+        same = again[(again[PLATE] == plate) & (again["value"] == path)].head(_PLACES_TOLD)
+        places = " and ".join(
+            f"well {well} site {site} channel {str(column).removeprefix(_PATH)}"
+            for well, site, column in same[[WELL, SITE, "variable"]].to_numpy().tolist()
+        )
+        raise LayoutError(f"plate {plate}: {path} is given for {places}: a plane has a file of its own")
 
 
 def write_index(index: pd.DataFrame, path: Path) -> None:
@@ -275,8 +305,9 @@ class IndexFile:
         else:
             index = _read_csv(path)
             columns, sites = list(index.columns), len(index)
-        _require_columns(columns)
-        _require_rows(sites)
+        with _about(path):
+            _require_columns(columns)
+            _require_rows(sites)
         return cls(path, _channels(columns), sites)
 
     def plates(self) -> Iterator[pd.DataFrame]:
@@ -291,7 +322,9 @@ class IndexFile:
             if plate in seen:
                 raise LayoutError(f"the rows of plate {plate} lie apart in {self.path}: sort it by plate")
             seen.add(plate)
-            yield checked(_with_absolute_paths(rows, self.path.parent))
+            with _about(self.path):
+                rows = checked(_with_absolute_paths(rows, self.path.parent))  # noqa: PLW2901
+            yield rows
 
     def _parts(self) -> Iterator[pd.DataFrame]:
         pending: list[pd.DataFrame] = []
@@ -317,8 +350,18 @@ class IndexFile:
 def read_index(path: Path) -> pd.DataFrame:
     """Read a whole index (Parquet or CSV); paths come back absolute."""
     index = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    _require_columns(list(index.columns))
-    return checked(_with_absolute_paths(index, path.parent))
+    with _about(path):
+        _require_columns(list(index.columns))
+        return checked(_with_absolute_paths(index, path.parent))
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file that what is wrong with an index is in."""
+    try:
+        yield
+    except PlateError as error:
+        raise error.about(file=str(path)) from None
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

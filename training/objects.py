@@ -56,7 +56,8 @@ class Objects:
         """Return an object's bytes.
 
         Raises:
-            FileNotFoundError: it is not there. FetchError: it cannot be read: no network, no permission.
+            FileNotFoundError: it is not there. IsADirectoryError: a folder lies there. FetchError: it cannot be read: no
+                network, no permission.
         """
         return self.read_stamped(place).data
 
@@ -81,7 +82,7 @@ class Objects:
         """Tell in one sentence why an object cannot be read."""
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise FetchError(f"{place} may not be read: {_first_line(error)}; {self._hint()}") from None

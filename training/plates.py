@@ -12,8 +12,11 @@ Knows nothing of where planes come from (``training.fetch``) nor of purposes (``
 
 import errno
 import fcntl
+import hashlib
+import io
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +32,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model.bundle import file_sha256, recipe_digest, recipe_from_json, recipe_json
-from model.errors import RunError
+from model.errors import LayoutError, LeakError, RunError
 from model.images import ImageRecipe
 from model.layout import Role
 from model.scale import BatchScale
@@ -108,7 +111,7 @@ class PlateRecord:
         Raises:
             RunError: it is of another version, or damaged.
         """
-        return _read_json(path, lambda content: cls._of(path, content), "delete it and fetch the plate again")
+        return read_json(path, lambda content: cls._of(path, content), "delete it and fetch the plate again")
 
     @classmethod
     def _of(cls, path: Path, content: dict[str, Any]) -> "PlateRecord":
@@ -251,15 +254,15 @@ def plates_recipe(folder: Path) -> ImageRecipe:
     path = folder / RECIPE
     if not path.is_file():
         raise RunError(f"{folder} holds no plates ({RECIPE} is not there): fetch them with anchorwell-train fetch")
-    return _read_json(path, recipe_from_json, "delete it and run the same fetch again, which writes it anew")
+    return read_json(path, recipe_from_json, "delete it and run the same fetch again, which writes it anew")
 
 
 def plate_records(folder: Path) -> dict[str, PlateRecord]:
     """Return the records of the folder's complete plates, by name.
 
     Raises:
-        RunError: a plate is of another version, was prepared otherwise than the folder says, or its files are not as long
-            as they were; names all that are not.
+        RunError: a plate is of another version, its record has another's name, it was prepared otherwise than the folder
+            says, or its files are not as long as they were; names all that are not.
     """
     found = _records(folder)
     if found:
@@ -271,7 +274,14 @@ def plate_records(folder: Path) -> dict[str, PlateRecord]:
 
 
 def _records(folder: Path) -> list[PlateRecord]:
-    return [PlateRecord.load(path) for path in sorted(folder.glob("*.plate.json"))]
+    found = {path: PlateRecord.load(path) for path in sorted(folder.glob("*.plate.json"))}
+    for path, record in found.items():
+        own = PlateFiles(folder, record.plate).record.name
+        if path.name != own:
+            raise RunError(
+                f"{path} says it is of plate {record.plate}, whose record is {own}: delete it, or give it its name"
+            )
+    return list(found.values())
 
 
 def _require_prepared(folder: Path, records: Sequence[PlateRecord], recipe: ImageRecipe) -> None:
@@ -308,12 +318,9 @@ def verify_plates(folder: Path, expected: Iterable[str] = ()) -> int:
     absent = sorted(set(expected) - records.keys())
     if absent:
         raise RunError(f"{folder} lacks the plates {', '.join(absent)} of the index: run fetch again")
-    damaged = [
-        str(path)
-        for record in records.values()
-        for (path, _), expected in zip(_files(folder, record), (record.images_sha256, record.sites_sha256), strict=True)
-        if file_sha256(path) != expected
-    ]
+    damaged = _opened(folder, records, plates_recipe(folder))[1] if records else []
+    images = {PlateFiles(folder, name).images: record.images_sha256 for name, record in records.items()}
+    damaged += [str(path) for path, expected in images.items() if file_sha256(path) != expected]
     if damaged:
         raise _damaged(damaged)
     return len(records)
@@ -341,21 +348,43 @@ def open_plates(folder: Path, classes: Sequence[str] | None = None) -> dict[str,
         classes: labels in the order of the network's outputs; without them every label is NO_LABEL.
 
     Raises:
-        RunError: there are no plates, they are of another version, or files are damaged.
+        RunError: there are no plates, they are of another version, or files are damaged: all but the values of pixels is
+            looked at.
     """
     recipe = plates_recipe(folder)
     records = plate_records(folder)
     _warn_of_drafts(folder, records)
     if not records:
         raise RunError(f"{folder} has no complete plate: fetch them with anchorwell-train fetch")
-    opened = {name: _open_plate(PlateFiles(folder, name), record, recipe) for name, record in records.items()}
+    opened, damaged = _opened(folder, records, recipe)
+    if damaged:
+        raise _damaged(damaged)
     return opened if classes is None else {name: plate.with_classes(classes) for name, plate in opened.items()}
 
 
+def _opened(
+    folder: Path, records: Mapping[str, PlateRecord], recipe: ImageRecipe
+) -> tuple[dict[str, PlateSites], list[str]]:
+    """Open plates, but those whose files do not go together; of these return the files, and what is wrong."""
+    opened: dict[str, PlateSites] = {}
+    damaged: list[str] = []
+    for name, record in records.items():
+        try:
+            opened[name] = _open_plate(PlateFiles(folder, name), record, recipe)
+        except RunError as error:
+            damaged.append(error.detail)
+    return opened, damaged
+
+
 def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe) -> PlateSites:
+    content = files.sites.read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.sites_sha256:
+        raise RunError(str(files.sites))
     measured = [measured_columns(channel) for channel in recipe.channels]
-    columns = ["Metadata_Well", "label", "role", *(name for names in measured for name in names)]
-    sites = pq.read_table(files.sites, columns=columns).to_pandas()
+    columns = [*PLATE_KEYS, "Metadata_Well", "label", "role", *(name for names in measured for name in names)]
+    sites = pq.read_table(io.BytesIO(content), columns=columns).to_pandas()
+    _require_own_rows(files, record, sites)
+    _require_images(files, record, len(sites), recipe)
     values = np.stack([sites[names].to_numpy(np.float64) for names in measured], axis=1)  # (sites, channels, MEASURED)
     return PlateSites(
         plate=record.plate,
@@ -375,6 +404,38 @@ def _open_plate(files: PlateFiles, record: PlateRecord, recipe: ImageRecipe) -> 
     )
 
 
+def _require_own_rows(files: PlateFiles, record: PlateRecord, sites: pd.DataFrame) -> None:
+    """Hold what a record says of its plate against the table of its sites.
+
+    Raises:
+        RunError: they differ; names the record.
+    """
+    for name, said in zip(PLATE_KEYS, (record.lab, record.batch, record.plate), strict=True):
+        other = sorted(set(sites[name].astype(str)) - {said})
+        if other:
+            raise RunError(f"{files.record} (its {name} is {said}; {files.sites.name} has {', '.join(other)})")
+
+
+def _require_images(files: PlateFiles, record: PlateRecord, sites: int, recipe: ImageRecipe) -> None:
+    """Hold the head of a file of pixels against its plate's sites, and against its length.
+
+    Raises:
+        RunError: it is of other images; names the file.
+    """
+    types = ("uint8",) if recipe.scaling == "percentile-8bit" else ("uint16", "float32")
+    expected = f"{sites} sites of {len(recipe.channels)} channels as {' or '.join(types)}"
+    try:
+        with files.images.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+            length = file.tell() + math.prod(shape) * dtype.itemsize
+    except Exception as error:  # noqa: BLE001 (damaged bytes: whatever reading them raises, they are at fault)
+        raise RunError(f"{files.images} (its head cannot be read; expected are {expected}: {str(error)[:100]})") from None
+    known = version == (1, 0) and not columns_first and dtype.isnative and dtype.name in types
+    if not known or shape[:-2] != (sites, len(recipe.channels)) or length != record.images_bytes:
+        raise RunError(f"{files.images} (its head says {shape} as {dtype.name}; expected are {expected})")
+
+
 def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:
     """Return one row a plate: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``."""
     return pd.DataFrame([(plate.lab, plate.batch, plate.plate) for plate in plates.values()], columns=PLATE_KEYS)
@@ -383,7 +444,7 @@ def plate_table(plates: Mapping[str, PlateSites]) -> pd.DataFrame:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, read: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
+def read_json(path: Path, read: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
     """Read a file of JSON.
 
     Raises:
@@ -391,8 +452,9 @@ def _read_json(path: Path, read: Callable[[dict[str, Any]], Read], remedy: str) 
     """
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, LayoutError, LeakError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise RunError(f"{path} is damaged ({said}): {remedy}") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

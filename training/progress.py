@@ -1,12 +1,16 @@
 """What a run leaves behind as it goes: its checkpoints, one table of metrics, and when it stops early.
 
-A run that is killed at any moment is gone on with from ``last.ckpt``, which is whole or not there. Knows nothing of
+A run that is killed at any moment is gone on with from ``last.ckpt``, which is whole or not there. ``best.ckpt`` is put in
+its place once ``last.ckpt`` of its step is there: where it lies, the other says how far the run has come. Knows nothing of
 networks and plates.
 """
 
 import io
 import math
 import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,13 @@ from model.errors import RunError
 from training.plates import write_whole
 
 BEST, LAST, METRICS = "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"
+COMING = "checkpoints/coming.ckpt"
+"""What will be ``best.ckpt`` when ``last.ckpt`` is written."""
 RESUMABLE = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "epoch")
+_DAMAGE = (
+    OSError, RuntimeError, EOFError, KeyError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)  # fmt: skip
 _PARTIAL = ".*.partial"
 _COLUMNS = ("step", "train_loss", "val_loss", "val_well_accuracy")
 
@@ -35,14 +45,25 @@ def read_checkpoint(path: Path, needed: tuple[str, ...] = ("state_dict",)) -> di
     if not path.is_file():
         raise RunError(f"{path} is not there: the run has no validated network yet")
     try:
+        _require_sound(path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except PermissionError:
+        raise
+    except _DAMAGE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{path} is no whole checkpoint ({reason[:200]}): {_NEXT}") from None
     absent = [name for name in needed if name not in stored] if isinstance(stored, dict) else list(needed)
     if absent:
         raise RunError(f"{path} is no checkpoint to go on from, it lacks {', '.join(absent)}: {_NEXT}")
     return dict(stored)
+
+
+def _require_sound(path: Path) -> None:
+    """Check the checksums of a checkpoint, which torch does not look at."""
+    with zipfile.ZipFile(path) as stored:
+        changed = stored.testzip()
+    if changed is not None:
+        raise ValueError(f"the checksum of {changed} in it is another")
 
 
 def is_finished(stored: Mapping[str, Any], steps: int) -> bool:
@@ -88,8 +109,26 @@ def sweep(folder: Path) -> None:
         left.unlink()
 
 
+def tidy(run: Path, step: int) -> None:
+    """Finish what a run that ended while it wrote its checkpoints left, and remove what it left half done.
+
+    Args:
+        run: its directory.
+        step: that of ``last.ckpt``; 0 where there is none.
+    """
+    coming = run / COMING
+    sweep(coming.parent)
+    if coming.is_file() and int(read_checkpoint(coming, ("global_step",))["global_step"]) == step:
+        coming.replace(run / BEST)
+    coming.unlink(missing_ok=True)
+
+
 class Checkpoints(Checkpoint):
-    """After every validation: ``best.ckpt``, the weights of the lowest loss so far, and ``last.ckpt``, to go on from."""
+    """After every validation: ``best.ckpt``, the weights of the lowest loss so far, and ``last.ckpt``, to go on from.
+
+    Raises:
+        RunError: a loss is not finite, so that neither is written.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -97,16 +136,29 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         loss = float(trainer.callback_metrics["val_loss"])
-        if loss < self.lowest:
+        _require_finite(self.run, trainer.global_step, training=trainer.callback_metrics["train_loss"], validation=loss)
+        better = loss < self.lowest
+        if better:
             self.lowest = loss
-            trainer.save_checkpoint(self.run / BEST, weights_only=True)
+            trainer.save_checkpoint(self.run / COMING, weights_only=True)
         trainer.save_checkpoint(self.run / LAST)
+        if better and trainer.is_global_zero:
+            (self.run / COMING).replace(self.run / BEST)
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowest": self.lowest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.lowest = float(state_dict["lowest"])
+
+
+def _require_finite(run: Path, step: int, **losses: float | Tensor) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{run}: the {name} loss is {float(loss)} at step {step}, of which no checkpoint is kept: start another run "
+                "with a lower learning rate"
+            )
 
 
 class Stopping(EarlyStopping):

@@ -6,7 +6,9 @@ the ranges come from and what such plates cannot show.
 """
 
 import csv
+import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -245,8 +247,8 @@ def simulate(plan: SimulationPlan, out: str | Path, workers: int = 1, progress: 
     for done in _run(jobs, workers):
         if progress is not None:
             progress(done * plan.sites, len(jobs) * plan.sites)
-    (out / RECORD).write_text(json.dumps(_record(plan, plates), indent=1) + "\n", encoding="utf-8")
-    (out / BEGUN).unlink()
+    _write_whole(out / RECORD, _record(plan, plates))
+    (out / BEGUN).unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     return SimulationReport(len(jobs) * plan.sites, seconds, tuple(plate.folder for plate in plates))
 
@@ -256,13 +258,26 @@ def _begin(plan: SimulationPlan, out: Path) -> None:
     record, begun = out / RECORD, out / BEGUN
     if record.exists():
         raise FileExistsError(f"{record} exists: choose an empty folder, or delete that simulation first")
-    content = json.dumps(asdict(plan), indent=1) + "\n"
-    if begun.is_file() and begun.read_text(encoding="utf-8") != content:
+    if begun.is_file() and begun.read_bytes() != _json(asdict(plan)):
         raise FileExistsError(f"{begun} is of another plan: choose an empty folder, or delete that simulation first")
     if out.is_dir() and any(out.iterdir()) and not begun.is_file():
         raise FileExistsError(f"{out} is not empty and no simulation was begun there: choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    begun.write_text(content, encoding="utf-8")
+    _write_whole(begun, asdict(plan))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of JSON that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(_json(content))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 _Job = tuple[SimulationPlan, Path, PlateBatch, SimulatedWell]
@@ -286,8 +301,21 @@ def _write_well(job: _Job) -> None:
     for site in range(1, plan.sites + 1):
         image = render_site(plan, plate, well, site)
         for channel, plane in zip(CHANNELS, image, strict=True):
-            path = out / plate.folder / "images" / _file_name(well, site, channel)
-            tifffile.imwrite(path, plane, photometric="minisblack", metadata=None, software=False)
+            _write_plane(out / plate.folder / "images" / _file_name(well, site, channel), plane)
+
+
+def _write_plane(path: Path, plane: NDArray[np.uint16]) -> None:
+    """Write one TIFF.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    content = io.BytesIO()  # tifffile would tell a full disk by numbers of bytes alone
+    tifffile.imwrite(content, plane, photometric="minisblack", metadata=None, software=False)
+    try:
+        path.write_bytes(content.getbuffer())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _file_name(well: SimulatedWell, site: int, channel: str) -> str:

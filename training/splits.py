@@ -124,7 +124,7 @@ def read_split(path: Path, plates: pd.DataFrame) -> Split:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        content = json.loads(text, object_pairs_hook=_each_once) if path.suffix == ".json" else _yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         raise LayoutError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
     known = [item.name for item in fields(Split)]
@@ -146,7 +146,27 @@ def read_split(path: Path, plates: pd.DataFrame) -> Split:
 
 def _yaml(text: str) -> Any:
     """Read YAML whose every name is text as it stands: 0012 is no number."""
-    return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 (it makes lists, mappings and text alone)
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (it makes lists, mappings and text alone)
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
+    """Refuses a mapping with a key twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _require_once([str(key.value) for key, _ in node.value])
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    _require_once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _require_once(keys: Sequence[str]) -> None:
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is there twice: give all of its names in one list")
 
 
 def _names(plates: pd.DataFrame) -> dict[str, list[tuple[str, ...]]]:

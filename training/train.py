@@ -9,12 +9,13 @@ of a plate, and a plate is never divided, so processes exchange gradients alone.
 through one process at once; its running statistics are the mean over processes, taken before each validation.
 """
 
+import fcntl
 import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +32,13 @@ from torch.utils.data import DataLoader
 from model.bundle import recipe_from_json, recipe_json
 from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
-from model.network import NetworkSpec, ResNet
+from model.network import STAGES, NetworkSpec, ResNet
 from training.contexts import panel_rows, require_controls
 from training.dataset import PlateSites, moments
 from training.episodes import Episode, Episodes, EpisodeShape, Share
 from training.evaluate import score_plate
 from training.methods import Method, make_method, training_loss
-from training.plates import DISK_FULL, open_plates, plate_table, plates_recipe, require_recipe, write_whole
+from training.plates import DISK_FULL, open_plates, plate_table, plates_recipe, read_json, require_recipe, write_whole
 from training.progress import (
     BEST,
     LAST,
@@ -49,11 +50,23 @@ from training.progress import (
     is_finished,
     read_checkpoint,
     require_weights,
-    sweep,
+    tidy,
 )
 from training.splits import Split, check_split, read_split, refuse_repeated_images, split_by_batch
 
-RUN = "run.json"
+RUN, LOCK = "run.json", ".lock"
+_CHOICES = {
+    "depth": tuple(STAGES),
+    "schedule": ("constant", "cosine"),
+    "accelerator": ("auto", "cpu", "gpu"),
+    "precision": ("fp32", "bf16"),
+}
+_LEAST_PX = 32  # the network halves its input five times
+_LEAST = {
+    **dict.fromkeys(("width", "steps", "validate_every", "patience", "devices", "num_nodes", "accumulate"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "seed", "loader_workers"), 0),
+    **dict.fromkeys(("size", "crop"), _LEAST_PX),
+}
 _HOW = frozenset({"accelerator", "devices", "num_nodes", "accumulate", "loader_workers", "steps"})
 """What a resumed run may do otherwise; ``steps`` and how a step is divided are looked at by themselves."""
 
@@ -74,6 +87,8 @@ class TrainingConfig:
     directory), and there pass in ``accumulate`` parts one after the other: less memory, the same step. ``precision``
     ``bf16`` computes convolutions and activations in bfloat16, weights and BN statistics in float32; validation is always
     in float32, as networks are served. ``fp32`` is torch's: convolutions in TF32 where a GPU has it.
+
+    Raises ValueError where a number is out of range or a name is none of its choices.
     """
 
     plates: str
@@ -102,6 +117,22 @@ class TrainingConfig:
     accumulate: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is one of {', '.join(map(str, choices))}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (value is None and name == "crop") and not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it is {least} or more")
+        repeated = sorted({label for label in self.classes or () if (self.classes or ()).count(label) > 1})
+        if repeated:
+            raise ValueError(f"the classes name {', '.join(repeated)} more than once: an output belongs to one class")
+        if make_method(self.method, self.context).with_controls and not self.shape.controls_min:
+            raise ValueError(
+                f"controls_min is 0: {self.method} takes its statistics from control images, of which a step draws 1 or more"
+            )
 
     @property
     def ranks(self) -> int:
@@ -156,15 +187,24 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> "Run":
-        """Read a run directory."""
-        content = json.loads((path / RUN).read_text(encoding="utf-8"))
+        """Read a run directory.
+
+        Raises:
+            RunError: ``run.json`` is damaged, or of an older version.
+        """
+        return read_json(path / RUN, lambda content: cls._of(path, content), "put it back, or train into another directory")
+
+    @classmethod
+    def _of(cls, path: Path, content: dict[str, Any]) -> "Run":
+        if "config" in content and "plates" not in content:
+            raise RunError(f"{path / RUN} was written by an older version, without its plates' sha256: train the run anew")
         return cls(
             path=path,
             config=config_from_json(content["config"]),
             split=Split.from_json(content["split"]),
             classes=tuple(content["classes"]),
             recipe=recipe_from_json(content["recipe"]),
-            plates=content["plates"],
+            plates=dict(content["plates"]),
         )
 
 
@@ -293,7 +333,7 @@ def prepare_run(config: TrainingConfig, path: Path) -> tuple[Run, dict[str, Plat
     recipe = replace(plates_recipe(folder), size=config.size)
     require_recipe(folder, recipe)
     unlabelled = open_plates(folder)
-    _require_size(unlabelled, max(config.size, config.crop or 0))
+    require_size(unlabelled.values(), max(config.size, config.crop or 0))
     split = _split(config, unlabelled)
     classes = _classes([unlabelled[name] for name in split.train], config.classes)
     plates = {name: plate.with_classes(classes) for name, plate in unlabelled.items()}
@@ -331,8 +371,13 @@ def _require_treated(split: Split, plates: Mapping[str, PlateSites]) -> None:
         log.warning("no treated site of the classes on %s: nothing is tested there", ", ".join(without))
 
 
-def _require_size(plates: Mapping[str, PlateSites], size: int) -> None:
-    for plate in plates.values():
+def require_size(plates: Iterable[PlateSites], size: int) -> None:
+    """Check that fields are as large as a network's input.
+
+    Raises:
+        RunError: a plate's are smaller.
+    """
+    for plate in plates:
         height, width = plate.images.shape[-2:]
         if min(height, width) < size:
             raise RunError(f"plate {plate.plate} was fetched with {height} x {width} pixels; the network asks for {size}")
@@ -359,7 +404,8 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
 
     Raises:
         RunError: the machine lacks the devices; a step cannot be divided so; the directory holds a run and ``resume`` is
-            off, the run was started with another config or on other plates, its checkpoint is not whole; the disk is full.
+            off, or another process trains it; the run was started with another config or on other plates, its checkpoint is
+            not whole; a loss is not finite; the disk is full.
         NoControlsError: the method is trained on controls, and a plate has none.
     """
     require_devices(config)
@@ -371,29 +417,46 @@ def train(config: TrainingConfig, path: Path, *, resume: bool = False, quiet: bo
     epochs += math.ceil(max(0, config.steps - done) / config.validate_every)
     with _quietly(quiet=quiet), _disk(path):
         trainer = make_trainer(config, path, epochs=epochs, done=done, quiet=quiet)
-        if trainer.is_global_zero and (path / RUN).is_file():
-            require_same_run(Run.load(path).config, config, path, resume=resume)
-        run, plates = prepare_run(config, path)
-        run = as_started(run)
-        _require_context(run, plates)
-        module = MetaTraining(run, plates)
-        if stored is not None:
-            require_weights(last, stored["state_dict"], module.state_dict())
-        if trainer.is_global_zero:
-            if stored is None or not is_finished(stored, config.steps):
-                run.save()
-            sweep(last.parent)
-        try:
-            trainer.fit(module, ckpt_path=None if stored is None else str(last), weights_only=True)
-        except BaseException:
-            for process in getattr(trainer.strategy.launcher, "procs", []):  # they would wait for this one
-                process.kill()
-            raise
+        with _held(path) if trainer.is_global_zero else nullcontext():
+            if trainer.is_global_zero and (path / RUN).is_file():
+                require_same_run(Run.load(path).config, config, path, resume=resume)
+            run, plates = prepare_run(config, path)
+            run = as_started(run)
+            _require_context(run, plates)
+            module = MetaTraining(run, plates)
+            if stored is not None:
+                require_weights(last, stored["state_dict"], module.state_dict())
+            if trainer.is_global_zero:
+                if stored is None or not is_finished(stored, config.steps):
+                    run.save()
+                tidy(path, done)
+            try:
+                trainer.fit(module, ckpt_path=None if stored is None else str(last), weights_only=True)
+            except BaseException:
+                for process in getattr(trainer.strategy.launcher, "procs", []):  # they would wait for this one
+                    process.kill()
+                raise
     if trainer.is_global_zero and not (path / BEST).is_file():
-        raise RunError(f"{path}: the validation loss was never a finite number; try a lower learning rate")
+        raise RunError(f"{path / BEST} is gone: put it back, or delete {last.name} beside it to begin the run anew")
     if stored is not None and trainer.global_step == done:
         log.warning("nothing is left to train: %s has had its steps, or stopped early", path)
     return run
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a run directory against other processes that would train into it.
+
+    Raises:
+        RunError: one of them holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a loader's worker that outlives a killed run holds nothing
+        except (BlockingIOError, PermissionError):
+            raise RunError(f"{path} is being trained by another process: wait for it, or name another directory") from None
+        yield
 
 
 def require_devices(config: TrainingConfig) -> None:
@@ -421,9 +484,6 @@ def require_division(config: TrainingConfig) -> None:
     Raises:
         RunError: they cannot.
     """
-    for name in ("devices", "num_nodes", "accumulate", "steps", "validate_every"):
-        if getattr(config, name) < 1:
-            raise RunError(f"{name} is {getattr(config, name)}; it is 1 or more")
     if config.shape.plates % config.parts:
         raise RunError(
             f"a step's {config.shape.plates} plates cannot be divided evenly among {config.ranks} processes in "

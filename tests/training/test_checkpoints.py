@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from model.bundle import Bundle
-from model.errors import CheckpointError, LayoutError
+from model.errors import CheckpointError, LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import Ensemble, FromContext
 from model.predictions import site_probabilities
@@ -251,6 +251,10 @@ def read(folder: Path) -> None:
         ),
         ({"classifier__bias": torch.zeros(2, dtype=torch.int64)}, "classifier.bias is of type torch.int64"),
         ({"classifier__bias": torch.tensor([0.0, torch.nan])}, "classifier.bias has values that are not finite"),
+        (
+            {"classifier__bias": torch.tensor([0.0, 1e300], dtype=torch.float64)},
+            "classifier.bias has values that are not finite in float32",
+        ),
         ({"featurizer__bn1__running_var": -torch.ones(4)}, "featurizer.bn1.running_var has a negative variance"),
         ({"classifier__bias": torch.zeros(2).to_sparse()}, "classifier.bias is no plain tensor"),
     ],
@@ -349,6 +353,22 @@ def test_images_too_small_for_the_pooling_are_refused(folder: Path, plates: list
     with pytest.raises(CheckpointError, match="images of 192 pixels; the published network's pooling needs 224"):
         import_checkpoints(
             folder, plates, tmp_path / "out", name="no", classes=CLASSES, recipe=replace(RECIPE, size=192),
+            method=make_method("cs-arm-bn"), minimum_control_wells=4,
+        )  # fmt: skip
+
+
+def test_fields_smaller_than_the_network_asks_for_are_refused(
+    folder: Path, plates: list[PlateSites], tmp_path: Path
+) -> None:
+    smaller = replace(plates[1], images=plates[1].images[..., :200])
+    with pytest.raises(RunError, match="plate P1 was fetched with 256 x 200 pixels; the network asks for 256"):
+        imported(folder, [plates[0], smaller, plates[2]], tmp_path / "out")
+
+
+def test_two_outputs_of_one_name_are_refused(folder: Path, plates: list[PlateSites], tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="the classes name alpha more than once: name every output of the network once"):
+        import_checkpoints(
+            folder, plates, tmp_path / "out", name="no", classes=("alpha", "alpha"), recipe=RECIPE,
             method=make_method("cs-arm-bn"), minimum_control_wells=4,
         )  # fmt: skip
 

@@ -168,3 +168,19 @@ def test_episodes_can_be_pinned_and_moved_like_tensors(plates: list[PlateSites])
     assert moved.images.is_meta
     assert moved.labels.is_meta
     assert (moved.controls, moved.treated) == (episode.controls, episode.treated)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"treated": 0}, "treated is 0; it is 1 or more"),
+        ({"controls_min": -1}, "controls_min is -1; it is 0 or more"),
+        ({"controls_min": 9}, "controls_min is 9 and controls_max 6: the fewest are not more than the most"),
+        ({"plates": 0}, "plates is 0; it is 1 or more"),
+        ({"panel": -1}, "panel is -1; it is 0 or more"),
+        ({"panel_wells": 0}, "panel_wells is 0; it is 1 or more"),
+    ],
+)
+def test_a_step_that_cannot_be_drawn_is_told(change: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        replace(SHAPE, **change)

@@ -1,7 +1,10 @@
 """Export: ONNX equals torch, weights are stored once, and a disagreement is refused."""
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,13 +26,13 @@ from model.bundle import (
     Bundle,
     Parity,
 )
-from model.errors import BundleError
-from model.network import EPS, Ensemble, FromContext, Given
+from model.errors import BundleError, RunError
+from model.network import EPS, Ensemble, FromContext, Given, NetworkSpec, ResNet
 from model.statistics import BatchNormStatistics, Prior
 from service.engine import OnnxEngine, replay
 from training.blending import FEWEST_WELLS, MOST_WELLS
 from training.contexts import control_statistics, mean_moments
-from training.export import check_parity, make_golden, measure_float64
+from training.export import check_parity, export_bundle, make_golden, measure_float64
 from training.release import load_run_plates, release
 from training.train import Run, load_network
 
@@ -169,3 +172,61 @@ def test_a_graph_that_disagrees_with_torch_is_refused(run: Run, bundle: Bundle) 
         member.bn1.bias += 0.01
     with pytest.raises(BundleError, match="disagrees with torch"):
         check_parity(bundle.path, make_golden(network, images, prior), prior)
+
+
+def without_graphs(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Path], None]) -> None:
+    """Have an export fail where it has written the graphs."""
+
+    def write(_network: Ensemble, path: Path, _example: object) -> None:
+        (path / CLASSIFY).write_bytes(b"half")
+        fail(path)
+
+    monkeypatch.setattr("training.export.write_graphs", write)
+
+
+def exported(path: Path) -> None:
+    nothing: Any = None
+    network = Ensemble([ResNet(NetworkSpec(channels=1, classes=2, width=1))])
+    export_bundle(network, path, nothing, nothing, nothing, np.zeros((2, 1, 32, 32), np.float32))
+
+
+def test_an_export_that_was_cut_short_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    without_graphs(monkeypatch, full)
+    with pytest.raises(OSError, match="No space left on device"):
+        exported(tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_clears_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+
+    def look(path: Path) -> None:
+        found.append([file.name for file in path.iterdir()])
+        assert path.parent == tmp_path
+        (tmp_path / path.name / "more").write_bytes(b"killed here")
+        raise StoppedError
+
+    without_graphs(monkeypatch, look)
+    monkeypatch.setattr("training.export.shutil.rmtree", lambda *_, **__: None)
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            exported(tmp_path / "bundle")
+    assert found == [[CLASSIFY], [CLASSIFY]]
+    assert not (tmp_path / "bundle").exists()
+
+
+class StoppedError(Exception):
+    """The export stops here."""
+
+
+def test_of_two_exports_into_one_directory_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(_path: Path) -> None:
+        exported(tmp_path / "bundle")
+
+    without_graphs(monkeypatch, again)
+    with pytest.raises(RunError, match="bundle is being written by another process: wait for it, or name another directory"):
+        exported(tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())

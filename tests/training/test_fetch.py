@@ -259,6 +259,21 @@ def test_a_folder_that_is_gone_is_no_bad_file(many: pd.DataFrame, tmp_path: Path
         fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
 
 
+def test_a_folder_in_place_of_a_plane_is_a_bad_file(many: pd.DataFrame, tmp_path: Path) -> None:
+    rows = many.copy()
+    rows.iloc[1, rows.columns.get_loc("Path_DNA")] = str(tmp_path)
+    with pytest.raises(FetchError, match=rf"site 2 channel DNA file {tmp_path}: it is a folder"):
+        fetch(rows, tmp_path / "strict", RECIPE)
+    report = fetch(rows, tmp_path / "plates", RECIPE, SKIPPING)
+    assert [line.rpartition(": ")[2] for line in report.skipped] == ["it is a folder"]
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/a.tif", "http://host/a.tif"])
+def test_a_place_that_is_not_read_is_told_with_those_that_are(one: pd.DataFrame, tmp_path: Path, place: str) -> None:
+    with pytest.raises(FetchError, match=f"channel DNA file {place}: planes are read from s3:// and from disk: copy it"):
+        fetch(one.assign(Path_DNA=place), tmp_path, RECIPE, SKIPPING)
+
+
 def test_plates_that_are_not_resampled_though_the_recipe_asks_for_it_are_told(two: pd.DataFrame, tmp_path: Path) -> None:
     name = str(two["Metadata_Plate"].iloc[0])
     rows = two.assign(pixel_size_um=two["pixel_size_um"].where(two["Metadata_Plate"] != name))

@@ -17,6 +17,7 @@ from training.index import (
     checked,
     index_tree,
     read_index,
+    require_channels,
     write_index,
     write_index_of,
 )
@@ -79,7 +80,10 @@ def test_remote_places_stay_as_they_are(index: pd.DataFrame, tmp_path: Path) -> 
     [
         (lambda t: t.drop(columns="role"), "lacks the columns role"),
         (lambda t: t[[name for name in t if not name.startswith("Path_")]], "lacks the columns Path_<channel>"),
-        (lambda t: t.assign(role=["trt", *t["role"][1:]]), "the role is control or treated, not trt"),
+        (
+            lambda t: t.assign(role=["trt", *t["role"][1:]]),
+            "the role is control or treated, not trt: first in well A01 of plate SIM01B01P01",
+        ),
         (
             lambda t: t.assign(Path_ER=[None, *t["Path_ER"][1:]]),
             "1 sites have no Path_ER, the first is simulated_01 SIM01_B01",
@@ -291,6 +295,45 @@ def test_an_index_made_by_hand_does_not_contradict_itself(
     path = made_by_hand(pd.concat([plate, row]), ending, tmp_path)
     with pytest.raises((LayoutError, WellNameError), match=said.replace("{well}", well)):
         read_index(path)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda t: t.drop(columns="role"), "the index lacks the columns role"),
+        (lambda t: t.iloc[:0], "the index has no rows"),
+        (lambda t: t.assign(role="trt"), "the role is control or treated, not trt"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_told_by_its_file(
+    index: pd.DataFrame, tmp_path: Path, wrong: Callable[[pd.DataFrame], pd.DataFrame], said: str, ending: str
+) -> None:
+    path = made_by_hand(wrong(index), ending, tmp_path)
+    with pytest.raises(LayoutError, match=f"^file {path}: {said}"):
+        read_index(path)
+    with pytest.raises(LayoutError, match=f"^file {path}: {said}"):
+        list(IndexFile.open(path).plates())
+
+
+@pytest.mark.parametrize(
+    ("channel", "second"), [("DNA", "well A12 site 1 channel DNA"), ("ER", "well A12 site 1 channel ER")]
+)
+def test_a_file_that_an_index_gives_for_two_planes_is_told(
+    index: pd.DataFrame, tmp_path: Path, channel: str, second: str
+) -> None:
+    rows = index.copy()
+    first, other = rows.index[(rows["Metadata_Plate"] == "SIM01B01P01") & rows["Metadata_Well"].isin(["A01", "A12"])]
+    rows.loc[other, f"Path_{channel}"] = rows.loc[first, "Path_DNA"]
+    path = made_by_hand(rows, "parquet", tmp_path)
+    with pytest.raises(LayoutError, match=f"is given for well A01 site 1 channel DNA and {second}: a plane has a file"):
+        list(IndexFile.open(path).plates())
+
+
+@pytest.mark.parametrize("names", [("DNA", "ER", "DNA"), ("DNA", "")])
+def test_channels_are_named_once(names: tuple[str, ...]) -> None:
+    with pytest.raises(LayoutError, match="is empty or there twice: name each channel once"):
+        require_channels(names)
 
 
 def test_wells_of_an_index_made_by_hand_are_named_as_all_are(index: pd.DataFrame, tmp_path: Path) -> None:

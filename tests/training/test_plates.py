@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,66 @@ def test_a_changed_byte_is_found_by_verifying(copy: Path) -> None:
     assert len(open_plates(copy)) == 8
     with pytest.raises(RunError, match=images.name):
         verify_plates(copy)
+
+
+def changed(path: Path, old: bytes, new: bytes) -> None:
+    """Change bytes of a file that stays as long."""
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("look", [open_plates, verify_plates])
+def test_a_changed_byte_of_a_table_is_found_when_its_plate_is_opened(copy: Path, look: Callable[[Path], object]) -> None:
+    table = next(copy.glob("*.parquet"))
+    data = bytearray(table.read_bytes())
+    data[len(data) // 2] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(RunError, match=rf"not as their plates' records say.*fetch them again:\n.*{table.name}$"):
+        look(copy)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        (b"(25, 5", b"(24, 5", r"its head says \(24, 5, \d+, \d+\) as uint8"),
+        (b"(25, 5", b"(5, 25", r"its head says \(5, 25, \d+, \d+\) as uint8"),
+        (b"'|u1'", b"'|i1'", r"its head says \(25, 5, \d+, \d+\) as int8"),
+        (b"'|u1'", b"'|O1'", "its head"),
+        (b"'shape'", b"'shape ", "its head cannot be read"),
+        (b"NUMPY", b"BUMPY", "its head cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("look", [open_plates, verify_plates])
+def test_pixels_of_another_shape_or_type_than_their_plates_are_told_when_it_is_opened(
+    copy: Path, look: Callable[[Path], object], old: bytes, new: bytes, found: str
+) -> None:
+    images = next(copy.glob("*.npy"))
+    if b"'<u1'" in images.read_bytes()[:128]:
+        old, new = old.replace(b"|u1", b"<u1"), new.replace(b"|i1", b"<i1").replace(b"|O1", b"<O1")
+    changed(images, old, new)
+    with pytest.raises(RunError, match=rf"{images.name} \({found}.*expected are 25 sites of 5 channels as uint8"):
+        look(copy)
+
+
+@pytest.mark.parametrize("look", [open_plates, verify_plates])
+def test_a_record_under_another_plates_name_is_refused(copy: Path, look: Callable[[Path], object]) -> None:
+    for path in copy.glob("SIM01B01P01.*"):
+        shutil.copy(path, copy / path.name.replace("SIM01B01P01", "COPY"))
+    with pytest.raises(RunError, match=r"COPY\.plate\.json says it is of plate SIM01B01P01, whose record is SIM01B01P01"):
+        look(copy)
+
+
+@pytest.mark.parametrize(("name", "column"), [("lab", "Source"), ("batch", "Batch")])
+@pytest.mark.parametrize("look", [open_plates, verify_plates])
+def test_a_record_that_says_otherwise_than_its_table_is_told(
+    copy: Path, look: Callable[[Path], object], name: str, column: str
+) -> None:
+    record = copy / "SIM01B01P01.plate.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), name: "another"}))
+    with pytest.raises(RunError, match=rf"{record.name} \(its Metadata_{column} is another; SIM01B01P01\.parquet has "):
+        look(copy)
 
 
 def test_a_plate_of_another_version_is_refused(copy: Path) -> None:

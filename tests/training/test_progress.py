@@ -13,7 +13,7 @@ import torch
 
 from model.errors import RunError
 from tests.training.processes import dying_while_writing, ended, killed_after, resumed, started
-from training.progress import BEST, LAST, METRICS, RESUMABLE, read_checkpoint
+from training.progress import BEST, COMING, LAST, METRICS, RESUMABLE, read_checkpoint, tidy
 from training.train import Run, TrainingConfig, load_network, train
 
 
@@ -123,5 +123,69 @@ def test_a_network_that_is_not_there_or_not_whole_is_told(config: TrainingConfig
 
 
 def test_a_loss_that_is_never_finite_is_told(config: TrainingConfig, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the validation loss was never a finite number"):
+    with pytest.raises(RunError, match=r"the \w+ loss is nan at step 2, of which no checkpoint is kept: start another run"):
         train(replace(config, learning_rate=1e30), tmp_path / "run", quiet=True)
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_a_loss_that_is_finite_no_more_leaves_the_checkpoints_before(config: TrainingConfig, tmp_path: Path) -> None:
+    run = train(replace(config, steps=2), tmp_path / "run", quiet=True)
+    before = {name: (run.path / name).read_bytes() for name in (BEST, LAST)}
+    stored = read_checkpoint(run.path / LAST)
+    stored["state_dict"]["network.classifier.bias"] *= torch.nan
+    torch.save(stored, run.path / LAST)
+    with pytest.raises(RunError, match="the training loss is nan at step 4"):
+        train(config, run.path, resume=True, quiet=True)
+    assert (run.path / BEST).read_bytes() == before[BEST]
+    assert read_checkpoint(run.path / LAST)["global_step"] == 2
+
+
+def test_the_best_network_is_there_only_beside_what_says_how_far_the_run_came(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    whole = train(replace(config, steps=2), tmp_path / "whole", quiet=True)
+    best, last = ((whole.path / name).stat().st_size for name in (BEST, LAST))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((best + last) // 2, limits[1]))  # room for the smaller of the two
+    try:
+        with pytest.raises(RunError, match="no space is left to write"):
+            train(replace(config, steps=2), tmp_path / "run", quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run" / BEST).exists()
+    train(replace(config, steps=2), tmp_path / "run", resume=True, quiet=True)
+    expected, found = (read_checkpoint(path / BEST)["state_dict"] for path in (whole.path, tmp_path / "run"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not (tmp_path / "run" / COMING).exists()
+
+
+def test_a_best_network_that_was_on_its_way_is_put_in_its_place(tmp_path: Path) -> None:
+    for name, step in ((LAST, 4), (COMING, 4)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"state_dict": {}, "global_step": step}, tmp_path / name)
+    coming = (tmp_path / COMING).read_bytes()
+    tidy(tmp_path, 4)
+    assert (tmp_path / BEST).read_bytes() == coming
+    torch.save({"state_dict": {}, "global_step": 6}, tmp_path / COMING)
+    tidy(tmp_path, 4)
+    assert (tmp_path / BEST).read_bytes() == coming, "its last checkpoint was never written"
+    assert not (tmp_path / COMING).exists()
+
+
+def test_a_changed_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(4_000)}}, path)
+    whole = path.read_bytes()
+    read_checkpoint(path)
+    for damaged in (whole[:5_000], whole[: len(whole) // 2] + b"\x01" + whole[len(whole) // 2 + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=rf"{path} is no whole checkpoint \(.*\): put a whole one in its place"):
+            read_checkpoint(path)
+
+
+def test_a_finished_run_without_its_network_is_told(config: TrainingConfig, tmp_path: Path) -> None:
+    brief = replace(config, steps=2)
+    run = train(brief, tmp_path / "run", quiet=True)
+    (run.path / BEST).unlink()
+    with pytest.raises(RunError, match=r"best\.ckpt is gone: put it back, or delete last\.ckpt beside it to begin"):
+        train(brief, run.path, resume=True, quiet=True)

@@ -1,5 +1,8 @@
 import json
+import resource
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from csv import DictReader
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +174,57 @@ def test_a_simulation_that_was_stopped_is_begun_again_by_the_same_plan_alone(tmp
     simulate(replace(SMALL, plates=2), tmp_path / "stopped")
     simulate(replace(SMALL, plates=2), tmp_path / "whole")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file may have more bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 1_000, 4_000])
+def test_a_simulation_whose_disk_was_full_is_gone_on_with(tmp_path, size):
+    out = tmp_path / "full"
+    with small_files(size), pytest.raises(OSError, match="File too large"):
+        simulate(SMALL, out)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    simulate(SMALL, out)
+    simulate(SMALL, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_record_that_cannot_be_written_leaves_a_simulation_to_go_on_with(tmp_path):
+    plan = replace(SMALL, plates=2, wells_per_class=0, inactive_wells=0)
+    simulate(plan, tmp_path / "whole")
+    largest = max(len(content) for name, content in contents(tmp_path / "whole").items() if name != "simulation.json")
+    assert largest < (tmp_path / "whole" / "simulation.json").stat().st_size
+    with small_files(largest), pytest.raises(OSError, match="File too large"):
+        simulate(plan, tmp_path / "full")
+    assert not (tmp_path / "full" / "simulation.json").exists()
+    simulate(plan, tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_plane_that_cannot_be_written_is_told_by_its_file(tmp_path, workers):
+    plan = replace(SMALL, size_px=96)
+    with small_files(12_000), pytest.raises(OSError, match="File too large") as told:
+        simulate(plan, tmp_path, workers)
+    assert Path(told.value.filename).suffix == ".tif"
+
+
+def test_of_two_that_simulate_the_same_at_once_neither_stumbles_over_the_other(tmp_path):
+    def other_ends(done: int, total: int) -> None:
+        if done == total:
+            (tmp_path / "simulation.plan.json").unlink()
+
+    simulate(SMALL, tmp_path, progress=other_ends)
+    assert (tmp_path / "simulation.json").is_file()
 
 
 def test_a_folder_with_anything_else_in_it_is_refused(tmp_path):

@@ -109,6 +109,10 @@ def test_a_split_names_plates_batches_and_labs(tmp_path: Path, ending: str) -> N
     [
         ("train: [", "cannot be read"),
         ("- train\n", "is not a list of names for each purpose of train, validation, in_domain, new_batch, new_lab"),
+        (
+            "train: [L0B0]\nvalidation: [L0B1]\ntrain: [L1B0]\n",
+            "split.yaml cannot be read: train is there twice: give all of its names in one list",
+        ),
         ("train: L0B0\n", "is not a list of names for each purpose"),
         (
             "train: [L0B0, nowhere]\nvalidation: [shared]\ntest: [L1B0]\n",
@@ -124,6 +128,12 @@ def test_a_split_that_is_none_is_told_all_that_is_wrong(tmp_path: Path, text: st
     plates.loc[plates["Metadata_Batch"].isin(["L0B1", "L1B1"]), "Metadata_Batch"] = "shared"
     with pytest.raises((LayoutError, LeakError), match=told):
         read_split(tmp_path / "split.yaml", plates)
+
+
+def test_a_purpose_that_is_there_twice_in_json_is_told(tmp_path: Path) -> None:
+    (tmp_path / "split.json").write_text('{"train": ["L0B0"], "validation": ["L0B1"], "train": ["L1B0"]}')
+    with pytest.raises(LayoutError, match=r"split.json cannot be read: train is there twice"):
+        read_split(tmp_path / "split.json", table(2, 2, 2))
 
 
 @pytest.mark.parametrize("name", ["0012", "2021_04_26", "1e5", "yes", "null"])

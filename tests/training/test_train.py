@@ -1,8 +1,13 @@
 """Training runs, stops, resumes exactly, and can be read back."""
 
+import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +18,12 @@ from model.errors import LayoutError, RunError
 from model.images import ImageRecipe
 from model.network import FromContext, NetworkSpec, ResNet
 from tests.training.conftest import RECIPE
-from training.episodes import Episode
+from training.episodes import Episode, EpisodeShape
 from training.evaluate import score_plate
 from training.fetch import fetch
 from training.methods import make_method, training_loss
 from training.progress import BEST, LAST, METRICS
+from training.splits import Split
 from training.train import Run, TrainingConfig, cosine, load_network, prepare_run, train
 
 
@@ -171,3 +177,95 @@ def test_a_loader_in_another_process_brings_the_same_steps(config: TrainingConfi
     brief = replace(config, steps=3, validate_every=3)
     inline, worker = (train(replace(brief, loader_workers=n), tmp_path / str(n), quiet=True) for n in (0, 1))
     pd.testing.assert_frame_equal(pd.read_csv(inline.path / METRICS), pd.read_csv(worker.path / METRICS))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"depth": 99}, "depth is 99; it is one of 18, 34, 50"),
+        ({"schedule": "linear"}, "schedule is linear; it is one of constant, cosine"),
+        ({"accelerator": "tpu"}, "accelerator is tpu; it is one of auto, cpu, gpu"),
+        ({"precision": "fp8"}, "precision is fp8; it is one of fp32, bf16"),
+        ({"width": 0}, "width is 0; it is 1 or more"),
+        ({"size": 8}, "size is 8; it is 32 or more"),
+        ({"crop": 4}, "crop is 4; it is 32 or more"),
+        ({"crop": 0}, "crop is 0; it is 32 or more"),
+        ({"crop": -4}, "crop is -4; it is 32 or more"),
+        ({"num_nodes": 0}, "num_nodes is 0; it is 1 or more"),
+        ({"validate_every": 0}, "validate_every is 0; it is 1 or more"),
+        ({"steps": -1}, "steps is -1; it is 1 or more"),
+        ({"patience": 0}, "patience is 0; it is 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it is 0 or more"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it is 0 or more"),
+        ({"seed": -1}, "seed is -1; it is 0 or more"),
+        ({"loader_workers": -1}, "loader_workers is -1; it is 0 or more"),
+        ({"classes": ("a", "a", "b")}, "the classes name a more than once: an output belongs to one class"),
+        ({"method": "magic"}, "no method 'magic'"),
+        ({"shape": EpisodeShape(controls_min=0)}, "controls_min is 0: cs-arm-bn takes its statistics from control images"),
+    ],
+)
+def test_a_training_that_cannot_be_is_told_before_anything_is_read(
+    config: TrainingConfig, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        replace(config, **change)
+    without = replace(config, method="erm", shape=EpisodeShape(controls_min=0, controls_max=0))
+    assert without.shape.controls_min == 0, "a method without controls draws none"
+
+
+@pytest.fixture
+def saved(config: TrainingConfig, tmp_path: Path) -> Path:
+    """A run directory with its ``run.json`` alone."""
+    Run(tmp_path / "run", config, Split(("A",), ("B",)), ("a", "b"), RECIPE, {"A": "0", "B": "1"}).save()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda _: {}, r"is damaged \(it has no 'config'\): put it back"),
+        (lambda _: [], "is damaged"),
+        (lambda whole: {**whole, "config": {**whole["config"], "colour": 1}}, "is damaged .*colour"),
+        (lambda whole: {**whole, "config": {**whole["config"], "shape": None}}, "is damaged"),
+        (lambda whole: {**whole, "config": {**whole["config"], "depth": 99}}, "is damaged .depth is 99; it is one of 18"),
+        (lambda whole: {**whole, "split": {"train": ["A"], "validation": ["A"]}}, "is damaged .plates with two purposes"),
+        (
+            lambda whole: {name: value for name, value in whole.items() if name != "plates"},
+            "was written by an older version",
+        ),
+    ],
+)
+def test_a_run_that_says_of_itself_what_cannot_be_is_told_by_its_file(
+    saved: Path, damage: Callable[[Any], Any], told: str
+) -> None:
+    path = saved / "run.json"
+    assert Run.load(saved).plates == {"A": "0", "B": "1"}
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(RunError, match=rf"{path} {told}"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_run_whose_file_was_cut_short_is_told_by_it(saved: Path, left: int) -> None:
+    path = saved / "run.json"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(RunError, match=rf"{path} is damaged \(.*\): put it back"):
+        Run.load(saved)
+
+
+HOLDING = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+
+
+def test_a_run_that_another_process_trains_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for resume in (False, True):
+            with pytest.raises(RunError, match="run is being trained by another process: wait for it, or name another dir"):
+                train(config, path, resume=resume, quiet=True)
+        other.communicate()
+    assert [found.name for found in path.iterdir()] == [".lock"]
