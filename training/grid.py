@@ -42,7 +42,7 @@ from training.evaluate import (
 from training.methods import NETWORKS, WAYS, Method, Way
 from training.nulls import Null, fit_nulls
 from training.plates import plate_records, write_whole
-from training.progress import BEST, LAST, is_finished, read_checkpoint
+from training.progress import BEST, COMING, LAST, is_finished, read_checkpoint
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.release import load_run_plates
 from training.results import ABOUT, PROBABILITY
@@ -224,8 +224,10 @@ class FinishedRun:
         """Name a run's network.
 
         Raises:
-            RunError: the table of networks has none that was trained so.
+            RunError: the table of networks has none that was trained so, or its checkpoint is not in its place yet.
         """
+        if (run.path / COMING).is_file():
+            raise RunError(f"{run.path} was stopped while it wrote its checkpoints, or is being trained: resume it first")
         for name, method in NETWORKS.items():
             if method == run.method:
                 return cls(run, name)
@@ -310,7 +312,7 @@ def train_missing(grid: Grid, tell: Tell) -> list[Run]:
 
 def _finished(config: TrainingConfig, folder: Path) -> Run | None:
     """Return a run that has had all its steps, or stopped early."""
-    if not (folder / RUN).is_file() or not (folder / LAST).is_file() or not (folder / BEST).is_file():
+    if not all((folder / name).is_file() for name in (RUN, LAST, BEST)) or (folder / COMING).is_file():
         return None
     run = Run.load(folder)
     require_same_run(run.config, config, folder, resume=True)

@@ -30,7 +30,7 @@ from training.grid import (
     tasks_of,
 )  # fmt: skip
 from training.methods import WAYS
-from training.progress import BEST
+from training.progress import BEST, COMING
 from training.queries import ALL, DEFAULT, Cell, Draws
 from training.results import read_results
 from training.train import Run, TrainingConfig
@@ -332,6 +332,10 @@ def test_runs_that_cannot_be_compared_are_refused(run: Run, erm_run: Run, tmp_pa
     odd = replace(erm_run, config=replace(erm_run.config, method="cs-arm-bn", context="union", stop_gradient=True))
     with pytest.raises(RunError, match="a network of no method that is evaluated"):
         evaluated([odd], tmp_path)
+    shutil.copytree(run.path, tmp_path / "stopped")
+    shutil.copy(tmp_path / "stopped" / BEST, tmp_path / "stopped" / COMING)
+    with pytest.raises(RunError, match="stopped was stopped while it wrote its checkpoints"):
+        evaluated([replace(run, path=tmp_path / "stopped")], tmp_path)
 
 
 def test_a_run_on_other_images_is_not_compared_and_one_cut_short_is_told(run: Run, erm_run: Run, tmp_path: Path) -> None:
