@@ -90,6 +90,7 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
     return done.stdout
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", TOLD)
 def test_every_command_of_a_page_runs_as_it_stands(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
     server, shell, outputs = None, "", []
