@@ -6,7 +6,6 @@ beside them whose names go on after a dash, such as ``cells-openphenom.parquet``
 what the cells are of and, by its sha256, which tables were written with it; ``cost.json`` is what ``training.cost`` wrote.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from model.bundle import file_sha256
 from model.errors import LayoutError, RunError
+from training.plates import read_json
 from training.queries import ALL
 from training.tables import Problem
 
@@ -125,7 +125,7 @@ def read_results(folder: Path) -> Results:
         cells=cells.astype({"blended": bool, "alpha": float}),
         predictions=predictions,
         embeddings=_read(folder, "embeddings", EMBEDDING_COLUMNS),
-        cost=_read_json(folder / COST, "measure the cost again") if (folder / COST).is_file() else None,
+        cost=read_json(folder / COST, _object, "measure the cost again") if (folder / COST).is_file() else None,
         told=told,
     )
 
@@ -136,7 +136,7 @@ def _told(folder: Path) -> tuple[str, ...]:
     if not path.is_file():
         evaluated = (folder / "cells.parquet").is_file()
         return (f"what was left out of the evaluation is not known: the folder has no {ABOUT}",) if evaluated else ()
-    about = _read_json(path, "evaluate again")
+    about = read_json(path, _object, "evaluate again")
     told, tables = about.get("told"), about.get("tables", {})
     if not isinstance(told, list) or not isinstance(tables, dict):
         raise RunError(f"{path} is damaged (it does not say what was told of which tables): evaluate again")
@@ -147,13 +147,9 @@ def _told(folder: Path) -> tuple[str, ...]:
     return tuple(map(str, told))
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+def _object(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged (it is no object): {remedy}")
+        raise TypeError("it is no object")
     return content
 
 
