@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from typer.main import get_command
 
 from training.cli import app
+from training.grid import Grid
+from training.methods import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLD = {
@@ -125,6 +128,14 @@ def test_the_commands_for_the_full_set_have_only_options_that_there_are() -> Non
         assert program == "anchorwell-train"
         known = {option for parameter in commands.commands[name].params for option in parameter.opts}
         assert {argument for argument in arguments if argument.startswith("--")} <= known, line
+
+
+def test_the_grid_that_the_documentation_shows_is_one() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    grid = Grid.model_validate(yaml.safe_load(block))
+    configured = [grid.config(seed, NETWORKS[way.network]) for seed in grid.seeds for way in grid.ways]
+    assert {(config.depth, config.steps, config.shape.plates) for config in configured} == {(18, 700, 4)}
 
 
 def test_the_readme_names_files_that_exist() -> None:

@@ -22,6 +22,7 @@ from training.blending import blend_wells, measure_wells
 from training.contexts import ensemble_source, given, served_statistics, statistics_of, with_panel
 from training.dataset import NO_LABEL, PlateSites
 from training.methods import Method, classify
+from training.metrics import TEMPERATURES
 
 CONTROL_WELL_COUNTS = (1, 2, 4, 8, 16, 24)
 _BLENDED_BELOW = 4
@@ -386,5 +387,5 @@ def fit_temperature(plates: Sequence[CalledWells]) -> float:
             losses.append(-np.log(np.maximum(called[np.arange(len(wells)), plate.labels[wells]], 1e-12)))
         return float(np.concatenate(losses).mean())
 
-    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(100.0)), method="bounded")
+    found = minimize_scalar(nll, bounds=(np.log(TEMPERATURES[0]), np.log(TEMPERATURES[1])), method="bounded")
     return float(np.exp(found.x))

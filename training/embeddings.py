@@ -31,7 +31,7 @@ from training.metrics import accuracy, calibrated, macro_f1
 from training.nulls import position_features, position_regression
 from training.plates import write_whole
 from training.queries import ALL
-from training.results import METADATA, NULL, PROBABILITY, SETTINGS, as_text, grouped, read_parquet
+from training.results import METADATA, NULL, PROBABILITY, SETTINGS, as_text, grouped, places_of, read_parquet
 from training.tables import Problem
 
 TRAIN = "train"
@@ -104,6 +104,8 @@ def _is_feature(name: str, columns: Columns) -> bool:
 def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[str] = ()) -> list[Wells]:
     """Read a table (.parquet or .csv): the wells of every network in it, which are named by its method, context and seed.
 
+    Where it says no method, the name is ``name`` or the file's.
+
     ``train_batches`` says which batches train where no setting column does; other batches of their labs are then
     ``new_batch``, other labs ``new_lab``.
 
@@ -119,7 +121,11 @@ def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[
     needed = [columns.lab, columns.batch, columns.plate, columns.well]
     absent = [column for column in (columns.label, columns.control, *needed) if column not in table]
     if absent:
-        raise LayoutError(f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.columns)[:300]}")
+        evaluated = {"method", "context", "setting"} <= set(table)
+        instead = "; this is a table of scores: embeddings of wells are in embeddings.parquet, where a grid names them"
+        raise LayoutError(
+            f"{path} lacks the columns {', '.join(absent)}; it has {', '.join(table.columns)[:300]}" + instead * evaluated
+        )
     if table.empty:
         raise LayoutError(f"{path} has no rows under its header: one row a well is expected")
     for column in (*needed, *settings, *keys):
@@ -129,6 +135,7 @@ def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[
         _refuse(path, table, seeds % 1 != 0, f"{SEED} is no whole number")
         table = table.assign(**{SEED: seeds.astype(np.int64)})
     groups = list(grouped(table, keys)) if keys else [((), table)]
+    name = name if name or _NETWORK[0] in keys else path.name.partition(".")[0]
     return [_wells(path, _name(name, keys, key), _seed(keys, key), part, columns, train_batches) for key, part in groups]
 
 
@@ -249,7 +256,8 @@ def _settings(
         return [TRAIN if train else "new_batch" if lab in labs else "new_lab"
                 for train, lab in zip(trains, about["lab"], strict=True)]  # fmt: skip
     if columns.setting not in table:
-        raise LayoutError(f"{path} has no column {columns.setting} that says which wells train: name training batches")
+        raise LayoutError(f"{path} has no column {columns.setting} that says which wells train: name the batches that do "
+                          "(--train-batches)")  # fmt: skip
     settings = table[columns.setting].tolist()
     unknown = sorted(set(settings) - {TRAIN, *SETTINGS})
     if unknown:
@@ -415,7 +423,8 @@ def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_ba
 
     Raises:
         ValueError: a name that is no part of a file's name.
-        LayoutError, NoControlsError: see ``read_wells`` and ``evaluate_embeddings``.
+        LayoutError: the folder is of other plates; or see ``read_wells`` and ``evaluate_embeddings``.
+        NoControlsError: see ``evaluate_embeddings``.
     """
     if not re.fullmatch(r"[\w.-]*", name):
         raise ValueError(f"an embedding's name has letters, digits, dots, dashes and underscores, not {name!r}")
@@ -425,6 +434,7 @@ def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_ba
     except AnchorwellError as error:
         raise error.about(table=str(path)) from None
     cells = pd.concat([found for found, _ in tables], ignore_index=True)
+    _require_same_plates(path, cells, out)
     predictions = pd.concat([found for _, found in tables], ignore_index=True)
     out.mkdir(parents=True, exist_ok=True)
     suffix = f"embedding-{name}" if name else "embedding"
@@ -432,6 +442,20 @@ def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_ba
     write_whole(out / f"predictions-{suffix}.parquet", predictions.to_parquet(index=False))
     write_whole(out / f"cells-{suffix}.parquet", cells.to_parquet(index=False))
     return cells
+
+
+def _require_same_plates(path: Path, cells: pd.DataFrame, out: Path) -> None:
+    """Refuse to put scores beside those of other plates: they would be read as comparable."""
+    there = out / "cells.parquet"
+    if not there.is_file():
+        return
+    known, own = (set(places_of(table)) for table in (read_parquet(there), cells))
+    if not known & own:
+        lab, batch, plate = min(own)
+        raise LayoutError(
+            f"{path}: none of its test plates (such as {plate} of lab {lab}, batch {batch}) is scored in {there}: name "
+            "another results folder"
+        )
 
 
 # --- structure -------------------------------------------------------------------------------------------------------

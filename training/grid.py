@@ -411,7 +411,10 @@ class Task:
 
 
 def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell) -> list[Task]:
-    """What can be evaluated of one seed's runs: the nulls, and the grid's ways; says what is left out, and why."""
+    """What can be evaluated of one seed's runs: the nulls, and the grid's ways; says what is left out, and why.
+
+    Ways that nobody named are left out without a word where there is no run of their network.
+    """
     first = next(iter(runs.values()))
     _tell_untested(seed, first, tell)
     found = [Task(seed, first, null) for null in fit_nulls(first.train_plates)]
@@ -419,7 +422,8 @@ def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell)
     bare = [plate.plate for plate in learned if not plate.controls.any()]
     for way in grid.ways:
         if way.network not in runs:
-            tell(f"seed {seed}: {way.name} is left out: no run of the network {way.network}")
+            if "methods" in grid.model_fields_set:
+                tell(f"seed {seed}: {way.name} is left out: no run of the network {way.network}")
         elif way.needs_controls and bare:
             tell(
                 f"seed {seed}: {way.name} is left out: it needs negative controls on the plates of training and validation, "
@@ -567,12 +571,16 @@ def evaluate_grid(grid: Grid, runs: Sequence[Run], out: Path, *, tell: Tell, pro
 
 
 def _tell_empty(cells: pd.DataFrame, grid: Grid, tell: Tell) -> None:
-    """Say which cells no plate has wells for."""
+    """Say which cells no plate has wells for, or no method an answer."""
     scored = set(zip(cells["controls"], cells["query_wells"], cells["alpha"], strict=True))
     for cell in grid.every_cell:
         if (cell.controls, cell.query, cell.alpha) not in scored:
             asked = f"control wells {_all(cell.controls)}, treated wells sent {_all(cell.query)}, alpha {cell.alpha:g}"
-            tell(f"no test plate has the wells for a cell of the grid ({asked}): not scored")
+            with_controls = (ALL, cell.query, cell.alpha) in scored
+            if cell.controls == 0 and with_controls:
+                tell(f"no method evaluated here uses controls and can do without any: a cell is not scored ({asked})")
+            else:
+                tell(f"no test plate has the wells for a cell of the grid ({asked}): not scored")
 
 
 def _all(count: int) -> str:

@@ -17,6 +17,8 @@ PLACE = ("lab", "batch", "plate")
 Place = tuple[str, ...]
 DRAWS = 2000
 _LEVEL = 0.95
+_NOTHING = 1e-9
+"""A difference of means that is nothing but rounding."""
 
 Float = NDArray[np.float64]
 
@@ -51,10 +53,12 @@ class Estimate:
         return Estimate(self.value - other.value, self.draws - other.draws, min(self.members, other.members))
 
     def share_of(self, whole: "Estimate") -> "Estimate":
-        """Ratio, paired draw by draw; undefined where the whole is not above zero: in a draw, or in too many of them."""
-        usable = whole.draws > 0
+        """Ratio, paired draw by draw; undefined where the whole's interval, or too many of its draws, are not above zero."""
+        usable = whole.draws > _NOTHING
         draws = np.where(usable, self.draws / np.where(usable, whole.draws, 1.0), np.nan)
-        value = self.value / whole.value if whole.value > 0 and usable.mean() >= _LEVEL else np.nan
+        least = whole.interval[0] if whole.interval else whole.value
+        defined = min(whole.value, least) > _NOTHING and usable.mean() >= _LEVEL
+        value = self.value / whole.value if defined else np.nan
         return Estimate(value, draws, min(self.members, whole.members))
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
 ECE_BINS = 15
+TEMPERATURES = (0.05, 100.0)
+"""The least and the greatest class temperature that is fitted."""
 _LEAST_PROBABILITY = 1e-12
 
 Float = NDArray[np.float64]

@@ -1,11 +1,13 @@
 """Plots of a report: drawn from tables of figures, small multiples by setting, lines labelled where they end.
 
 Knows nothing of how figures are taken. Colours are Okabe and Ito's, told apart by most colour-blind readers, and every
-method has a marker too; unadapted ERM is black and nulls are grey everywhere, and what is blended is dashed.
+method has a marker too, the same in all plots of a report; unadapted ERM is black and nulls are grey, and what is blended is
+dashed.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,30 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Palette:
+    """A colour and a marker for each of a report's methods."""
+
+    ways: tuple[Way, ...]
+
+    def colour(self, way: Way) -> str:
+        """Its colour."""
+        if way == UNADAPTED:
+            return INK
+        return QUIET if way[0].startswith(NULL) else COLOURS[self._place(way) % len(COLOURS)]
+
+    def marker(self, way: Way) -> str:
+        """Its marker; no two methods have both in common."""
+        if way == UNADAPTED or way[0].startswith(NULL):
+            return "o" if way == UNADAPTED else "|"
+        place = self._place(way)
+        return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+
+    def _place(self, way: Way) -> int:
+        others = sorted((w for w in self.ways if w != UNADAPTED and not w[0].startswith(NULL)), key=lambda w: w != FOCUS)
+        return others.index(way)
+
+
 def order(axis: str, values: Iterable[float]) -> list[float]:
     """Order an axis's values from little to much: all last for numbers of wells, no shift first for label shift."""
     return sorted(values, key=lambda x: -x if axis == "alpha" else np.inf if x == ALL else x)
@@ -44,7 +70,7 @@ def tick(axis: str, value: float) -> str:
     return "all" if value == ALL else f"{value:g}"
 
 
-def accuracies(scores: pd.DataFrame, path: Path) -> None:
+def accuracies(scores: pd.DataFrame, palette: Palette, path: Path) -> None:
     """Accuracy per well with intervals: a panel a setting, a line a method, unadapted ERM's level through all."""
     settings = _settings(scores)
     ways = ways_of(scores)
@@ -54,13 +80,13 @@ def accuracies(scores: pd.DataFrame, path: Path) -> None:
         for panel, setting in zip(panels, settings, strict=True):
             for place, way in enumerate(ways):
                 for _, row in of_way(scores[scores["setting"] == setting], way).iterrows():
-                    value, colour = float(row["well_accuracy"]), _colour(way, ways)
+                    value, colour = float(row["well_accuracy"]), palette.colour(way)
                     if way == UNADAPTED:
                         panel.axvline(value, color=INK, linewidth=0.8, linestyle=":")
                     panel.plot(
                         [row["well_accuracy_low"], row["well_accuracy_high"]], [place, place], color=colour, linewidth=1.6
                     )
-                    panel.plot(value, place, _marker(way, ways), color=colour, markersize=5)
+                    panel.plot(value, place, palette.marker(way), color=colour, markersize=5)
             panel.set(title=SETTINGS[setting], xlabel="accuracy per well")
             panel.grid(visible=False, axis="y")
         panels[0].set_yticks(range(len(ways)), [way_name(way) for way in ways])
@@ -68,7 +94,7 @@ def accuracies(scores: pd.DataFrame, path: Path) -> None:
         figure.savefig(path)
 
 
-def curves(rows: pd.DataFrame, axis: str, label: str, path: Path) -> None:
+def curves(rows: pd.DataFrame, axis: str, label: str, palette: Palette, path: Path) -> None:
     """Accuracy per well along an axis of the grid: a panel a setting; what was not varied is a level through the panel."""
     rows = rows[~rows["method"].str.startswith(NULL) | (rows["context"] == "-")]
     settings, ways, ticks = _settings(rows), ways_of(rows), order(axis, set(rows["x"]))
@@ -82,8 +108,8 @@ def curves(rows: pd.DataFrame, axis: str, label: str, path: Path) -> None:
             for way, (blended, dashed) in itertools.product(ways, ((False, ""), (True, ", blended"))):
                 line = of_way(within[within["blended"] == blended], way)
                 if not line.empty:
-                    end = _line(panel, way, line, place, blended=blended, ways=ways)
-                    ends.append((end, way_name(way) + dashed, _colour(way, ways)))
+                    end = _line(panel, way, line, place, palette, blended=blended)
+                    ends.append((end, way_name(way) + dashed, palette.colour(way)))
             panel.set(title=SETTINGS[setting], xlabel=label)
             panel.set_xticks(range(len(ticks)), [tick(axis, value).replace(" ", "\n") for value in ticks])
             panel.set_xlim(-0.3, len(ticks) - 0.7)
@@ -93,10 +119,10 @@ def curves(rows: pd.DataFrame, axis: str, label: str, path: Path) -> None:
 
 
 def _line(
-    panel: Axes, way: Way, line: pd.DataFrame, place: Mapping[float, int], *, blended: bool, ways: Sequence[Way]
+    panel: Axes, way: Way, line: pd.DataFrame, place: Mapping[float, int], palette: Palette, *, blended: bool
 ) -> float:
     """Draw one method's line, or level where it has one point; return the height at which it ends."""
-    colour, points = _colour(way, ways), line.assign(at=line["x"].map(place)).sort_values("at")
+    colour, points = palette.colour(way), line.assign(at=line["x"].map(place)).sort_values("at")
     if len(points) == 1:
         value = float(points["value"].iloc[0])
         panel.axhline(value, color=colour, linewidth=1.0, linestyle=":")
@@ -104,7 +130,7 @@ def _line(
             panel.axhspan(*points[["value_low", "value_high"]].iloc[0], color=colour, alpha=0.06, linewidth=0)
         return value
     panel.fill_between(points["at"], points["value_low"], points["value_high"], color=colour, alpha=0.10, linewidth=0)
-    panel.plot(points["at"], points["value"], _marker(way, ways), linestyle="--" if blended else "-", color=colour,
+    panel.plot(points["at"], points["value"], palette.marker(way), linestyle="--" if blended else "-", color=colour,
                markersize=4.5, markerfacecolor="white" if blended else colour, linewidth=1.5)  # fmt: skip
     return float(points["value"].iloc[-1])
 
@@ -133,7 +159,7 @@ def spread(values: Sequence[float], step: float) -> NDArray[np.float64]:
     return found
 
 
-def reliability(rows: pd.DataFrame, shown: Sequence[Way], path: Path) -> None:
+def reliability(rows: pd.DataFrame, shown: Sequence[Way], palette: Palette, path: Path) -> None:
     """Share called rightly against confidence, before temperature (rings) and after: a row a method, a column a setting."""
     settings = _settings(rows)
     ways = [way for way in shown if way in ways_of(rows)]
@@ -144,7 +170,7 @@ def reliability(rows: pd.DataFrame, shown: Sequence[Way], path: Path) -> None:
             for panel, setting in zip(across, settings, strict=True):
                 chosen = of_way(rows[rows["setting"] == setting], way)
                 before, part = (chosen[chosen["stage"] == stage] for stage in ("before", "after"))
-                colour = _colour(way, ways)
+                colour = palette.colour(way)
                 panel.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8)
                 areas = 160 * before["wells"] / before["wells"].sum()
                 panel.plot(before["confidence"], before["value"], ":", color=QUIET, linewidth=0.8)
@@ -259,26 +285,5 @@ def _scatter(panel: Axes, points: NDArray[np.float64], groups: pd.Series, contro
     )
 
 
-# --- colours ---------------------------------------------------------------------------------------------------------
-
-
 def _settings(rows: pd.DataFrame) -> list[str]:
     return [name for name in SETTINGS if name in set(rows["setting"])]
-
-
-def _place(way: Way, ways: Sequence[Way]) -> int:
-    others = sorted((w for w in ways if w != UNADAPTED and not w[0].startswith(NULL)), key=lambda w: w != FOCUS)
-    return others.index(way)
-
-
-def _colour(way: Way, ways: Sequence[Way]) -> str:
-    if way == UNADAPTED:
-        return INK
-    return QUIET if way[0].startswith(NULL) else COLOURS[_place(way, ways) % len(COLOURS)]
-
-
-def _marker(way: Way, ways: Sequence[Way]) -> str:
-    if way == UNADAPTED or way[0].startswith(NULL):
-        return "o" if way == UNADAPTED else "|"
-    place = _place(way, ways)
-    return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]  # no colour twice with one marker

@@ -16,7 +16,7 @@ from training import plots
 from training.cost import cost_markdown
 from training.embeddings import features_of, variance_shares
 from training.intervals import Estimate, Resamples, members
-from training.metrics import expected_calibration_error, worst_batch
+from training.metrics import TEMPERATURES, expected_calibration_error, worst_batch
 from training.plates import write_whole
 from training.queries import ALL
 from training.results import (
@@ -33,6 +33,7 @@ from training.results import (
     classes_of,
     extent,
     grouped,
+    most_seeds,
     of_way,
     places_of,
     read_results,
@@ -49,6 +50,7 @@ CURVES = {
     "alpha": ("Label shift", "label shift (Dirichlet alpha)"),
     "query_wells": ("Query size", "treated wells sent together (L)"),
 }
+_SAME = 1e-9
 _BEHIND = "plates, batches, labs"
 _METRIC_NAMES = {
     "image_accuracy": "per image",
@@ -97,11 +99,27 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def over_nulls(results: Results, resamples: Resamples) -> pd.DataFrame:
+    """Every method's accuracy per well above that of the best null on the same plates: one row a method and setting."""
+    nulls = [way for way in results.ways() if way[0].startswith(NULL)]
+    rows = []
+    for place, part in _parts(results.default, results):
+        within = results.default[results.default["setting"] == place["setting"]]
+        beside = {null: _same_plates(of_way(within, null), part) for null in nulls}
+        beside = {null: table for null, table in beside.items() if not table.empty}
+        if not beside or place["method"].startswith(NULL):
+            continue
+        best = max(beside, key=lambda null: float(beside[null]["well_accuracy"].mean()))
+        own = resamples.mean(_same_plates(part, beside[best]), "well_accuracy")
+        rows.append({**place, "null": best[0], **_figure(own - resamples.mean(beside[best], "well_accuracy"), "margin")})
+    return pd.DataFrame(rows)
+
+
 def gaps(results: Results, resamples: Resamples) -> pd.DataFrame:
     """Points gained per well over unadapted ERM on the same plates and seeds, and the share of ERM's loss that this is.
 
     Share closed = (adapted - ERM) / (ERM in domain - ERM), Sanchez-Fernandez et al. 2026, per well and per image. It is NaN
-    where ERM's loss is not above zero in 95 % of the draws: there is nothing to close.
+    where the interval of ERM's loss is not above zero: it is not sure that there is anything to close.
     """
     unadapted = of_way(results.default, UNADAPTED)
     at_home = unadapted[unadapted["setting"] == "in_domain"]
@@ -246,7 +264,7 @@ def cannot_show(results: Results) -> list[str]:
     absent = [name for setting, name in SETTINGS.items() if setting not in results.settings]
     if absent:
         found.append(f"Not scored: {', '.join(absent)}.")
-    found += _of_seeds(len(set(results.cells["seed"])))
+    found += [*_of_seeds(most_seeds(results.cells)), *_other_seeds(results), *_at_bound(results)]
     methods = set(results.default["method"])
     if not any(name.startswith(NULL) for name in methods):
         found.append("No null was scored: how much of each figure needs no morphology cannot be told.")
@@ -262,6 +280,27 @@ def _of_seeds(count: int) -> list[str]:
     return [few] if count < FEW_MEMBERS else []
 
 
+def _other_seeds(results: Results) -> list[str]:
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for way in results.ways():
+        seeds = sorted(set(of_way(results.cells, way)["seed"]))
+        groups.setdefault(tuple(seeds), []).append(way_name(way))
+    if len(groups) < 2:  # noqa: PLR2004 (others)
+        return []
+    told = "; ".join(f"{', '.join(names)}: {', '.join(map(str, seeds))}" for seeds, names in groups.items())
+    return [f"Methods were scored with different seeds, and only those that share some are compared plate by plate: {told}."]
+
+
+def _at_bound(results: Results) -> list[str]:
+    rows, (least, most) = results.default, TEMPERATURES
+    rows = rows[(rows["temperature"] > 0.99 * most) | (rows["temperature"] < 1.01 * least)]
+    names = [way_name(way) for way in ways_of(rows) if not way[0].startswith(NULL)]
+    if not names:
+        return []
+    bounds = f"Temperature at its bound ({least:g} or {most:g}) for {', '.join(names)}"
+    return [f"{bounds}: on validation plates none makes its probabilities fit; read no confidence of it."]
+
+
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +314,7 @@ def write_report(folder: Path, out: Path, focus: Way | None = None) -> Path:
         RunError, LayoutError: see ``training.results.read_results``.
     """
     results = read_results(folder)
-    resamples = Resamples()
+    resamples, palette = Resamples(), plots.Palette(tuple(results.ways()))
     shown = [way for way in dict.fromkeys((UNADAPTED, _focus(folder, results, focus))) if way in results.ways()]
     cost, wells = _cost_section(folder, results), _wells_by_way(folder, results, shown)
     out.mkdir(parents=True, exist_ok=True)
@@ -283,10 +322,10 @@ def write_report(folder: Path, out: Path, focus: Way | None = None) -> Path:
     path.unlink(missing_ok=True)
     sections = [
         _opening(results),
-        _results_section(results, resamples, out),
+        _results_section(results, resamples, palette, out),
         _gap_section(results, resamples),
-        *(_curve_section(results, resamples, axis, out) for axis in CURVES),
-        _calibration_section(results, resamples, shown, out),
+        *(_curve_section(results, resamples, axis, palette, out) for axis in CURVES),
+        _calibration_section(results, resamples, shown, palette, out),
         _confusion_section(results, shown, out),
         _embedding_section(wells, out),
         cost,
@@ -321,7 +360,7 @@ def _opening(results: Results) -> str:
     told = (
         "Accuracies are means over plates, 95 % intervals in brackets: labs, batches in them and plates in those are drawn "
         "again with replacement, and seeds beside them; differences are paired over the same plates. A single plate, lab, "
-        "batch or seed is kept as it is, so that no interval speaks of others."
+        "batch or seed is kept as it is, so that no interval speaks of others; what all plates have alike has none."
     )
     return "\n\n".join([
         f"# Evaluation on {'simulated ' if results.simulated else ''}plates",
@@ -332,12 +371,14 @@ def _opening(results: Results) -> str:
     ])  # fmt: skip
 
 
-def _results_section(results: Results, resamples: Resamples, out: Path) -> str:
+def _results_section(results: Results, resamples: Resamples, palette: plots.Palette, out: Path) -> str:
     found = scores(results, resamples)
     if found.empty:
         return ""
-    plots.accuracies(found, out / "accuracy.png")
-    parts = ["## Accuracy\n\n![Accuracy per well by method and setting](accuracy.png)"]
+    plots.accuracies(found, palette, out / "accuracy.png")
+    dotted = "\n\nDotted: unadapted ERM." if UNADAPTED in results.ways() else ""
+    parts = [f"## Accuracy\n\n![Accuracy per well by method and setting](accuracy.png){dotted}"]
+    margins = over_nulls(results, resamples)
     for setting in results.settings:
         rows = [
             [
@@ -350,18 +391,34 @@ def _results_section(results: Results, resamples: Resamples, out: Path) -> str:
         titles = ["method", _BEHIND, "per image", "per well", "macro-F1", "worst batch, per well", "NLL", "ECE", "Brier"]
         if rows:
             parts.append(f"### {SETTINGS[setting].capitalize()}\n\n{_markdown(titles, rows)}")
-    parts.append("NLL, ECE and Brier score: before temperature (T = 1) → after. Nulls know nothing of morphology.")
-    return "\n\n".join(parts)
+            parts.append(_beside_nulls(margins[margins["setting"] == setting]) if len(margins) else "")
+    parts.append(
+        "NLL, ECE and Brier score: before temperature (T = 1) → after; lower is better. Nulls know nothing of morphology; "
+        f"{NULL}majority calls the commonest training class everywhere."
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _beside_nulls(margins: pd.DataFrame) -> str:
+    if margins.empty:
+        return ""
+    doubtful = [row for _, row in margins.iterrows() if not row["margin_low"] > 0]
+    if not doubtful:
+        return "Every method is above the best null on the same plates (95 %)."
+    listed = (f"{_named(row)} ({_printed(row, 'margin', signed=True)} over {row['null']})" for row in doubtful)
+    return f"**Not shown to be above the best null**, per well: {'; '.join(listed)}."
 
 
 def _gap_section(results: Results, resamples: Resamples) -> str:
     found = gaps(results, resamples)
     if found.empty:
         return ""
+    shares = {"well_share": "share closed, per well", "image_share": "share closed, per image"}
+    shares = {name: title for name, title in shares.items() if found[name].notna().any()}
     rows = [
         [
             _named(row), SETTINGS[row["setting"]], row["behind"],
-            _printed(row, "well_gain", signed=True), _printed(row, "well_share"), _printed(row, "image_share"),
+            _printed(row, "well_gain", signed=True), *(_printed(row, name) for name in shares),
         ]
         for _, row in found.iterrows()
     ]  # fmt: skip
@@ -369,20 +426,22 @@ def _gap_section(results: Results, resamples: Resamples) -> str:
         f"{SETTINGS[row['setting']]} {_printed(row, 'well_loss')} per well"
         for _, row in found.drop_duplicates("setting").iterrows()
     ]
-    titles = ["method", "setting", _BEHIND, "gain per well over unadapted ERM", "share closed, per well", "per image"]
-    told = (
-        f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. Share closed = (method - ERM) / (ERM in domain - "
-        "ERM): above 1 a method does better there than ERM does at home; empty where it is not sure that ERM loses anything."
+    titles = ["method", "setting", _BEHIND, "gain per well over unadapted ERM", *shares.values()]
+    told = f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. " + (
+        "Share closed = (method - ERM) / (ERM in domain - ERM): above 1 a method does better there than ERM does at home; "
+        "empty where it is not sure that ERM loses anything."
+        if shares
+        else "It is not sure that ERM loses anything: no share of a gap can be told."
     )
     return "\n\n".join(["## Domain gap closed", told, _markdown(titles, rows)])
 
 
-def _curve_section(results: Results, resamples: Resamples, axis: str, out: Path) -> str:
+def _curve_section(results: Results, resamples: Resamples, axis: str, palette: plots.Palette, out: Path) -> str:
     found = curve(results, resamples, axis)
     if found is None:
         return ""
     title, label = CURVES[axis]
-    plots.curves(found.rows, axis, label, out / f"{axis}.png")
+    plots.curves(found.rows, axis, label, palette, out / f"{axis}.png")
     fixed = "; ".join(f"{CURVES[name][1]}: {plots.tick(name, value)}" for name, value in found.fixed.items())
     told = (
         f"Accuracy per well. Held fixed: {fixed}. In square brackets the plates behind a figure, where fewer than elsewhere "
@@ -400,20 +459,22 @@ def _curve_table(found: Curve) -> str:
     for setting, method, context, blended in dict.fromkeys(zip(*keys, strict=True)):
         way = (method, context)
         part = of_way(rows[(rows["setting"] == setting) & (rows["blended"] == blended)], way)
-        points = dict(zip(part["x"], zip(part["value"], part["plates"], strict=True), strict=True))
-        cells = [_point(*points[x], most=int(part["plates"].max())) if x in points else "" for x in order]
+        points = {float(row["x"]): _point(row, most=int(part["plates"].max())) for _, row in part.iterrows()}
+        cells = [points.get(x, "") for x in order]
         lines.append([way_name(way) + (", blended" if blended else ""), SETTINGS[setting], *cells])
     return _markdown(["method", "setting", *(plots.tick(found.axis, x) for x in order)], lines)
 
 
-def _point(value: float, plates: int, *, most: int) -> str:
-    return f"{value:.3f}" + (f" [{plates}]" if plates < most else "")
+def _point(row: pd.Series, *, most: int) -> str:
+    return _printed(row, "value") + (f" [{row['plates']}]" if row["plates"] < most else "")
 
 
-def _calibration_section(results: Results, resamples: Resamples, shown: Sequence[Way], out: Path) -> str:
+def _calibration_section(
+    results: Results, resamples: Resamples, shown: Sequence[Way], palette: plots.Palette, out: Path
+) -> str:
     parts = ["## Calibration"]
     if results.predictions is not None and set(shown) & set(ways_of(results.predictions)):
-        plots.reliability(reliability(results, resamples), shown, out / "reliability.png")
+        plots.reliability(reliability(results, resamples), shown, palette, out / "reliability.png")
         parts.append("![Share of wells called rightly against confidence](reliability.png)")
         parts.append("Dots after temperature, rings before it (T = 1); their area is the share of the wells.")
     by_batch = {way: calibration_by_batch(results, way) for way in shown}
@@ -422,6 +483,7 @@ def _calibration_section(results: Results, resamples: Resamples, shown: Sequence
         return ""
     plots.calibration(by_batch, out / "calibration.png")
     parts.append("![Calibration error of each batch before and after temperature](calibration.png)")
+    parts.append("A line a batch; named is the worst of each setting.")
     rows = []
     for way, table in by_batch.items():
         worst = set(table.groupby("setting")["ece"].idxmax())
@@ -527,7 +589,8 @@ def _printed(row: pd.Series, name: str, *, signed: bool = False) -> str:
     if not np.isfinite(value):
         return ""
     sign = "+" if signed else ""
-    return f"{value:{sign}.3f}" + (f" ({low:{sign}.3f} to {high:{sign}.3f})" if np.isfinite(low) else "")
+    varies = np.isfinite(low) and high - low > _SAME  # members that are all alike say nothing of others
+    return f"{value:{sign}.3f}" + (f" ({low:{sign}.3f} to {high:{sign}.3f})" if varies else "")
 
 
 def _number(value: float) -> str:

@@ -233,6 +233,11 @@ def places_of(rows: pd.DataFrame) -> list[tuple[str, ...]]:
     return sorted(set(zip(*(rows[level] for level in ("lab", "batch", "plate")), strict=True)))
 
 
+def most_seeds(rows: pd.DataFrame) -> int:
+    """How many seeds any one method was scored with: seeds of different methods are not added up."""
+    return max((len(set(of_way(rows, way)["seed"])) for way in ways_of(rows)), default=0)
+
+
 def extent(rows: pd.DataFrame) -> str:
     """How much stands behind a figure: plates, batches, labs and seeds."""
     places = places_of(rows)
@@ -240,6 +245,6 @@ def extent(rows: pd.DataFrame) -> str:
         ("plate", "plates"): len(places),
         ("batch", "batches"): len({place[:2] for place in places}),
         ("lab", "labs"): len({place[:1] for place in places}),
-        ("seed", "seeds"): len(set(rows["seed"])),
+        ("seed", "seeds"): most_seeds(rows),
     }
     return ", ".join(f"{count} {one if count == 1 else many}" for (one, many), count in counts.items())

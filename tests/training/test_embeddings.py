@@ -104,8 +104,9 @@ def test_pycytominer_spherizes_the_table_and_agrees_where_there_is_no_ridge(
 
 
 def test_controls_cure_a_batch_effect_and_rows_are_those_of_the_report(tmp_path: Path) -> None:
-    folder = made_up.write(tmp_path / "results")
-    write_baselines(folder / "embeddings.parquet", folder, "", COLUMNS)
+    folder = tmp_path / "results"
+    made_up.embeddings().to_parquet(tmp_path / "embeddings.parquet", index=False)
+    write_baselines(tmp_path / "embeddings.parquet", folder, "", COLUMNS)
     cells, predictions = read_results(folder).cells, read_results(folder).predictions
     assert set(cells.columns) == set(CELL_COLUMNS)
     assert predictions is not None
@@ -126,6 +127,33 @@ def test_controls_cure_a_batch_effect_and_rows_are_those_of_the_report(tmp_path:
     wells = one[(one["plate"] == row["plate"]) & (one["context"] == "erm source")]
     assert row["well_accuracy"] == (wells["called"] == wells["label"]).mean()
     assert row["wells"] == len(wells) == 16
+
+
+def test_scores_do_not_stand_beside_those_of_other_plates(tmp_path: Path) -> None:
+    made_up.embeddings().to_parquet(tmp_path / "dino.parquet", index=False)
+    folder = made_up.write(tmp_path / "results")
+    with pytest.raises(LayoutError, match=r"none of its test plates .* is scored in .*: name another results folder"):
+        write_baselines(tmp_path / "dino.parquet", folder, "", COLUMNS)
+    assert not list(folder.glob("*-embedding.parquet"))
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells.head(1).assign(lab="L1", batch="B7", plate="B7p2").to_parquet(folder / "cells.parquet", index=False)
+    write_baselines(tmp_path / "dino.parquet", folder, "", COLUMNS)
+    assert (folder / "cells-embedding.parquet").is_file()
+
+
+def test_a_table_without_a_method_has_its_files_name(tmp_path: Path) -> None:
+    table = one_network().drop(columns=["Metadata_method", "Metadata_context"])
+    table.to_parquet(tmp_path / "dino.v2.parquet", index=False)
+    (wells,) = read_wells(tmp_path / "dino.v2.parquet", "", COLUMNS)
+    assert wells.name == "dino"
+    (wells,) = read_wells(tmp_path / "dino.v2.parquet", "other", COLUMNS)
+    assert wells.name == "other"
+
+
+def test_a_table_of_scores_is_no_table_of_embeddings(tmp_path: Path) -> None:
+    folder = made_up.write(tmp_path / "results")
+    with pytest.raises(LayoutError, match=r"a table of scores: embeddings of wells are in embeddings\.parquet"):
+        read_wells(folder / "predictions.parquet", "", COLUMNS)
 
 
 def test_batches_named_for_training_make_the_settings(tmp_path: Path) -> None:
@@ -199,7 +227,11 @@ WRONG: list[tuple[Callable[[pd.DataFrame], pd.DataFrame], type[AnchorwellError],
     (put("Metadata_label", "alpha", setting="train"), LayoutError, "1 labels"),
     (put("Metadata_setting", "elsewhere", Batch="B9"), LayoutError, "Metadata_setting is 'elsewhere'"),
     (lambda t: t.assign(Metadata_setting="train"), LayoutError, "no wells to test on"),
-    (lambda t: t.drop(columns="Metadata_setting"), LayoutError, "no column Metadata_setting"),
+    (
+        lambda t: t.drop(columns="Metadata_setting"),
+        LayoutError,
+        "no column Metadata_setting that says which wells train: name the batches that do (--train-batches)",
+    ),
     (put("Metadata_setting", "in_domain", Plate="B0p0", Well="A01"), LayoutError, "plate B0p0 of lab L1 is in training"),
     (put("Metadata_setting", "new_batch", Plate="B0p1"), LayoutError, "batch B0 of lab L1 is in training"),
     (put("Metadata_Source", "L1", Batch="B9"), LayoutError, "lab L1 is in training"),

@@ -257,6 +257,22 @@ def test_what_makes_seeds_differ_is_refused_or_told(run: Run, erm_run: Run, tmp_
     evaluated([erm_run, unfinished], tmp_path / "results", Grid(methods=("erm",), cells=(Axes(controls=(99,)),)), told)
     assert "seeds 1 and 2: budgets of erm are NOT equal: they differ in learning_rate" in told
     assert "seed 2: how many of its 6 steps erm had is not known (checkpoints/last.ckpt is not there)" in told
+    missing = "no method evaluated here uses controls and can do without any: a cell is not scored (control wells 0,"
+    told.clear()
+    evaluated([run], tmp_path / "results", Grid(methods=("cs-arm-bn controls",), cells=(Axes(controls=(0,)),)), told)
+    assert any(text.startswith(missing) for text in told), told
+
+
+def test_ways_that_nobody_named_are_left_out_without_a_word(erm_run: Run, tmp_path: Path) -> None:
+    told: list[str] = []
+    cells = evaluated([erm_run], tmp_path / "results", Grid(cells=()), told)
+    assert not any("no run of the network" in text for text in told)
+    assert "cs-arm-bn" not in set(cells["method"])
+
+
+def test_cells_that_no_plate_has_wells_for_are_told(erm_run: Run, tmp_path: Path) -> None:
+    told: list[str] = []
+    evaluated([erm_run], tmp_path / "results", Grid(methods=("erm",), cells=(Axes(controls=(99,)),)), told)
     missing = "no test plate has the wells for a cell of the grid (control wells 99, treated wells sent all, alpha inf)"
     assert f"{missing}: not scored" in told
 

@@ -10,6 +10,17 @@ from hypothesis import strategies as st
 from training import plots
 
 
+def test_a_method_looks_the_same_in_every_plot_and_unlike_any_other() -> None:
+    methods = [(f"method-{number}", "source") for number in range(14)]
+    ways = (("erm", "source"), *methods, ("cs-arm-bn", "controls"), ("null: majority", "-"), ("null: position", "-"))
+    palette = plots.Palette(ways)
+    looks = [(palette.colour(way), palette.marker(way)) for way in ways[:-2]]
+    assert len(set(looks)) == len(looks)
+    assert palette.colour(("erm", "source")) == plots.INK
+    assert {palette.colour(way) for way in ways[-2:]} == {plots.QUIET}
+    assert palette.colour(("cs-arm-bn", "controls")) == plots.COLOURS[0]
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
 def test_labels_keep_their_order_and_do_not_touch(values: list[float], step: float) -> None:
     moved = plots.spread(values, step)

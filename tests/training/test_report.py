@@ -17,7 +17,17 @@ from tests.training import made_up
 from training.embeddings import Columns, write_baselines
 from training.grid import Axes, Grid, evaluate_grid
 from training.intervals import Resamples
-from training.report import calibration_by_batch, cannot_show, confusion, curve, gaps, reliability, scores, write_report
+from training.report import (
+    calibration_by_batch,
+    cannot_show,
+    confusion,
+    curve,
+    gaps,
+    over_nulls,
+    reliability,
+    scores,
+    write_report,
+)
 from training.results import SETTINGS, Results, of_way, read_results
 from training.train import Run
 
@@ -64,6 +74,33 @@ def test_the_share_of_the_gap_closed_is_what_the_tables_were_made_with(results: 
         true = (made_up.LEVELS[OURS][setting] - made_up.LEVELS[ERM][setting]) / (0.9 - made_up.LEVELS[ERM][setting])
         assert row["well_share_low"] < true < row["well_share_high"]
         assert found.loc["null: majority", setting]["well_share"] < 0
+
+
+def test_methods_that_are_not_above_the_nulls_are_named(results: Results, tmp_path: Path) -> None:
+    found = over_nulls(results, Resamples(draws=200)).set_index(["method", "setting"])
+    assert set(found["null"]) == {"null: intensity"}, "the best one"
+    assert (found["margin_low"] > 0).all()
+    margin = (
+        whole(results.cells, ERM, "new_lab")["well_accuracy"].mean()
+        - whole(results.cells, ("null: intensity", "-"), "new_lab")["well_accuracy"].mean()
+    )
+    assert found.loc[("erm", "new_lab"), "margin"] == pytest.approx(margin)
+    low = results.cells["well_accuracy"] - 0.25 * (
+        (results.cells["method"] == "erm") & (results.cells["context"] == "source")
+    )
+    made_up.write(tmp_path, results.cells.assign(well_accuracy=low))
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    away = text.split("### New lab")[1].split("\n#")[0]
+    assert "**Not shown to be above the best null**, per well: erm (unadapted) (-0.0" in away
+    assert "over null: intensity)" in away
+    assert "Every method is above the best null" in text.split("### In domain")[1].split("\n#")[0]
+
+
+def test_one_plate_shows_nothing_to_be_above_the_nulls(results: Results) -> None:
+    one = results.cells[results.cells["plate"] == results.cells["plate"].iloc[0]]
+    found = over_nulls(Results(one[one["seed"] == 0]), Resamples(draws=50))
+    assert len(found)
+    assert found["margin_low"].isna().all()
 
 
 def test_gains_are_taken_over_the_plates_that_both_have(results: Results) -> None:
@@ -182,6 +219,32 @@ def test_what_cannot_be_shown_is_said() -> None:
     assert cannot_show(Results(many)) == []
     assert cannot_show(Results(many, told=("seed 1: erm had 2 of 6 steps",))) == ["Seed 1: erm had 2 of 6 steps."]
     assert "2 seeds: so few" in " ".join(cannot_show(Results(many[many["seed"] < 2])))
+
+
+def test_other_seeds_are_said_and_not_added_up() -> None:
+    cells = made_up.cells(seeds=1, batches=6)
+    other = cells["method"] == "arm-bn"
+    told = " ".join(cannot_show(Results(cells.assign(seed=np.where(other, 7, 0)))))
+    assert "One seed" in told
+    assert "arm-bn (treated): 7" in told
+    assert "different seeds" not in " ".join(cannot_show(Results(cells)))
+
+
+def test_a_temperature_at_its_bound_is_said() -> None:
+    cells = made_up.cells(seeds=1, batches=6)
+    hot = cells.assign(temperature=np.where(cells["method"].isin(["arm-bn", "null: majority"]), 99.99, 1.4))
+    (told,) = [line for line in cannot_show(Results(hot)) if "Temperature" in line]
+    assert "(0.05 or 100) for arm-bn (treated): on" in told
+
+
+def test_what_all_plates_have_alike_has_no_interval_and_no_loss_no_share(tmp_path: Path) -> None:
+    cells = made_up.cells(seeds=1)
+    made_up.write(tmp_path, cells.assign(well_accuracy=0.25, image_accuracy=0.25))
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    assert "| 0.250 | 0.250 |" in text.split("### In domain")[1]
+    gap = text.split("## Domain gap closed")[1].split("\n#")[0]
+    assert "no share of a gap can be told" in gap
+    assert "share closed" not in gap
 
 
 def test_a_report_has_every_plot_and_nulls_in_every_table_of_methods(tmp_path: Path) -> None:
