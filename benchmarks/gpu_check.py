@@ -29,7 +29,7 @@ def answers(bundle: Bundle, device: Device, images: NDArray[np.float32]) -> tupl
     half = len(images) // 2
     mean, variance = engine.measure(images[:half])
     statistics = BatchNormStatistics(mean, variance, sites=half, wells=half)
-    logits, _ = engine.classify(images[half:], statistics)
+    logits = engine.classify(images[half:], statistics)[0]
     return statistics, site_probabilities(logits, bundle.manifest.temperature)
 
 

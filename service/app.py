@@ -194,7 +194,8 @@ def compose(
 def _engine(settings: Settings, bundle: Bundle, observer: Observer) -> Engine:
     """Make the engine on a thread that gives way, as the engine's own threads will."""
     with ThreadPoolExecutor(1, initializer=give_way) as pool:
-        return pool.submit(OnnxEngine, bundle, settings.device, settings.threads, observer).result()
+        given = bundle, settings.device, settings.threads, observer, settings.batch_sessions_bytes
+        return pool.submit(OnnxEngine, *given).result()
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:

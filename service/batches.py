@@ -98,6 +98,10 @@ class Stopwatch:
         yield
         self._stages[name] += time.perf_counter() - start
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds that were taken elsewhere to a stage."""
+        self._stages[name] += seconds
+
     def lap(self, name: str) -> None:
         """Count everything so far as one stage."""
         self._stages[name] += time.perf_counter() - self._start
@@ -214,10 +218,12 @@ class Batches:
         wells: list[schemas.WellPrediction] = []
         embeddings: list[Float] = []
         seen: list[PreparedSite] = []
+        left = len(upload.sites)
         with self.preparer.prepared(upload, pixel_size_um) as prepared:
             for well, sites, refused in _by_well(prepared):
                 with watch.stage("classify"):
-                    answer, embedding = self._answer(well, sites, frame)
+                    answer, embedding = self._answer(well, sites, frame, left, watch)
+                left -= len(sites) + len(refused)
                 control = well in batch.control_wells
                 classes = self.bundle.manifest.classes
                 wells.append(well_prediction(answer, classes, refused, frame.adaptation, control=control))
@@ -354,7 +360,7 @@ class Batches:
                 self._require_prepared(store, deed, batch, set(context.used) - set(sent), watch)
                 images = [self._image(store, batch, site, sent) for site in context.used]
                 with watch.stage("measure"):
-                    kept = self._measure(wanted, images)
+                    kept = self._measure(wanted, images, watch)
             measured[name] = kept
         return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
@@ -366,7 +372,7 @@ class Batches:
             raise RevisionConflictError
         return image
 
-    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage]) -> Adaptation:
+    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage], watch: Stopwatch) -> Adaptation:
         """Measure a context's scale, its statistics in one pass, and where its control wells lie under them."""
         context, prior = wanted.context, wanted.prior
         of_controls = [image for site, image in zip(context.used, prepared, strict=True) if site.well not in wanted.panel]
@@ -378,7 +384,8 @@ class Batches:
         statistics = BatchNormStatistics(mean, variance, sites=len(context.used), wells=len(context.wells))
         wells = [site.well for site in context.used]
         controls = [well for well in context.wells if well not in wanted.panel]
-        embeddings = [self._classify(images[_where(wells, well)], statistics)[1] for well in controls]
+        each = [images[_where(wells, well)] for well in controls]
+        embeddings = [self._classify(sites, statistics, len(images), watch)[1] for sites in each]
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,
@@ -477,11 +484,13 @@ class Batches:
             detail = f"{error.detail}; or ask for ?context=blended, on these and the mean of the training plates"
             raise TooFewControlsError(detail, **error.members).about(batch_id=batch.batch_id) from None
 
-    def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
+    def _answer(
+        self, well: str, sites: Sequence[PreparedSite], frame: Frame, left: int, watch: Stopwatch
+    ) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
         images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
         try:
-            logits, embeddings = self._classify(images, frame.statistics)
+            logits, embeddings = self._classify(images, frame.statistics, left, watch)
         except NonFiniteImageError as error:
             raise error.about(well=well) from None
         adaptation = frame.adaptation
@@ -490,13 +499,15 @@ class Batches:
         answer = classify_well(well, logits, embeddings, manifest.classes, manifest.temperature, reference, controls)
         return answer, embeddings.mean(axis=0)
 
-    def _classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        """Classify one well's sites: its calls' shapes, and so its answer's last bit, depend on nothing else."""
-        parts = [
-            self.engine.classify(images[start : start + SITES_PER_CALL], statistics)
-            for start in range(0, len(images), SITES_PER_CALL)
-        ]
-        logits, embeddings = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    def _classify(self, images: Float, statistics: BatchNormStatistics, left: int, watch: Stopwatch) -> tuple[Float, Float]:
+        """Classify one well's sites: its calls' shapes depend on nothing else. ``left`` sites will be, these among them."""
+        parts = []
+        for start in range(0, len(images), SITES_PER_CALL):
+            begun = time.perf_counter()
+            part = self.engine.classify(images[start : start + SITES_PER_CALL], statistics, left - start)
+            watch.add(f"classify_{part.graph}", time.perf_counter() - begun)
+            parts.append(part)
+        logits, embeddings = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
         if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
             raise NonFiniteImageError("the network's answer is not finite: an image is out of scale")
         return logits, embeddings

@@ -1,13 +1,19 @@
 """Runs the bundle's two graphs. The only module that knows onnxruntime.
 
-Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else.
+Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else but, in the last
+bits, on whether the shared graph gave them, which takes statistics as inputs, or a session made for these statistics, in
+which they are constants that onnxruntime folds into the convolutions.
 """
 
+import hashlib
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime
@@ -27,17 +33,36 @@ from model.bundle import (
     OUTPUT_LOGITS,
     OUTPUT_MEAN,
     OUTPUT_VARIANCE,
+    WEIGHTS,
     Bundle,
     Parity,
 )
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior
 from service.errors import StartError
+from service.graphs import with_constants, with_scale_and_shift
 from service.observe import UNOBSERVED, Observer
+from service.priority import give_way
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
+Graph = Literal["shared", "folded"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+WORTH_FOLDING = 64
+"""Sites still to classify from which making a session for their statistics is worth its time, on the CPU."""
+_SESSION_OVER_WEIGHTS = 2.0
+"""Memory of a session over the size of the weights on disk: these, and laid out anew for the processor."""
 _PRIOR = (INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT)
+
+log = logging.getLogger("anchorwell")
+
+
+class Classified(NamedTuple):
+    """Logits (sites, members, classes), embeddings (sites, dim), and the graph that gave them."""
+
+    logits: Float
+    embeddings: Float
+    graph: Graph = "shared"
 
 
 class Engine(Protocol):
@@ -60,8 +85,8 @@ class Engine(Protocol):
         """
         ...
 
-    def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        """Logits (sites, members, classes) and embeddings (sites, dim) of (sites, channels, height, width)."""
+    def classify(self, images: Float, statistics: BatchNormStatistics, left: int = 0) -> Classified:
+        """Classify (sites, channels, height, width); ``left`` sites will be with the same statistics, these among them."""
         ...
 
 
@@ -70,19 +95,24 @@ class OnnxEngine:
 
     precision = "fp32"
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 0, observer: Observer = UNOBSERVED) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device = "auto",
+        threads: int = 0,
+        observer: Observer = UNOBSERVED,
+        folded_bytes: int = 0,
+    ) -> None:
         onnxruntime.disable_telemetry_events()
-        providers = _providers(device)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
-        options.enable_mem_reuse = bundle.manifest.members == 1  # else buffers are held from one member's pass for the next
-        self._measure = _session(bundle, MEASURE, options, providers, [INPUT_IMAGES, *_PRIOR])
+        self._bundle, self._threads, self._providers = bundle, threads, _providers(device)
+        self._measure = self._shared(MEASURE, [INPUT_IMAGES, *_PRIOR])
         self._plain = Prior.none(bundle.manifest.features)
-        self._classify = _session(bundle, CLASSIFY, options, providers, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
+        self._classify = self._shared(CLASSIFY, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
+        session_bytes = _SESSION_OVER_WEIGHTS * (bundle.path / WEIGHTS).stat().st_size
+        self._folded = FoldedSessions(self._fold, int(folded_bytes / session_bytes) if self.provider == CPU else 0)
         self._observer = observer
         self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+        if device == "cuda" and self.provider != CUDA:
             raise StartError(f"device cuda was asked for, but onnxruntime runs the bundle on {self.provider}")
 
     @property
@@ -97,11 +127,31 @@ class OnnxEngine:
             mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images, **given})
         return mean, variance
 
-    def classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+    def classify(self, images: Float, statistics: BatchNormStatistics, left: int = 0) -> Classified:
+        folded = self._folded.get(statistics, make=left >= WORTH_FOLDING)
+        given = {INPUT_IMAGES: images}
+        if folded is None:
+            given |= {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
         with self._turn("classify", len(images)):
-            logits, embeddings = self._classify.run([OUTPUT_LOGITS, OUTPUT_EMBEDDING], given)
-        return logits, embeddings
+            logits, embeddings = (folded or self._classify).run([OUTPUT_LOGITS, OUTPUT_EMBEDDING], given)
+        return Classified(logits, embeddings, "shared" if folded is None else "folded")
+
+    def _fold(self, statistics: BatchNormStatistics) -> Any:
+        return self._session(with_constants(self._bundle.path / CLASSIFY, statistics), CLASSIFY, [INPUT_IMAGES])
+
+    def _shared(self, name: str, inputs: Sequence[str]) -> Any:
+        path = self._bundle.path / name
+        content = with_scale_and_shift(path) if self._providers == [CPU] else path.read_bytes()
+        return self._session(content, name, inputs)
+
+    def _session(self, content: bytes, name: str, inputs: Sequence[str]) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
+        # Of several members, buffers would be held from one's pass for the next.
+        options.enable_mem_reuse = self._bundle.manifest.members == 1
+        return _session(content, name, options, self._providers, inputs)
 
     @contextmanager
     def _turn(self, graph: str, sites: int) -> Iterator[None]:
@@ -116,25 +166,63 @@ class OnnxEngine:
 
 
 def _providers(device: Device) -> list[Any]:
-    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    present = cuda in onnxruntime.get_available_providers()
+    present = CUDA in onnxruntime.get_available_providers()
     if device == "cuda" and not present:
         raise StartError("device cuda was asked for, but this onnxruntime has no CUDA: install the extra 'gpu'")
     if device == "cpu" or not present:
-        return [cpu]
+        return [CPU]
     onnxruntime.preload_dlls()
-    return [(cuda, {"use_tf32": "0"}), cpu]
+    return [(CUDA, {"use_tf32": "0"}), CPU]
 
 
-def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], inputs: Sequence[str]) -> Any:
+def _session(content: bytes, name: str, options: Any, providers: list[Any], inputs: Sequence[str]) -> Any:
     try:
-        session = onnxruntime.InferenceSession(str(bundle.path / graph), options, providers=providers)
+        session = onnxruntime.InferenceSession(content, options, providers=providers)
     except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
-        raise BundleError(f"{graph} cannot be loaded: {str(error)[:300]}") from None
+        raise BundleError(f"{name} cannot be loaded: {str(error)[:300]}") from None
     found = sorted(item.name for item in session.get_inputs())
     if found != sorted(inputs):
-        raise BundleError(f"{graph} takes {', '.join(found)}; expected {', '.join(inputs)}")
+        raise BundleError(f"{name} takes {', '.join(found)}; expected {', '.join(inputs)}")
     return session
+
+
+# --- sessions of one batch -------------------------------------------------------------------------------------------
+
+
+class FoldedSessions:
+    """Sessions made for statistics, one at a time in the background; the longest unused goes when there is one too many.
+
+    What cannot be made is told in the log once, and not tried again while it is remembered.
+    """
+
+    def __init__(self, make: Callable[[BatchNormStatistics], Any], most: int) -> None:
+        self._make = make
+        self._most = most
+        self._made: OrderedDict[str, Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fold", initializer=give_way)
+
+    def get(self, statistics: BatchNormStatistics, *, make: bool) -> Any:
+        """Return what was made for statistics; None where nothing is there yet, which then is made where it is worth it."""
+        if not self._most:
+            return None
+        name = hashlib.sha256(statistics.mean.tobytes() + statistics.variance.tobytes()).hexdigest()
+        with self._lock:
+            found = self._made.get(name)
+            if found is not None:
+                self._made.move_to_end(name)
+            elif make:
+                self._made[name] = self._pool.submit(self._try, statistics)
+                while len(self._made) > self._most:
+                    self._made.popitem(last=False)[1].cancel()
+        return found.result() if found is not None and found.done() else None
+
+    def _try(self, statistics: BatchNormStatistics) -> Any:
+        try:
+            return self._make(statistics)
+        except Exception:
+            log.exception("no session could be made for a batch's statistics: the shared graph answers")
+            return None
 
 
 def replay(engine: Engine, bundle: Bundle) -> None:
@@ -147,5 +235,5 @@ def replay(engine: Engine, bundle: Bundle) -> None:
     plain = engine.measure(golden.images)
     blended = engine.measure(golden.images, bundle.training_statistics.prior(GOLDEN_WELLS))
     statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
-    logits, _ = engine.classify(golden.images, statistics)
+    logits = engine.classify(golden.images, statistics)[0]
     Parity.of(golden, plain, blended, logits).require(f"the engine on {engine.provider}")

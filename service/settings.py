@@ -114,6 +114,9 @@ class Settings(StorageSettings):
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )
     threads: int = Field(0, ge=0, description="threads of one inference on the CPU and of image decoding; 0: all cores")
+    batch_sessions_bytes: int = Field(
+        1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster on the CPU; 0: none"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     metrics_port: int | None = Field(

@@ -43,9 +43,9 @@ class SeeingEngine(FakeEngine):
         self.measured = images
         return super().measure(images, prior)
 
-    def classify(self, images, statistics):
+    def classify(self, images, statistics, left=0):
         self.classified = images
-        return super().classify(images, statistics)
+        return super().classify(images, statistics, left)
 
 
 @pytest.fixture(scope="module")

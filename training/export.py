@@ -23,6 +23,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from model.bundle import (
     CLASSIFY,
@@ -47,9 +48,9 @@ from model.bundle import (
     finish_bundle,
 )
 from model.errors import RunError
-from model.network import Ensemble, FromContext, Given, Network, PriorTensors
+from model.network import EPS, BatchNorm, Ensemble, FromContext, Given, Network, PriorTensors
 from model.predictions import EmbeddingReference
-from model.statistics import Prior, TrainingStatistics
+from model.statistics import Prior, TrainingStatistics, blended
 from training.methods import prior_tensors
 
 _OPSET = 20
@@ -69,19 +70,52 @@ class Classify(nn.Module):
         return logits, embedding
 
 
+class FromSums:
+    """What ``FromContext`` measures of all rows, from each row's mean and mean square: each layer's input is read twice.
+
+    They are taken about a ``centre`` (features,) near the means that will be found, so that nothing cancels; it goes into
+    the convolution before. ``FromContext`` is the definition, and has gradients.
+    """
+
+    def __init__(self, prior: PriorTensors, centre: Tensor) -> None:
+        self.prior = prior
+        self.centre = centre
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+    def __call__(self, x: Tensor, layer: BatchNorm) -> Tensor:
+        at, prior = layer.place, self.prior
+        x = x + -self.centre[at][:, None, None]
+        mean = x.mean(dim=(2, 3)).mean(dim=0)
+        square = (torch.linalg.vector_norm(x, dim=(2, 3)).square() / (x.shape[2] * x.shape[3])).mean(dim=0)
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance = blended(mean + self.centre[at], variance, prior.mean[at], prior.variance[at], prior.weight[at])
+        self.means.append(mean)
+        self.variances.append(variance)
+        return F.batch_norm(x, mean - self.centre[at], variance, layer.weight, layer.bias, training=False, eps=EPS)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of all layers, (features,) each."""
+        return torch.cat(self.means), torch.cat(self.variances)
+
+
 class Measure(nn.Module):
     """images (sites, channels, height, width), prior_mean, prior_var, prior_weight → bn_mean, bn_var (features,) each.
 
-    One pass over all images; a prior of no weight leaves what is measured as it is.
+    One pass over all images; a prior of no weight leaves what is measured as it is. ``centre`` (features,) is about what
+    will be measured.
     """
 
-    def __init__(self, network: Ensemble) -> None:
+    centre: Tensor
+
+    def __init__(self, network: Ensemble, centre: Tensor) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("centre", centre)
 
     def forward(self, images: Tensor, prior_mean: Tensor, prior_var: Tensor, prior_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Measure the statistics of the whole input, blended with the prior."""
-        norm = FromContext(prior=PriorTensors(prior_mean, prior_var, prior_weight))
+        norm = FromSums(PriorTensors(prior_mean, prior_var, prior_weight), self.centre)
         self.network(images, norm)
         return norm.statistics()
 
@@ -110,7 +144,7 @@ def export_bundle(
     """
     network = network.eval().cpu()
     with _folder_beside(path) as folder:
-        write_graphs(network, folder, golden_images[:2])
+        write_graphs(network, folder, golden_images[:2], training_statistics)
         prior = training_statistics.prior(GOLDEN_WELLS)
         golden = make_golden(network, golden_images, prior)
         parity = check_parity(folder, golden, prior)
@@ -143,8 +177,8 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) -> None:
-    """Export both graphs with a dynamic number of sites and one shared weights file."""
+def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32], training: TrainingStatistics) -> None:
+    """Export both graphs with a dynamic number of sites and one shared weights file; means are taken about training's."""
     images = torch.from_numpy(example)
     sites = torch.export.Dim("sites", min=1)
     statistics = torch.zeros(network.features), torch.ones(network.features)
@@ -156,7 +190,7 @@ def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32]) ->
         dynamic=({0: sites}, None, None),
     )
     measure = _to_onnx(
-        Measure(network),
+        Measure(network, torch.from_numpy(training.source.mean)),
         (images, *statistics, torch.zeros(network.features)),
         inputs=(INPUT_IMAGES, INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT),
         outputs=(OUTPUT_MEAN, OUTPUT_VARIANCE),
@@ -172,7 +206,7 @@ def _to_onnx(
     level = exporter.level
     exporter.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter warns of its own internals
             program = torch.onnx.export(
                 module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False,

@@ -11,6 +11,7 @@ from model.bundle import CLASSIFY, GOLDEN_WELLS, MEASURE, WEIGHTS, Bundle, Golde
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
 from model.statistics import BN_EPSILON, BatchNormStatistics, Prior, blended, summarise_training
+from service.engine import Classified
 
 CHANNELS = ("DNA", "ER", "RNA")
 CLASSES = ("alpha", "beta", "gamma")
@@ -45,11 +46,11 @@ class FakeEngine:
         mean, variance = blended(*measured, used.mean, used.variance, used.weight)
         return mean.astype(np.float32), variance.astype(np.float32)
 
-    def classify(self, images, statistics):
+    def classify(self, images, statistics, left=0):  # noqa: ARG002 (it has one graph)
         means = images.astype(np.float64).mean(axis=(2, 3))
         scores = (means - statistics.mean) / np.sqrt(statistics.variance + BN_EPSILON)
         logits = np.stack([scores * (1 + member) for member in range(self.members)], axis=1)
-        return logits.astype(np.float32), scores.astype(np.float32)
+        return Classified(logits.astype(np.float32), scores.astype(np.float32))
 
 
 def fake_bundle(path: Path, **changes) -> Bundle:
@@ -79,7 +80,7 @@ def fake_bundle(path: Path, **changes) -> Bundle:
     described = summarise_training(plates[:2], plates[0], plates[2:], np.full(3, BLEND_WELLS, np.float32))
     mean, variance = engine.measure(images)
     blend = engine.measure(images, described.prior(GOLDEN_WELLS))
-    logits, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=4, wells=4))
+    logits, *_ = engine.classify(images, BatchNormStatistics(mean, variance, sites=4, wells=4))
     return finish_bundle(
         path,
         Manifest(**manifest),

@@ -1,13 +1,15 @@
 """The real engine on a real exported bundle."""
 
+import time
+
 import numpy as np
 import onnxruntime
 import pytest
 
-from model.bundle import MEASURE, Bundle
+from model.bundle import MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior, blended
-from service.engine import OnnxEngine, replay
+from service.engine import WORTH_FOLDING, OnnxEngine, replay
 from service.errors import StartError
 from tests.service.plates import FakeEngine, tiff
 
@@ -39,7 +41,7 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
     first_mean, first_variance = engine.measure(context)
     statistics = BatchNormStatistics(first_mean, first_variance, sites=24, wells=6)
     assert first_mean.shape == first_variance.shape == (tiny.manifest.features,)
-    logits, embeddings = engine.classify(well, statistics)
+    logits, embeddings, _ = engine.classify(well, statistics)
     assert (logits.shape, embeddings.shape) == ((9, 1, 3), (9, tiny.manifest.embedding_dim))
     for shift in range(3):
         moved = np.frombuffer(b"\0" * 4 * shift + context.tobytes(), np.float32, offset=4 * shift).reshape(context.shape)
@@ -48,6 +50,72 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
         assert variance.tobytes() == first_variance.tobytes()
         engine.classify(images(5 + shift, seed=2), statistics)
         assert engine.classify(well.copy(), statistics)[0].tobytes() == logits.tobytes()
+
+
+def folding(tiny, sessions):
+    """An engine with room for so many batches' sessions."""
+    weights = (tiny.path / WEIGHTS).stat().st_size
+    return OnnxEngine(tiny, "cpu", 1, folded_bytes=int(2.01 * weights * sessions))
+
+
+def statistics_of(seed):
+    rng = np.random.default_rng(seed)
+
+    def of(tiny):
+        features = tiny.manifest.features
+        mean, variance = rng.normal(size=features), rng.uniform(0.5, 2, features)
+        return BatchNormStatistics(mean.astype(np.float32), variance.astype(np.float32), sites=6, wells=6)
+
+    return of
+
+
+def waited(engine, statistics, left=WORTH_FOLDING):
+    """Classify until the session of the statistics answers."""
+    for _ in range(500):
+        found = engine.classify(images(2), statistics, left)
+        if found.graph == "folded":
+            return found
+        time.sleep(0.01)
+    raise AssertionError("no session was made")
+
+
+def test_many_wells_of_a_batch_are_classified_by_a_session_of_its_own_that_agrees(tiny):
+    engine, statistics = folding(tiny, 2), statistics_of(1)(tiny)
+    shared = engine.classify(images(2), statistics, WORTH_FOLDING - 1)
+    assert shared.graph == "shared"
+    assert engine.classify(images(2), statistics, WORTH_FOLDING).graph == "shared", "while it is made"
+    folded = waited(engine, statistics)
+    np.testing.assert_allclose(folded.logits, shared.logits, atol=1e-4)
+    np.testing.assert_allclose(folded.embeddings, shared.embeddings, atol=1e-4)
+    assert engine.classify(images(2), statistics).graph == "folded", "once it is there, for few wells too"
+    assert engine.classify(images(2), statistics_of(2)(tiny)).graph == "shared", "of other statistics"
+
+
+def test_sessions_are_no_more_than_their_memory(tiny):
+    engine, (first, second, third) = folding(tiny, 2), (statistics_of(seed)(tiny) for seed in range(3))
+    for statistics in (first, second, first, third):
+        waited(engine, statistics)
+    assert engine.classify(images(2), first).graph == "folded", "used since"
+    assert engine.classify(images(2), second).graph == "shared", "the longest unused went"
+    none = OnnxEngine(tiny, "cpu", 1)
+    for _ in range(3):
+        assert none.classify(images(2), first, 10_000).graph == "shared"
+
+
+def test_where_no_session_can_be_made_the_shared_graph_answers_and_the_log_tells(tiny, monkeypatch, caplog):
+    engine, statistics = folding(tiny, 1), statistics_of(1)(tiny)
+    asked = []
+
+    def fails(*given):
+        asked.append(given)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("service.engine.with_constants", fails)
+    for _ in range(20):
+        assert engine.classify(images(2), statistics, WORTH_FOLDING).graph == "shared"
+        time.sleep(0.01)
+    assert len(asked) == 1
+    assert "no session could be made" in caplog.text
 
 
 def test_a_prior_is_blended_inside_the_pass_and_one_without_weight_changes_no_bit(engine, tiny):
@@ -85,7 +153,7 @@ def test_a_replay_that_disagrees_says_in_what(wrong, bundle):
     engine = FakeEngine()
     measure, classify = engine.measure, engine.classify
     if wrong == "logits":
-        engine.classify = lambda *given: tuple(part + 0.01 for part in classify(*given))
+        engine.classify = lambda *given: tuple(part + 0.01 for part in classify(*given)[:2])
     else:
         factors = {"mean": (1.01, 1), "variance": (1, 1.01), "nan": (np.nan, 1), "nan variance": (1, np.nan)}[wrong]
         engine.measure = lambda *given: tuple(part * factor for part, factor in zip(measure(*given), factors, strict=True))

@@ -27,12 +27,12 @@ from model.bundle import (
     Parity,
 )
 from model.errors import BundleError, RunError
-from model.network import EPS, Ensemble, FromContext, Given, NetworkSpec, ResNet
+from model.network import EPS, BatchNorm, Ensemble, FromContext, Given, NetworkSpec, PriorTensors, ResNet
 from model.statistics import BatchNormStatistics, Prior
 from service.engine import OnnxEngine, replay
 from training.blending import FEWEST_WELLS, MOST_WELLS
 from training.contexts import control_statistics, mean_moments
-from training.export import check_parity, export_bundle, make_golden, measure_float64
+from training.export import FromSums, check_parity, export_bundle, make_golden, measure_float64
 from training.release import load_run_plates, release
 from training.train import Run, load_network
 
@@ -57,6 +57,23 @@ def test_measured_statistics_are_a_float64_pass_over_the_same_context(
     deviation = np.sqrt(expected_variance + EPS)
     assert (np.abs(mean - expected_mean) / deviation).max() < 1e-4
     assert (np.abs(np.sqrt(variance + EPS) - deviation) / deviation).max() < 1e-4
+
+
+@pytest.mark.parametrize("far", [0.0, 3.0])
+def test_sums_about_a_centre_do_not_cancel(far: float) -> None:
+    """A layer whose mean is a thousand deviations from zero, and three from the centre that training plates gave."""
+    layer, rng = BatchNorm(2), np.random.default_rng(0)
+    x = torch.from_numpy(1000 + rng.normal(size=(8, 2, 16, 16)).astype(np.float32))
+    prior = Prior.none(2)
+    none = PriorTensors(*(torch.from_numpy(value) for value in (prior.mean, prior.variance, prior.weight)))
+    norm = FromSums(none, torch.full((2,), 1000 + far))
+    normalised = norm(x, layer).detach()
+    mean, variance = norm.statistics()
+    exact = x.double()
+    np.testing.assert_allclose(mean.detach(), exact.mean(dim=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance.detach(), exact.var(dim=(0, 2, 3), correction=0), rtol=1e-4)
+    assert abs(float(normalised.mean())) < 1e-3
+    assert float(normalised.std()) == pytest.approx(1, abs=1e-2)
 
 
 def test_the_bundle_says_what_it_was_trained_on(run: Run, bundle: Bundle) -> None:
@@ -112,7 +129,7 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
     images = np.random.default_rng(3).normal(size=(6, 5, 64, 64)).astype(np.float32) * 2 + 1
     engine = OnnxEngine(pair, "cpu", 1)
     mean, variance = engine.measure(images)
-    logits, embeddings = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
+    logits, embeddings, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
     assert logits.shape == (6, 2, len(run.classes))
     features, dim = bundle.manifest.features, bundle.manifest.embedding_dim
     assert (pair.manifest.members, pair.manifest.features, pair.manifest.embedding_dim) == (2, 2 * features, 2 * dim)
@@ -177,7 +194,7 @@ def test_a_graph_that_disagrees_with_torch_is_refused(run: Run, bundle: Bundle) 
 def without_graphs(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Path], None]) -> None:
     """Have an export fail where it has written the graphs."""
 
-    def write(_network: Ensemble, path: Path, _example: object) -> None:
+    def write(_network: Ensemble, path: Path, _example: object, _training: object) -> None:
         (path / CLASSIFY).write_bytes(b"half")
         fail(path)
 

@@ -1,0 +1,76 @@
+"""The network that speed is measured on: the published ResNet-50 on 5 x 256 x 256, weights at random, as a bundle.
+
+And the same network as others run it: its batch normalisation folded into the convolutions by onnxruntime, and in torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import CLASSIFY, WEIGHTS, Bundle, Manifest
+from model.images import ImageRecipe
+from model.network import Ensemble, NetworkSpec, ResNet
+from model.predictions import EmbeddingReference
+from model.statistics import BatchNormStatistics, summarise_training
+from service.graphs import with_constants
+from training.export import export_bundle, measure_float64
+
+CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
+MEAN = (0.0913, 0.0880, 0.1122, 0.0765, 0.0598)
+STD = (0.1152, 0.1075, 0.1067, 0.0796, 0.0944)
+SIZE, CLASSES, SEED = 256, 8, 0
+SPEC = NetworkSpec(channels=len(CHANNELS), classes=CLASSES, depth=50, width=64, antialiased=True)
+RECIPE = ImageRecipe(channels=CHANNELS, size=SIZE, shrink=2, mean=MEAN, std=STD)
+
+Float = NDArray[np.float32]
+
+
+def network() -> ResNet:
+    """The network, the same whenever it is asked for."""
+    torch.manual_seed(SEED)
+    return ResNet(SPEC).eval()
+
+
+def images(count: int, seed: int = 0) -> Float:
+    """Prepared sites of noise: what is in the pixels costs no time."""
+    return np.random.default_rng(seed).normal(size=(count, len(CHANNELS), SIZE, SIZE)).astype(np.float32)
+
+
+def statistics_of(ensemble: Ensemble, seed: int) -> BatchNormStatistics:
+    """Statistics of some sites."""
+    mean, variance = measure_float64(ensemble, images(4, seed))
+    return BatchNormStatistics(mean.astype(np.float32), variance.astype(np.float32), sites=4, wells=4)
+
+
+def bundle(folder: Path) -> Bundle:
+    """Export the network into a folder, unless it is there."""
+    path = folder / "resnet50"
+    if not path.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        ensemble = Ensemble([network()])
+        plates = [statistics_of(ensemble, seed) for seed in range(3)]
+        dimensions = 16
+        manifest = Manifest(
+            name="resnet50", classes=tuple(f"class{number}" for number in range(CLASSES)), recipe=RECIPE, method="cs-arm-bn",
+            context="controls", features=ensemble.features, embedding_dim=ensemble.embedding_dim, minimum_control_wells=1,
+            max_context_sites=128, network=SPEC.to_json(),
+        )  # fmt: skip
+        reference = EmbeddingReference(
+            projection=np.eye(ensemble.embedding_dim, dimensions, dtype=np.float32),
+            class_centres=np.zeros((CLASSES, dimensions), np.float32),
+            control_wells=np.array([1, 64]), control_distances=np.array([1e9, 1e9]), class_distance=1e9,
+        )  # fmt: skip
+        training = summarise_training(plates[:2], source=plates[0], held_out=plates[2:])
+        export_bundle(ensemble, path, manifest, training, reference, images(2))
+    return Bundle.load(path)
+
+
+def folded_session(bundle: Bundle, statistics: BatchNormStatistics, options: Any, providers: list[Any]) -> Any:
+    """Make the session of that graph."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    assert (bundle.path / WEIGHTS).is_file()
+    return onnxruntime.InferenceSession(with_constants(bundle.path / CLASSIFY, statistics), options, providers=providers)

@@ -1,0 +1,89 @@
+"""What graphs become computes what they did."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from model.bundle import CLASSIFY, MEASURE, Bundle
+from model.errors import BundleError
+from model.statistics import BatchNormStatistics
+from service.graphs import with_constants, with_scale_and_shift
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle_path):
+    return Bundle.load(tiny_bundle_path)
+
+
+def session(content, tiny):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny.path))
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def kinds(content):
+    return [node.op_type for node in onnx.ModelProto.FromString(content).graph.node]
+
+
+@pytest.fixture(scope="module")
+def given(tiny):
+    rng = np.random.default_rng(0)
+    features = tiny.manifest.features
+    mean, variance = rng.normal(size=features).astype(np.float32), rng.uniform(0.5, 2, features).astype(np.float32)
+    images = rng.normal(size=(5, 3, 64, 64)).astype(np.float32)
+    return images, BatchNormStatistics(mean, variance, sites=5, wells=5)
+
+
+def test_a_scale_and_a_shift_are_what_batch_normalisation_is(tiny, given):
+    images, statistics = given
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    plain, changed = (tiny.path / CLASSIFY).read_bytes(), with_scale_and_shift(tiny.path / CLASSIFY)
+    layers = kinds(plain).count("BatchNormalization")
+    assert layers > 10
+    assert "BatchNormalization" not in kinds(changed)
+    assert kinds(changed).count("Conv") == kinds(plain).count("Conv") + layers
+    expected, found = (session(content, tiny).run(None, feeds) for content in (plain, changed))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
+
+
+def test_statistics_as_constants_are_no_inputs(tiny, given):
+    images, statistics = given
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    expected = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(None, feeds)
+    folded = session(with_constants(tiny.path / CLASSIFY, statistics), tiny)
+    assert [item.name for item in folded.get_inputs()] == ["images"]
+    for one, other in zip(expected, folded.run(None, {"images": images}), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
+
+
+def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path):
+    images, statistics = given
+    model = onnx.ModelProto.FromString((tiny.path / CLASSIFY).read_bytes())
+    for node in model.graph.node:
+        for item in node.attribute:
+            if item.name == "epsilon":
+                item.f = 0.5
+    (tmp_path / CLASSIFY).write_bytes(model.SerializeToString())
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    contents = (tmp_path / CLASSIFY).read_bytes(), with_scale_and_shift(tmp_path / CLASSIFY)
+    expected, found = (session(content, tiny).run(["logits"], feeds)[0] for content in contents)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    other = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(["logits"], feeds)[0]
+    assert np.abs(found - other).max() > 1e-3
+
+
+def test_a_graph_that_measures_does_so_as_before(tiny, given):
+    images, _ = given
+    none = np.zeros(tiny.manifest.features, np.float32)
+    feeds = {"images": images, "prior_mean": none, "prior_var": none + 1, "prior_weight": none}
+    contents = (tiny.path / MEASURE).read_bytes(), with_scale_and_shift(tiny.path / MEASURE)
+    for one, other in zip(*(session(content, tiny).run(None, feeds) for content in contents), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_is_no_graph_is_named(tmp_path):
+    (tmp_path / CLASSIFY).write_bytes(b"classify.onnx")
+    with pytest.raises(BundleError, match=r"classify\.onnx cannot be loaded"):
+        with_scale_and_shift(tmp_path / CLASSIFY)
