@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set science science-check fetch-speed gpu-check train-profile reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set science science-check fetch-speed bench gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -75,6 +75,10 @@ open-set: $(VENV)/.ready
 # How fast planes are fetched from disk: build/fetch-speed.json.
 fetch-speed: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.fetch_speed
+
+# Speed beside peers, every claim a ratio of one run: build/bench.json. Long; on a machine that does nothing else.
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.bench
 
 # On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
 gpu-check: $(VENV)/.ready

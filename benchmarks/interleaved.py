@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from benchmarks.bars import Bar
 
 Seconds = NDArray[np.float64]
+Way = Callable[[], object]
+_MOST_ROUNDS = [0.025, 0.975]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,19 +21,19 @@ class Rounds:
     taken: Mapping[str, Seconds]
 
     def ratio(self, name: str, top: str, bottom: str, *, at_least: float | None = None, at_most: float | None = None) -> Bar:
-        """Median over rounds of one way's seconds over another's, with the quartiles."""
+        """Median over rounds of one way's seconds over another's, and where 95 % of rounds lie."""
         ratios = self.taken[top] / self.taken[bottom]
-        low, high = np.quantile(ratios, [0.25, 0.75])
+        low, high = np.quantile(ratios, _MOST_ROUNDS)
         return Bar(name, float(np.median(ratios)), "", at_least, at_most, (float(low), float(high)))
 
     def rate(self, name: str, way: str, count: int, unit: str) -> Bar:
-        """Median of how much of something a second, with the quartiles."""
+        """Median of how much of something a second, and where 95 % of rounds lie."""
         rates = count / self.taken[way]
-        low, high = np.quantile(rates, [0.25, 0.75])
+        low, high = np.quantile(rates, _MOST_ROUNDS)
         return Bar(name, float(np.median(rates)), unit, interval=(float(low), float(high)))
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm: int = 1) -> Rounds:
+def interleaved(ways: Mapping[str, Way], rounds: int, warm: int = 1) -> Rounds:
     """Run every way once a round, in an order that turns round each time; the first rounds do not count."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm + rounds):
