@@ -83,6 +83,11 @@ class Wells:
         chosen = ~self.controls & (self.about["label"] != "") & (self.about["setting"] == setting)
         return np.flatnonzero(chosen)
 
+    @property
+    def tested(self) -> pd.DataFrame:
+        """What ``about`` says of the wells that are not trained on."""
+        return self.about[self.about["setting"] != TRAIN]
+
     def at(self, row: int) -> str:
         """Name a well in a message."""
         about = self.about.iloc[row]
@@ -135,7 +140,7 @@ def read_wells(path: Path, name: str, columns: Columns, train_batches: Sequence[
         _refuse(path, table, seeds % 1 != 0, f"{SEED} is no whole number")
         table = table.assign(**{SEED: seeds.astype(np.int64)})
     groups = list(grouped(table, keys)) if keys else [((), table)]
-    name = name if name or _NETWORK[0] in keys else path.name.partition(".")[0]
+    name = name if name or _NETWORK[0] in keys else _file_name(path)
     return [_wells(path, _name(name, keys, key), _seed(keys, key), part, columns, train_batches) for key, part in groups]
 
 
@@ -429,32 +434,42 @@ def write_baselines(path: Path, out: Path, name: str, columns: Columns, train_ba
     if not re.fullmatch(r"[\w.-]*", name):
         raise ValueError(f"an embedding's name has letters, digits, dots, dashes and underscores, not {name!r}")
     networks = read_wells(path, name, columns, train_batches)
+    _require_same_plates(path, networks, out)
     try:
         tables = [evaluate_embeddings(wells) for wells in networks]
     except AnchorwellError as error:
         raise error.about(table=str(path)) from None
     cells = pd.concat([found for found, _ in tables], ignore_index=True)
-    _require_same_plates(path, cells, out)
     predictions = pd.concat([found for _, found in tables], ignore_index=True)
     out.mkdir(parents=True, exist_ok=True)
-    suffix = f"embedding-{name}" if name else "embedding"
+    own = name or next(iter({wells.name for wells in networks} & {_file_name(path)}), "")  # that the table does not say
+    suffix = f"embedding-{own}" if own else "embedding"
     (out / f"cells-{suffix}.parquet").unlink(missing_ok=True)  # so that no cells stand beside predictions of another table
     write_whole(out / f"predictions-{suffix}.parquet", predictions.to_parquet(index=False))
     write_whole(out / f"cells-{suffix}.parquet", cells.to_parquet(index=False))
     return cells
 
 
-def _require_same_plates(path: Path, cells: pd.DataFrame, out: Path) -> None:
+def _file_name(path: Path) -> str:
+    """A file's name without what follows the first dot, as part of other files' names."""
+    return re.sub(r"[^\w-]", "_", path.name.partition(".")[0])
+
+
+def _require_same_plates(path: Path, networks: Sequence[Wells], out: Path) -> None:
     """Refuse to put scores beside those of other plates: they would be read as comparable."""
     there = out / "cells.parquet"
     if not there.is_file():
         return
-    known, own = (set(places_of(table)) for table in (read_parquet(there), cells))
-    if not known & own:
-        lab, batch, plate = min(own)
+    cells = read_parquet(there)
+    absent = [name for name in ("lab", "batch", "plate") if name not in cells]
+    if absent:
+        raise LayoutError(f"{there} lacks the columns {', '.join(absent)}: evaluate again")
+    known, own = set(places_of(cells)), {place for wells in networks for place in places_of(wells.tested)}
+    if own and not known & own:
+        (lab, batch, plate), (other, *_) = min(own), min(known, default=("none", "", ""))
         raise LayoutError(
-            f"{path}: none of its test plates (such as {plate} of lab {lab}, batch {batch}) is scored in {there}: name "
-            "another results folder"
+            f"{path}: none of its test plates (such as {plate} of lab {lab}, batch {batch}) is scored in {there} (with labs "
+            f"such as {other}): name another results folder"
         )
 
 

@@ -422,7 +422,7 @@ def tasks_of(seed: int, runs: Mapping[str, FinishedRun], grid: Grid, tell: Tell)
     bare = [plate.plate for plate in learned if not plate.controls.any()]
     for way in grid.ways:
         if way.network not in runs:
-            if "methods" in grid.model_fields_set:
+            if "methods" in grid.model_fields_set or way.name in grid.embeddings:
                 tell(f"seed {seed}: {way.name} is left out: no run of the network {way.network}")
         elif way.needs_controls and bare:
             tell(
@@ -576,8 +576,7 @@ def _tell_empty(cells: pd.DataFrame, grid: Grid, tell: Tell) -> None:
     for cell in grid.every_cell:
         if (cell.controls, cell.query, cell.alpha) not in scored:
             asked = f"control wells {_all(cell.controls)}, treated wells sent {_all(cell.query)}, alpha {cell.alpha:g}"
-            with_controls = (ALL, cell.query, cell.alpha) in scored
-            if cell.controls == 0 and with_controls:
+            if cell.controls == 0 and (ALL, cell.query, cell.alpha) in scored:
                 tell(f"no method evaluated here uses controls and can do without any: a cell is not scored ({asked})")
             else:
                 tell(f"no test plate has the wells for a cell of the grid ({asked}): not scored")

@@ -100,18 +100,25 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
 
 
 def over_nulls(results: Results, resamples: Resamples) -> pd.DataFrame:
-    """Every method's accuracy per well above that of the best null on the same plates: one row a method and setting."""
+    """Every method's accuracy per well above that of the best null on the same plates: one row a method and setting.
+
+    The null is one of those with most of the method's plates; ``margin`` is NaN where none has any of them.
+    """
     nulls = [way for way in results.ways() if way[0].startswith(NULL)]
     rows = []
     for place, part in _parts(results.default, results):
         within = results.default[results.default["setting"] == place["setting"]]
         beside = {null: _same_plates(of_way(within, null), part) for null in nulls}
         beside = {null: table for null, table in beside.items() if not table.empty}
-        if not beside or place["method"].startswith(NULL):
+        if place["method"].startswith(NULL):
             continue
-        best = max(beside, key=lambda null: float(beside[null]["well_accuracy"].mean()))
+        if not beside:
+            rows.append({**place, "null": "", "margin": np.nan, "margin_low": np.nan, "margin_high": np.nan})
+            continue
+        best = max(beside, key=lambda null: (len(beside[null]), float(beside[null]["well_accuracy"].mean())))
         own = resamples.mean(_same_plates(part, beside[best]), "well_accuracy")
-        rows.append({**place, "null": best[0], **_figure(own - resamples.mean(beside[best], "well_accuracy"), "margin")})
+        margin = own - resamples.mean(beside[best], "well_accuracy")
+        rows.append({**place, "null": way_name(best), **_figure(margin, "margin")})
     return pd.DataFrame(rows)
 
 
@@ -281,14 +288,18 @@ def _of_seeds(count: int) -> list[str]:
 
 
 def _other_seeds(results: Results) -> list[str]:
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for way in results.ways():
-        seeds = sorted(set(of_way(results.cells, way)["seed"]))
-        groups.setdefault(tuple(seeds), []).append(way_name(way))
+        rows = of_way(results.default, way)
+        seeds, plates = sorted(set(rows["seed"])), len(places_of(rows))
+        groups.setdefault((tuple(seeds), plates), []).append(way_name(way))
     if len(groups) < 2:  # noqa: PLR2004 (others)
         return []
-    told = "; ".join(f"{', '.join(names)}: {', '.join(map(str, seeds))}" for seeds, names in groups.items())
-    return [f"Methods were scored with different seeds, and only those that share some are compared plate by plate: {told}."]
+    told = "; ".join(
+        f"{', '.join(names)}: seeds {', '.join(map(str, seeds))}, {plates} plates"
+        for (seeds, plates), names in groups.items()
+    )
+    return [f"Methods were scored with different seeds or plates, and are compared on those that they share: {told}."]
 
 
 def _at_bound(results: Results) -> list[str]:
@@ -405,7 +416,12 @@ def _beside_nulls(margins: pd.DataFrame) -> str:
     doubtful = [row for _, row in margins.iterrows() if not row["margin_low"] > 0]
     if not doubtful:
         return "Every method is above the best null on the same plates (95 %)."
-    listed = (f"{_named(row)} ({_printed(row, 'margin', signed=True)} over {row['null']})" for row in doubtful)
+    listed = (
+        f"{_named(row)} ({_printed(row, 'margin', signed=True)} over {row['null']})"
+        if row["null"]
+        else f"{_named(row)} (no null was scored on its plates with its seed)"
+        for row in doubtful
+    )
     return f"**Not shown to be above the best null**, per well: {'; '.join(listed)}."
 
 
@@ -425,14 +441,16 @@ def _gap_section(results: Results, resamples: Resamples) -> str:
     losses = [
         f"{SETTINGS[row['setting']]} {_printed(row, 'well_loss')} per well"
         for _, row in found.drop_duplicates("setting").iterrows()
+        if np.isfinite(row["well_loss"])
     ]
     titles = ["method", "setting", _BEHIND, "gain per well over unadapted ERM", *shares.values()]
-    told = f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. " + (
+    lost = f"Unadapted ERM loses from in-domain plates: {'; '.join(losses)}. " + (
         "Share closed = (method - ERM) / (ERM in domain - ERM): above 1 a method does better there than ERM does at home; "
         "empty where it is not sure that ERM loses anything."
         if shares
         else "It is not sure that ERM loses anything: no share of a gap can be told."
     )
+    told = lost if losses else "What unadapted ERM loses is not known: it was not scored in domain."
     return "\n\n".join(["## Domain gap closed", told, _markdown(titles, rows)])
 
 

@@ -81,7 +81,8 @@ class Results:
     def ways(self) -> list[Way]:
         """Methods with their contexts: unadapted ERM first, nulls last, the others as they come.
 
-        A null that came with an embedding table is left out where the same one stands by itself for the same plates.
+        A null that came with an embedding table is left out where the same one stands by itself for the same plates and
+        seeds.
         """
         known = [way for way in ways_of(self.cells) if not self._repeated(way)]
         return sorted(known, key=lambda way: (way[0].startswith(NULL), way != UNADAPTED))
@@ -90,8 +91,8 @@ class Results:
         method, context = way
         if not method.startswith(NULL) or context == "-":
             return False
-        own = of_way(self.default, (method, "-"))
-        return not own.empty and set(places_of(own)) >= set(places_of(of_way(self.default, way)))
+        own, other = (plates_of(of_way(self.default, known)) for known in ((method, "-"), way))
+        return bool(own) and own >= other
 
 
 def read_results(folder: Path) -> Results:
@@ -231,6 +232,11 @@ def classes_of(predictions: pd.DataFrame) -> list[str]:
 def places_of(rows: pd.DataFrame) -> list[tuple[str, ...]]:
     """The different plates of rows, each as (lab, batch, plate)."""
     return sorted(set(zip(*(rows[level] for level in ("lab", "batch", "plate")), strict=True)))
+
+
+def plates_of(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
+    """The different plates of rows, each as (seed, lab, batch, plate)."""
+    return set(zip(*(rows[name] for name in ("seed", "lab", "batch", "plate")), strict=True))
 
 
 def most_seeds(rows: pd.DataFrame) -> int:

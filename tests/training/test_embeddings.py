@@ -132,13 +132,18 @@ def test_controls_cure_a_batch_effect_and_rows_are_those_of_the_report(tmp_path:
 def test_scores_do_not_stand_beside_those_of_other_plates(tmp_path: Path) -> None:
     made_up.embeddings().to_parquet(tmp_path / "dino.parquet", index=False)
     folder = made_up.write(tmp_path / "results")
-    with pytest.raises(LayoutError, match=r"none of its test plates .* is scored in .*: name another results folder"):
+    with pytest.raises(
+        LayoutError, match=r"none of its test plates .* is scored in .* labs such as L.*: name another results folder"
+    ):
         write_baselines(tmp_path / "dino.parquet", folder, "", COLUMNS)
     assert not list(folder.glob("*-embedding.parquet"))
     cells = pd.read_parquet(folder / "cells.parquet")
     cells.head(1).assign(lab="L1", batch="B7", plate="B7p2").to_parquet(folder / "cells.parquet", index=False)
     write_baselines(tmp_path / "dino.parquet", folder, "", COLUMNS)
     assert (folder / "cells-embedding.parquet").is_file()
+    cells.drop(columns="lab").to_parquet(folder / "cells.parquet", index=False)
+    with pytest.raises(LayoutError, match="lacks the columns lab"):
+        write_baselines(tmp_path / "dino.parquet", folder, "", COLUMNS)
 
 
 def test_a_table_without_a_method_has_its_files_name(tmp_path: Path) -> None:
@@ -148,6 +153,11 @@ def test_a_table_without_a_method_has_its_files_name(tmp_path: Path) -> None:
     assert wells.name == "dino"
     (wells,) = read_wells(tmp_path / "dino.v2.parquet", "other", COLUMNS)
     assert wells.name == "other"
+    table.to_parquet(tmp_path / "open phenom.parquet", index=False)
+    for name in ("dino.v2", "open phenom"):
+        write_baselines(tmp_path / f"{name}.parquet", tmp_path / "results", "", COLUMNS)
+    found = read_results(tmp_path / "results").cells
+    assert set(found["context"]) == {"dino", "open_phenom"}
 
 
 def test_a_table_of_scores_is_no_table_of_embeddings(tmp_path: Path) -> None:

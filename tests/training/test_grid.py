@@ -270,9 +270,16 @@ def test_ways_that_nobody_named_are_left_out_without_a_word(erm_run: Run, tmp_pa
     assert "cs-arm-bn" not in set(cells["method"])
 
 
+def test_an_embedding_that_is_asked_for_and_has_no_run_is_told(erm_run: Run, tmp_path: Path) -> None:
+    told: list[str] = []
+    evaluated([erm_run], tmp_path / "results", Grid(cells=(), embeddings=("cs-arm-bn controls",)), told)
+    assert "seed 1: cs-arm-bn controls is left out: no run of the network cs-arm-bn" in told
+
+
 def test_cells_that_no_plate_has_wells_for_are_told(erm_run: Run, tmp_path: Path) -> None:
     told: list[str] = []
-    evaluated([erm_run], tmp_path / "results", Grid(methods=("erm",), cells=(Axes(controls=(99,)),)), told)
+    grid = Grid(methods=("erm", "adabn-controls"), cells=(Axes(controls=(99,)),))
+    evaluated([erm_run], tmp_path / "results", grid, told)
     missing = "no test plate has the wells for a cell of the grid (control wells 99, treated wells sent all, alpha inf)"
     assert f"{missing}: not scored" in told
 

@@ -226,8 +226,31 @@ def test_other_seeds_are_said_and_not_added_up() -> None:
     other = cells["method"] == "arm-bn"
     told = " ".join(cannot_show(Results(cells.assign(seed=np.where(other, 7, 0)))))
     assert "One seed" in told
-    assert "arm-bn (treated): 7" in told
+    assert "arm-bn (treated): seeds 7, 90 plates" in told
     assert "different seeds" not in " ".join(cannot_show(Results(cells)))
+
+
+def test_a_method_without_a_null_of_its_plates_is_not_said_to_be_above_one(tmp_path: Path) -> None:
+    cells = made_up.cells(seeds=1)
+    apart = cells["method"] == "arm-bn"
+    made_up.write(tmp_path, cells.assign(seed=np.where(apart, 7, 0)))
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    home = text.split("### In domain")[1].split("\n#")[0]
+    assert "Every method is above" not in home
+    assert "arm-bn (treated) (no null was scored on its plates with its seed)" in home
+
+
+def test_a_null_of_few_plates_is_not_the_one_to_be_above(results: Results) -> None:
+    one = results.cells[results.cells["method"] == "null: majority"].head(1).assign(method="null: lucky", well_accuracy=0.99)
+    found = over_nulls(Results(pd.concat([results.cells, one])), Resamples(draws=50))
+    assert set(found["null"]) == {"null: intensity"}
+
+
+def test_without_plates_in_domain_what_erm_loses_is_not_told(tmp_path: Path) -> None:
+    cells = made_up.cells(seeds=1)
+    made_up.write(tmp_path, cells[cells["setting"] != "in_domain"])
+    text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    assert "What unadapted ERM loses is not known" in text
 
 
 def test_a_temperature_at_its_bound_is_said() -> None:
