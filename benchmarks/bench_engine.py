@@ -26,6 +26,7 @@ from training.cost import Workload, flops
 WELL_SITES, WELLS, CONTEXT_SITES = 9, 2, 64
 CPU = "CPUExecutionProvider"
 SAME_LOGITS = 1e-2
+SESSION_TIMEOUT_S = 60.0
 
 
 def engine_bars(folder: Path, threads: int, rounds: int) -> list[Bar]:
@@ -90,7 +91,10 @@ def _measuring(engine: OnnxEngine, forward: Callable[[Float], Float], context: F
 
 
 def _wait_for_session(engine: OnnxEngine, images: Float, statistics: BatchNormStatistics) -> None:
+    end = time.monotonic() + SESSION_TIMEOUT_S
     while engine.classify(images[:1], statistics, WORTH_FOLDING).graph == "shared":
+        if time.monotonic() > end:
+            raise SystemExit("no session is made for the batch's statistics")
         time.sleep(0.1)
 
 

@@ -32,6 +32,7 @@ from benchmarks.servers import Service
 from model.bundle import INPUT_IMAGES, OUTPUT_LOGITS, Bundle
 from model.images import ImageLimits, finish_site
 from model.layout import SiteKey
+from model.predictions import site_probabilities
 from model.statistics import BatchNormStatistics
 from service.client import AnchorwellClient
 from service.decoding import FileSlice, SiteDecoder
@@ -42,6 +43,7 @@ SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 8, 24, 12
 CPU = "CPUExecutionProvider"
 COMPRESSIONS = {"lzw": "lzw", "uncompressed": None}
 PINGS, ONE_WELLS, CLIENTS = 2_000, 60, 8
+SAME_PROBABILITIES = 1e-2
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class Bare:
         np.save(self.out, np.concatenate(logits))
 
 
-def torch_alone(folder: Path, plate: Plate, threads: int) -> None:
-    """Run the frozen script on a plate."""
+def torch_alone(folder: Path, plate: Plate, threads: int) -> float:
+    """Run the frozen script on a plate; its seconds, once torch and the weights are loaded."""
     weights, described = folder / "weights.pt", folder / "sites.json"
     if not weights.is_file():
         torch.save(network.network().state_dict(), weights)
@@ -161,6 +163,8 @@ def torch_alone(folder: Path, plate: Plate, threads: int) -> None:
     described.write_text(json.dumps({**paths, "mean": network.MEAN, "std": network.STD, "classes": network.CLASSES}))
     command = [sys.executable, "-m", "benchmarks.plain_pytorch", str(described), str(weights), str(folder / "plain.npz")]
     subprocess.run([*command, "--threads", str(threads), "--workers", str(threads)], check=True)  # noqa: S603 (our own)
+    found = np.load(folder / "plain.npz")
+    return float(found["adapt_s"] + found["classify_s"])
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -200,29 +204,29 @@ def _plate_bars(
 
         kept, new = adapted(), [adapted() for _ in range(rounds + 1)]
 
-        def staged() -> None:
-            batch = new.pop()
+        def sent(batch: str, *, predict: bool) -> float:
             with AnchorwellClient(service.url) as sender:
+                begun = time.perf_counter()
                 sender.stage(batch, [path for paths in plate.of(plate.treated).values() for path in paths])
-                sender.predict_staged(batch)
-
-        def upload() -> None:
-            with AnchorwellClient(service.url) as sender:
-                batch = f"up{name}{next(batches)}"
-                sender.stage(batch, [path for paths in plate.of(plate.treated).values() for path in paths])
+                if predict:
+                    sender.predict_staged(batch)
+                passed = time.perf_counter() - begun
                 sender.delete(batch)
+            return passed
 
         found = interleaved(
             {
                 "bare": lambda: bare(plate),
                 "by_reference": lambda: post(kept, "predict", plate.references(plate.treated)),
-                "raw_put": staged,
-                "upload": upload,
+                "raw_put": lambda: sent(new.pop(), predict=True),
+                "upload": lambda: sent(f"up{name}{next(batches)}", predict=False),
                 "whole": lambda: post(adapted(), "predict", plate.references(plate.treated)),
                 "torch": lambda: torch_alone(folder, plate, threads),
             },
             rounds,
         )
+        told = client.post(f"/batches/{kept}/predict", json=plate.references(plate.treated)).raise_for_status().json()
+        _require_alike(told, np.load(folder / "plain.npz")["logits"])
     slower = Rounds({**found.taken, "slower": np.maximum(found.taken["bare"], found.taken["upload"])})
     return [
         found.ratio(f"by_reference_over_bare_{name}", "bare", "by_reference", at_least=0.95),
@@ -230,6 +234,15 @@ def _plate_bars(
         found.ratio(f"over_plain_pytorch_{name}", "torch", "whole", at_least=2.5 if name == "lzw" else 3.5),
         found.rate(f"by_reference_sites_per_s_{name}", "by_reference", len(plate.of(plate.treated)), "/s"),
     ]
+
+
+def _require_alike(told: dict[str, Any], logits: Float) -> None:
+    """End where the service and torch alone answer otherwise: one of them did not do the work."""
+    expected = site_probabilities(logits[:, None]).reshape(-1, SITES, network.CLASSES).mean(axis=1)
+    found = np.array([list(well["probabilities"].values()) for well in told["wells"]])
+    difference = float(np.abs(found - expected).max())
+    if not difference < SAME_PROBABILITIES:
+        raise SystemExit(f"the service and torch alone answer otherwise, by {difference:.1e}")
 
 
 def _latency_bars(service: Service, plate: Plate) -> list[Bar]:

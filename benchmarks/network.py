@@ -3,6 +3,7 @@
 And the same network as others run it: its batch normalisation folded into the convolutions by onnxruntime, and in torch.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from model.bundle import CLASSIFY, WEIGHTS, Bundle, Manifest
+from model.bundle import CLASSIFY, Bundle, Manifest
 from model.images import ImageRecipe
 from model.network import Ensemble, NetworkSpec, ResNet
 from model.predictions import EmbeddingReference
 from model.statistics import BatchNormStatistics, summarise_training
-from service.graphs import with_constants
+from service.graphs import Graph
 from training.export import export_bundle, measure_float64
 
 CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
@@ -47,8 +48,9 @@ def statistics_of(ensemble: Ensemble, seed: int) -> BatchNormStatistics:
 
 
 def bundle(folder: Path) -> Bundle:
-    """Export the network into a folder, unless it is there."""
-    path = folder / "resnet50"
+    """Export the network into a folder, unless it is there as the code would export it."""
+    written = b"".join(Path(name).read_bytes() for name in ("model/network.py", "training/export.py", __file__))
+    path = folder / f"resnet50-{hashlib.sha256(written).hexdigest()[:12]}"
     if not path.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         ensemble = Ensemble([network()])
@@ -71,6 +73,7 @@ def bundle(folder: Path) -> Bundle:
 
 def folded_session(bundle: Bundle, statistics: BatchNormStatistics, options: Any, providers: list[Any]) -> Any:
     """Make the session of that graph."""
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours: it would spin into others' turns
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    assert (bundle.path / WEIGHTS).is_file()
-    return onnxruntime.InferenceSession(with_constants(bundle.path / CLASSIFY, statistics), options, providers=providers)
+    content = Graph.read(bundle.path / CLASSIFY).with_constants(statistics)
+    return onnxruntime.InferenceSession(content, options, providers=providers)

@@ -37,6 +37,8 @@ INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE = "images", "bn_mean", "bn_var"
 INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT = "prior_mean", "prior_var", "prior_weight"
 OUTPUT_LOGITS, OUTPUT_EMBEDDING = "logits", "embedding"
 OUTPUT_MEAN, OUTPUT_VARIANCE = "bn_mean", "bn_var"
+CENTRE = "centre"
+"""The constant of the graph that measures, about which it takes means."""
 
 STATISTICS_TOLERANCE_SD = 1e-4
 LOGITS_TOLERANCE = 1e-3

@@ -385,7 +385,7 @@ class Batches:
         wells = [site.well for site in context.used]
         controls = [well for well in context.wells if well not in wanted.panel]
         each = [images[_where(wells, well)] for well in controls]
-        embeddings = [self._classify(sites, statistics, len(images), watch)[1] for sites in each]
+        embeddings = [self._classify(sites, statistics, 0, watch)[1] for sites in each]
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -36,22 +37,26 @@ from model.bundle import (
     WEIGHTS,
     Bundle,
     Parity,
+    file_sha256,
 )
 from model.errors import BundleError
-from model.statistics import BatchNormStatistics, Prior
+from model.statistics import BN_EPSILON, BatchNormStatistics, Prior
 from service.errors import StartError
-from service.graphs import with_constants, with_scale_and_shift
+from service.graphs import Graph
 from service.observe import UNOBSERVED, Observer
 from service.priority import give_way
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
-Graph = Literal["shared", "folded"]
+Ran = Literal["shared", "folded"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 WORTH_FOLDING = 64
 """Sites still to classify from which making a session for their statistics is worth its time, on the CPU."""
-_SESSION_OVER_WEIGHTS = 2.0
-"""Memory of a session over the size of the weights on disk: these, and laid out anew for the processor."""
+FAR = 1e4
+"""Square of a mean's distance from where it was taken about, over the variance, beyond which rounding would be seen."""
+_MOST_SESSIONS = 8
+_SESSION_BYTES = 10 << 20
+"""What a session takes beside its weights; buffers are shared."""
 _PRIOR = (INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT)
 
 log = logging.getLogger("anchorwell")
@@ -62,7 +67,7 @@ class Classified(NamedTuple):
 
     logits: Float
     embeddings: Float
-    graph: Graph = "shared"
+    graph: Ran = "shared"
 
 
 class Engine(Protocol):
@@ -104,16 +109,22 @@ class OnnxEngine:
         folded_bytes: int = 0,
     ) -> None:
         onnxruntime.disable_telemetry_events()
-        self._bundle, self._threads, self._providers = bundle, threads, _providers(device)
-        self._measure = self._shared(MEASURE, [INPUT_IMAGES, *_PRIOR])
+        _share_buffers()
+        self._bundle, self._threads, self._observer = bundle, threads, observer
+        self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
+        self._graphs = {name: Graph.read(self._folder / name) for name in (MEASURE, CLASSIFY)}
+        self._providers = _providers(device)
+        self._classify = self._shared(self._graphs[CLASSIFY])
+        if self.provider == CPU and self._providers != [CPU]:
+            if device == "cuda":
+                raise StartError(f"device cuda was asked for, but onnxruntime runs the bundle on {self.provider}")
+            self._providers = [CPU]
+            self._classify = self._shared(self._graphs[CLASSIFY])
+        self._measure = self._shared(self._graphs[MEASURE])
+        self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
-        self._classify = self._shared(CLASSIFY, [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE])
-        session_bytes = _SESSION_OVER_WEIGHTS * (bundle.path / WEIGHTS).stat().st_size
-        self._folded = FoldedSessions(self._fold, int(folded_bytes / session_bytes) if self.provider == CPU else 0)
-        self._observer = observer
+        self._folded = FoldedSessions(self._fold, self._most_sessions(folded_bytes) if self.provider == CPU else 0)
         self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
-        if device == "cuda" and self.provider != CUDA:
-            raise StartError(f"device cuda was asked for, but onnxruntime runs the bundle on {self.provider}")
 
     @property
     def provider(self) -> str:
@@ -122,10 +133,22 @@ class OnnxEngine:
 
     def measure(self, images: Float, prior: Prior | None = None) -> tuple[Float, Float]:
         used = self._plain if prior is None else prior
-        given = dict(zip(_PRIOR, (used.mean, used.variance, used.weight), strict=True))
         with self._turn("measure", len(images)):
-            mean, variance = self._measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images, **given})
-        return mean, variance
+            found = _measured(self._measure, images, used)
+            centre = self._nearer(*found, used)
+            if centre is not None:
+                log.info("a context lies so far from the training plates that it is measured once more, about its own means")
+                found = _measured(self._shared(self._graphs[MEASURE].with_centre(centre)), images, used)
+        return found
+
+    def _nearer(self, mean: Float, variance: Float, prior: Prior) -> Float | None:
+        """Return the means that were measured where they lie too far from what they were taken about, (features,)."""
+        if self._centre is None:
+            return None
+        share = np.maximum(1 - prior.weight, np.finfo(np.float32).tiny)
+        measured = (mean - prior.weight * prior.mean) / share
+        far = share * np.square(measured - self._centre) / (variance + BN_EPSILON)
+        return measured.astype(np.float32) if far.max() > FAR else None
 
     def classify(self, images: Float, statistics: BatchNormStatistics, left: int = 0) -> Classified:
         folded = self._folded.get(statistics, make=left >= WORTH_FOLDING)
@@ -137,18 +160,29 @@ class OnnxEngine:
         return Classified(logits, embeddings, "shared" if folded is None else "folded")
 
     def _fold(self, statistics: BatchNormStatistics) -> Any:
-        return self._session(with_constants(self._bundle.path / CLASSIFY, statistics), CLASSIFY, [INPUT_IMAGES])
+        self._require_weights()
+        return self._session(self._graphs[CLASSIFY].with_constants(statistics), CLASSIFY, [INPUT_IMAGES])
 
-    def _shared(self, name: str, inputs: Sequence[str]) -> Any:
-        path = self._bundle.path / name
-        content = with_scale_and_shift(path) if self._providers == [CPU] else path.read_bytes()
-        return self._session(content, name, inputs)
+    def _require_weights(self) -> None:
+        if file_sha256(self._folder / WEIGHTS) != self._bundle.manifest.files.get(WEIGHTS):
+            raise BundleError(f"{WEIGHTS} is no longer what was there when the bundle was loaded: start the service again")
+
+    def _most_sessions(self, folded_bytes: int) -> int:
+        each = 2 * (self._folder / WEIGHTS).stat().st_size + _SESSION_BYTES  # as they are, and laid out for the processor
+        return min(folded_bytes // each, _MOST_SESSIONS)
+
+    def _shared(self, graph: Graph) -> Any:
+        inputs = [INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE] if graph.name == CLASSIFY else [INPUT_IMAGES, *_PRIOR]
+        content = graph.with_scale_and_shift() if self._providers == [CPU] else graph.content
+        return self._session(content, graph.name, inputs)
 
     def _session(self, content: bytes, name: str, inputs: Sequence[str]) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights are no buffers
         # Of several members, buffers would be held from one's pass for the next.
         options.enable_mem_reuse = self._bundle.manifest.members == 1
         return _session(content, name, options, self._providers, inputs)
@@ -163,6 +197,24 @@ class OnnxEngine:
             yield
             self._observer.stage("infer", time.perf_counter() - begun)
         self._observer.sites(graph, sites)
+
+
+def _measured(session: Any, images: Float, prior: Prior) -> tuple[Float, Float]:
+    given = dict(zip(_PRIOR, (prior.mean, prior.variance, prior.weight), strict=True))
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")  # a context takes far more than a well
+    mean, variance = session.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: images, **given}, options)
+    return mean, variance
+
+
+@cache
+def _share_buffers() -> None:
+    """Let all sessions of this process, which run one at a time, have their buffers from one place."""
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    unbounded, as_requested, default = 0, 1, -1
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(unbounded, as_requested, default, default))
 
 
 def _providers(device: Device) -> list[Any]:
@@ -212,10 +264,16 @@ class FoldedSessions:
             if found is not None:
                 self._made.move_to_end(name)
             elif make:
-                self._made[name] = self._pool.submit(self._try, statistics)
-                while len(self._made) > self._most:
-                    self._made.popitem(last=False)[1].cancel()
-        return found.result() if found is not None and found.done() else None
+                self._begin(name, statistics)
+            return found.result() if found is not None and found.done() else None
+
+    def _begin(self, name: str, statistics: BatchNormStatistics) -> None:
+        try:
+            self._made[name] = self._pool.submit(self._try, statistics)
+        except RuntimeError:  # this process ends, or has no thread left
+            return
+        while len(self._made) > self._most:
+            self._made.popitem(last=False)[1].cancel()
 
     def _try(self, statistics: BatchNormStatistics) -> Any:
         try:

@@ -5,53 +5,92 @@ convolutions where the statistics are constants; where they are not, it normalis
 """
 
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
-from model.bundle import INPUT_MEAN, INPUT_VARIANCE
+from model.bundle import CENTRE, INPUT_MEAN, INPUT_VARIANCE
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
+_SHAPE = "given_shape"
 
 
-def with_constants(path: Path, statistics: BatchNormStatistics) -> bytes:
-    """The graph that classifies, with statistics as constants in place of its inputs for them.
+@dataclass(frozen=True)
+class Graph:
+    """One of a bundle's graphs as it was read once, without the weights, which lie in ``folder``."""
 
-    Raises:
-        BundleError: the file is no graph.
-    """
-    model = _model(path)
-    given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-    inputs = [item for item in model.graph.input if item.name not in given]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in given.items())
-    return _serialised(model)
+    name: str
+    folder: Path
+    content: bytes
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a graph.
 
-def with_scale_and_shift(path: Path) -> bytes:
-    """A graph whose batch normalisations are 1 x 1 convolutions of each feature by itself: a scale and a shift.
+        Raises:
+            BundleError: the file is none.
+        """
+        graph = cls(path.name, path.parent, path.read_bytes())
+        graph._model()
+        return graph
 
-    onnxruntime takes the activation that follows into them, and runs them on every thread.
+    def with_constants(self, statistics: BatchNormStatistics) -> bytes:
+        """The graph that classifies, with statistics as constants in place of its inputs for them."""
+        model = self._model()
+        given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        inputs = [item for item in model.graph.input if item.name not in given]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in given.items())
+        return _serialised(model)
 
-    Raises:
-        BundleError: the file is no graph.
-    """
-    model = _model(path)
-    graph = model.graph
-    features = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
-    nodes = [new for number, node in enumerate(graph.node) for new in _scale_and_shift(node, f"given_{number}", features)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), "given_shape"))
-    return _serialised(model)
+    def with_centre(self, centre: NDArray[np.float32]) -> Self:
+        """The graph that measures, taking its means about others, (features,)."""
+        model = self._model()
+        others = [tensor for tensor in model.graph.initializer if tensor.name != CENTRE]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend([*others, onnx.numpy_helper.from_array(centre, CENTRE)])
+        return replace(self, content=_serialised(model))
+
+    def with_scale_and_shift(self) -> bytes:
+        """The graph with batch normalisations as 1 x 1 convolutions of each feature by itself: a scale and a shift.
+
+        onnxruntime takes the activation that follows into them, and runs them on every thread.
+        """
+        model = self._model()
+        graph = model.graph
+        features = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
+        nodes = [
+            new for number, node in enumerate(graph.node) for new in _scale_and_shift(node, f"given_{number}", features)
+        ]
+        if len(nodes) > len(graph.node):
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), _SHAPE))
+        del graph.node[:]
+        graph.node.extend(nodes)
+        return _serialised(model)
+
+    @property
+    def centre(self) -> NDArray[np.float32] | None:
+        """What the graph that measures takes its means about, (features,); None in one that takes them otherwise."""
+        for tensor in self._model().graph.initializer:
+            if tensor.name == CENTRE:
+                found: NDArray[np.float32] = onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder))
+                return found
+        return None
+
+    def _model(self) -> Any:
+        try:
+            return onnx.ModelProto.FromString(self.content)
+        except DecodeError as error:
+            raise BundleError(f"{self.name} cannot be loaded: {error}") from None
 
 
 def _scale_and_shift(node: Any, name: str, features: dict[str, int]) -> Iterator[Any]:
@@ -67,22 +106,9 @@ def _scale_and_shift(node: Any, name: str, features: dict[str, int]) -> Iterator
     yield make("Div", [weight, f"{name}_deviation"], [f"{name}_scale"])
     yield make("Mul", [mean, f"{name}_scale"], [f"{name}_offset"])
     yield make("Sub", [bias, f"{name}_offset"], [f"{name}_shift"])
-    yield make("Reshape", [f"{name}_scale", "given_shape"], [f"{name}_weights"])
+    yield make("Reshape", [f"{name}_scale", _SHAPE], [f"{name}_weights"])
     given = [x, f"{name}_weights", f"{name}_shift"]
     yield make("Conv", given, list(node.output), group=features[weight], kernel_shape=[1, 1])
-
-
-def _model(path: Path) -> Any:
-    try:
-        return onnx.ModelProto.FromString(_content(path))
-    except DecodeError as error:
-        raise BundleError(f"{path.name} cannot be loaded: {error}") from None
-
-
-@cache
-def _content(path: Path) -> bytes:
-    """A graph's file, without its weights; the same for every batch."""
-    return path.read_bytes()
 
 
 def _serialised(model: Any) -> bytes:

@@ -105,7 +105,9 @@ class Measured(Provenance):
     )
     saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
-    seconds: Mapping[str, float] = Field(description="seconds by stage")
+    seconds: Mapping[str, float] = Field(
+        description="seconds by stage; those of classify_… are part of another's, by the graph that ran"
+    )
 
 
 class ControlsReport(Measured):

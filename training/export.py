@@ -209,7 +209,7 @@ def _to_onnx(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter warns of its own internals
             program = torch.onnx.export(
-                module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False,
+                module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False, optimize=False,
                 input_names=list(inputs), output_names=list(outputs), dynamic_shapes=dynamic,
             )  # fmt: skip
     finally:

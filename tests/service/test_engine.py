@@ -1,6 +1,9 @@
 """The real engine on a real exported bundle."""
 
+import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -9,7 +12,7 @@ import pytest
 from model.bundle import MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior, blended
-from service.engine import WORTH_FOLDING, OnnxEngine, replay
+from service.engine import WORTH_FOLDING, FoldedSessions, OnnxEngine, replay
 from service.errors import StartError
 from tests.service.plates import FakeEngine, tiff
 
@@ -54,8 +57,7 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
 
 def folding(tiny, sessions):
     """An engine with room for so many batches' sessions."""
-    weights = (tiny.path / WEIGHTS).stat().st_size
-    return OnnxEngine(tiny, "cpu", 1, folded_bytes=int(2.01 * weights * sessions))
+    return OnnxEngine(tiny, "cpu", 1, folded_bytes=sessions * (11 << 20))
 
 
 def statistics_of(seed):
@@ -102,6 +104,65 @@ def test_sessions_are_no_more_than_their_memory(tiny):
         assert none.classify(images(2), first, 10_000).graph == "shared"
 
 
+def test_no_session_is_made_of_weights_that_are_not_those_that_were_loaded(tiny, tmp_path, caplog):
+    served = tmp_path / "served"
+    shutil.copytree(tiny.path, served)
+    (tmp_path / "current").symlink_to(served)
+    engine = folding(Bundle.load(tmp_path / "current"), 1)
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(tmp_path)
+    statistics = statistics_of(1)(tiny)
+    np.testing.assert_allclose(waited(engine, statistics).logits, engine_logits(tiny, statistics), atol=1e-4)
+    content = bytearray((served / WEIGHTS).read_bytes())
+    content[:4] = b"else"
+    (served / WEIGHTS).write_bytes(content)
+    for _ in range(30):
+        assert engine.classify(images(2), statistics_of(2)(tiny), WORTH_FOLDING).graph == "shared"
+        time.sleep(0.01)
+    assert "weights.bin is no longer what was there" in caplog.text
+
+
+def engine_logits(tiny, statistics):
+    return OnnxEngine(tiny, "cpu", 1).classify(images(2), statistics).logits
+
+
+def test_sessions_asked_for_by_many_at_once_fail_no_request():
+    asked, release = [], threading.Event()
+
+    def make(statistics):
+        asked.append(statistics)
+        release.wait(5)
+        return statistics
+
+    kept = FoldedSessions(make, 1)
+    given = [BatchNormStatistics(np.full(2, n, np.float32), np.ones(2, np.float32), 1, 1) for n in range(4)]
+
+    def ask(number):
+        for turn in range(300):
+            found = kept.get(given[(number + turn) % 4], make=True)
+            assert found is None or found is given[(number + turn) % 4]
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(ask, number) for number in range(4)]
+        release.set()
+        for one in waiting:
+            one.result()
+    assert asked
+
+
+def test_a_context_far_from_training_is_measured_about_its_own_means(tiny, monkeypatch, caplog):
+    engine = OnnxEngine(tiny, "cpu", 1)
+    training = tiny.training_statistics
+    expected = {wells: engine.measure(images(8), wells and training.prior(wells)) for wells in (None, 2)}
+    assert "once more" not in caplog.text
+    monkeypatch.setattr("service.engine.FAR", 1e-9)
+    with caplog.at_level("INFO", logger="anchorwell"):
+        for wells, plain in expected.items():
+            for one, other in zip(plain, engine.measure(images(8), wells and training.prior(wells)), strict=True):
+                np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    assert caplog.text.count("measured once more") == 2
+
+
 def test_where_no_session_can_be_made_the_shared_graph_answers_and_the_log_tells(tiny, monkeypatch, caplog):
     engine, statistics = folding(tiny, 1), statistics_of(1)(tiny)
     asked = []
@@ -110,7 +171,7 @@ def test_where_no_session_can_be_made_the_shared_graph_answers_and_the_log_tells
         asked.append(given)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("service.engine.with_constants", fails)
+    monkeypatch.setattr("service.graphs.Graph.with_constants", fails)
     for _ in range(20):
         assert engine.classify(images(2), statistics, WORTH_FOLDING).graph == "shared"
         time.sleep(0.01)
