@@ -18,7 +18,7 @@ from model.errors import BundleError
 from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
-from service.decoding import Decoder, SiteDecoder, WorkerDecoder, cpu_count, decoding_memory_bytes
+from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
 from service.engine import Engine, OnnxEngine, replay
 from service.errors import install_handlers
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
@@ -29,7 +29,7 @@ from service.later import Later
 from service.multipart import FormLimits, sweep_spool
 from service.observe import Observer
 from service.posts import Receiver
-from service.priority import give_way
+from service.priority import cpu_count, give_way
 from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
@@ -194,7 +194,7 @@ def compose(
 def _engine(settings: Settings, bundle: Bundle, observer: Observer) -> Engine:
     """Make the engine on a thread that gives way, as the engine's own threads will."""
     with ThreadPoolExecutor(1, initializer=give_way) as pool:
-        given = bundle, settings.device, settings.threads, observer, settings.batch_sessions_bytes
+        given = bundle, settings.device, cpu_count(settings.threads), observer, settings.batch_sessions_bytes
         return pool.submit(OnnxEngine, *given).result()
 
 

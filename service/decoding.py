@@ -235,8 +235,3 @@ def _confine(memory_bytes: int) -> None:
 def decoding_memory_bytes(limits: ImageLimits, recipe: ImageRecipe) -> int:
     """What one worker may take: the largest plane's file and pixels at each step of scaling, and a site's input."""
     return 24 * limits.max_pixels + 8 * len(recipe.channels) * recipe.size**2 + (256 << 20)
-
-
-def cpu_count(threads: int) -> int:
-    """Threads to use: those asked for, or all cores."""
-    return threads or os.cpu_count() or 1

@@ -113,7 +113,11 @@ class Settings(StorageSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )
-    threads: int = Field(0, ge=0, description="threads of one inference on the CPU and of image decoding; 0: all cores")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="threads of one inference on the CPU and of image decoding; 0: all cores that it may use",
+    )
     batch_sessions_bytes: int = Field(
         1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster on the CPU; 0: none"
     )
