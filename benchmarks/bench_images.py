@@ -17,6 +17,7 @@ from benchmarks.bars import Bar
 from benchmarks.interleaved import Way, interleaved
 from model.images import ImageLimits
 from model.layout import SiteKey
+from model.memory import keep_freed_memory
 from service.decoding import FileSlice, SiteDecoder
 
 SIDE_PX = 1080
@@ -45,7 +46,8 @@ def plane_bytes(seed: int, compression: str | None) -> bytes:
 
 
 def image_bars(rounds: int) -> list[Bar]:
-    """Preparing a site over decoding its planes, by one process on one thread."""
+    """Preparing a site over decoding its planes, by one process on one thread that keeps its memory, as decoders do."""
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         bars = []
         for name, compression in COMPRESSIONS.items():

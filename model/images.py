@@ -184,7 +184,8 @@ def saturated_share(plane: Plane) -> float:
     """Return the share of pixels at the top of an integer type's range; 0 for float planes."""
     if plane.dtype.kind != "u":
         return 0.0
-    return float(np.count_nonzero(plane == (1 << 8 * plane.dtype.itemsize) - 1)) / plane.size
+    top = (1 << 8 * plane.dtype.itemsize) - 1
+    return float(np.count_nonzero(plane == top)) / plane.size if plane.max() == top else 0.0
 
 
 def check_saturation(plane: Plane, limits: ImageLimits = ImageLimits()) -> float:
@@ -311,7 +312,7 @@ def prepare_site(
         MixedSizesError, ImageTooSmallError, PixelSizeError: the planes do not fit the recipe.
         BlankImageError: nothing is left of a plane to scale.
     """
-    return PreparedImage.of_planes(_fields(planes, recipe, pixel_size_um, limits), recipe)
+    return PreparedImage.of_planes(_fields(planes, recipe, pixel_size_um, limits, crop=True), recipe)
 
 
 def prepare_field(planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None = None) -> NDArray[np.float32]:
@@ -319,7 +320,7 @@ def prepare_field(planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: f
 
     They are 0…1 for ``percentile-8bit``, grey levels for the linear scalings. Raises what ``prepare_site`` does.
     """
-    return np.stack(list(_fields(planes, recipe, pixel_size_um, ImageLimits())))
+    return np.stack(list(_fields(planes, recipe, pixel_size_um, ImageLimits(), crop=False)))
 
 
 def measure_scale(sites: Sequence[PreparedImage], recipe: ImageRecipe) -> BatchScale | None:
@@ -404,11 +405,11 @@ def normalise(site: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.floa
 
 
 def _fields(
-    planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None, limits: ImageLimits
+    planes: Iterable[Plane], recipe: ImageRecipe, pixel_size_um: float | None, limits: ImageLimits, *, crop: bool
 ) -> Iterator[NDArray[np.float32]]:
-    """Prepare planes one by one; ``map`` lets go of each before the next is asked for."""
+    """Prepare planes one by one; ``map`` lets go of each before the next is asked for. ``crop``: the centre will do."""
     sizes: set[tuple[int, ...]] = set()
-    return map(partial(_field, recipe, pixel_size_um, limits, sizes), planes)
+    return map(partial(_field, recipe, pixel_size_um, limits, sizes, crop), planes)
 
 
 def _field(
@@ -416,6 +417,7 @@ def _field(
     pixel_size_um: float | None,
     limits: ImageLimits,
     sizes: set[tuple[int, ...]],
+    crop: bool,
     plane: Plane,
 ) -> NDArray[np.float32]:
     """Prepare one plane; ``sizes`` are those of the site's planes so far."""
@@ -429,7 +431,7 @@ def _field(
         raise ImageTooSmallError(
             f"the planes give {height} x {width} pixels at the network's pixel size; it needs {recipe.size} x {recipe.size}"
         )
-    return _contrasted(shrunk, recipe)
+    return _contrasted(shrunk, recipe, crop=crop)
 
 
 def _at_network_pixel_size(
@@ -449,8 +451,11 @@ def _at_network_pixel_size(
     return np.asarray(resized, np.float32)  # antialiased: Pillow widens the filter when it shrinks
 
 
-def _contrasted(plane: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.float32]:
-    """Stretch a plane to 0…1 in 256 steps for ``percentile-8bit``; else check that there is something to scale."""
+def _contrasted(plane: NDArray[np.float32], recipe: ImageRecipe, *, crop: bool) -> NDArray[np.float32]:
+    """Stretch a plane to 0…1 in 256 steps for ``percentile-8bit``; else check that there is something to scale.
+
+    What a plane is stretched by is seen in all of it, also where its centre alone is.
+    """
     low, high = np.float32(plane.min()), np.float32(plane.max())
     if recipe.scaling == "percentile-8bit":
         high = _percentile(plane, recipe.percentile)
@@ -458,7 +463,8 @@ def _contrasted(plane: NDArray[np.float32], recipe: ImageRecipe) -> NDArray[np.f
         raise BlankImageError(f"the image is blank at the network's pixel size: all but a few pixels are {low:g}")
     if recipe.scaling != "percentile-8bit":
         return plane
-    steps = np.floor(np.clip((plane - low) / (high - low), 0.0, 1.0) * 255.0)
+    shown = centre_crop(plane, recipe.size) if crop else plane
+    steps = np.floor(np.clip((shown - low) / (high - low), 0.0, 1.0) * 255.0)
     scaled: NDArray[np.float32] = (steps / np.float32(255.0)).astype(np.float32)
     return scaled
 

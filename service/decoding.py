@@ -26,6 +26,7 @@ from pebble import ProcessExpired, ProcessPool
 from model.errors import ImageError, NonFiniteImageError, UndecodableImageError
 from model.images import ImageLimits, ImageRecipe, Plane, PreparedImage, check_saturation, decode_plane, prepare_site
 from model.layout import SiteKey
+from model.memory import keep_freed_memory
 from model.ome import channel_pages
 from service.errors import DecoderKilledError
 from service.observe import UNOBSERVED, Observer
@@ -227,6 +228,7 @@ def _confine(memory_bytes: int) -> None:
     """Bound a worker's memory, beyond what it has now, and let others go first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     give_way()
+    keep_freed_memory()
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + memory_bytes, has + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -234,4 +236,4 @@ def _confine(memory_bytes: int) -> None:
 
 def decoding_memory_bytes(limits: ImageLimits, recipe: ImageRecipe) -> int:
     """What one worker may take: the largest plane's file and pixels at each step of scaling, and a site's input."""
-    return 24 * limits.max_pixels + 8 * len(recipe.channels) * recipe.size**2 + (256 << 20)
+    return 24 * limits.max_pixels + 8 * len(recipe.channels) * recipe.size**2 + (512 << 20)

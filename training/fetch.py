@@ -4,7 +4,6 @@ A plate is there whole or not at all, and is not fetched again; a call that was 
 out of space goes on where it was. Files that cannot be used are collected, and told plate by plate, all at once.
 """
 
-import ctypes
 import hashlib
 import math
 import os
@@ -14,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from model.errors import AnchorwellError, FetchError, LayoutError, RunError
 from model.images import ImageRecipe, Plane, decode_plane, prepare_field, scale_pixels
 from model.layout import Role, rounded_pixel_size_um
+from model.memory import keep_freed_memory
 from model.statistics import json_sha256
 from training.dataset import plane_moments
 from training.drafts import DraftedSite, PlateDraft, StoredForm, clear_draft, plate_lock, write_site
@@ -40,8 +40,6 @@ _FIRST_SITES = 5
 _LEFT_OUT_PERCENT = 10
 _SITES_AHEAD = 3
 _READERS = 16
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_ARRAY_BYTES, _KEPT_BYTES = 32 << 20, 256 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -413,16 +411,8 @@ def _pool(options: FetchOptions) -> Iterator[ProcessPoolExecutor | None]:
 def _start_worker() -> None:
     """Leave interrupts to the parent, end with it, however it ends, and keep memory that is freed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_memory()
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _keep_memory() -> None:
-    """Have the C library keep freed memory: a plane's arrays come and go, and fresh pages took a third of the time."""
-    with suppress(OSError, AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_ARRAY_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _end_with_parent() -> None:
