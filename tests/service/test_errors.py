@@ -19,6 +19,7 @@ from model.images import ImageRecipe
 from model.layout import well_name
 from service.access import Keys, Scope
 from service.digests import content_digest
+from service.engine import Classified
 from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, problem_of
 from service.multipart import FormLimits
 from service.records import Commit
@@ -265,7 +266,7 @@ def test_controls_without_finite_statistics_are_refused(client, engine, store):
 def test_an_answer_that_is_not_finite_is_no_answer(client, engine, store):
     client.post(CONTROLS, files=FILES)
     before = everything(store)
-    engine.classify = lambda images, _: (np.full((len(images), 1, 3), np.nan, np.float32),) * 2
+    engine.classify = lambda images, *_: Classified(*(np.full((len(images), 1, 3), np.nan, np.float32),) * 2)
     body = refused(client.post("/batches/P1/predict", files=well_files(["E05"])), "non-finite-image", names=["not finite"])
     assert body["well"] == "E05"
     assert everything(store) == before
@@ -311,12 +312,12 @@ def test_answers_for_a_batch_that_was_deleted_meanwhile_are_not_given(anew, clie
     client.post(CONTROLS, files=FILES)
     classify = engine.classify
 
-    def interrupted(images, statistics):
+    def interrupted(images, statistics, left):
         engine.classify = classify
         assert client.delete("/batches/P1").status_code == 204
         if anew:
             assert client.post(CONTROLS, files=well_files(["E01", "F01", "G01", "H01"])).status_code == 201
-        return classify(images, statistics)
+        return classify(images, statistics, left)
 
     engine.classify = interrupted
     refused(client.post("/batches/P1/predict", files=well_files(["M01"])), "batch-not-found", names=["was deleted"])
@@ -433,7 +434,7 @@ def test_a_store_that_cannot_write_is_told_as_such(client, settings):
 def test_a_service_whose_replay_disagrees_is_never_ready_and_says_why(settings, storage):
     engine = FakeEngine()
     classify = engine.classify
-    engine.classify = lambda images, statistics: tuple(part + 1 for part in classify(images, statistics))
+    engine.classify = lambda *given: Classified(*(part + 1 for part in classify(*given)[:2]))
     with running(settings, engine, storage) as client:
         body = refused(client.get("/health/ready"), "not-ready", names=["logits", "golden"])
         assert body["ready"] is False

@@ -233,13 +233,13 @@ def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, st
     engine, working, most, lock = FakeEngine(), [], [], threading.Lock()
     classify = engine.classify
 
-    def counted(images, statistics):
+    def counted(images, statistics, left):
         with lock:
             working.append(1)
             most.append(len(working))
         try:
             time.sleep(0.05)  # so that they would meet
-            return classify(images, statistics)
+            return classify(images, statistics, left)
         finally:
             with lock:
                 working.pop()

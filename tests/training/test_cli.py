@@ -159,7 +159,11 @@ def test_a_method_that_was_not_evaluated_is_not_reported(tmp_path: Path, told_by
 
 
 def test_embeddings_are_scored_into_a_results_folder_and_reported_beside_the_rest(tmp_path: Path) -> None:
-    folder = made_up.write(tmp_path / "results")
+    cells = made_up.cells()
+    one = cells["plate"] == cells.loc[cells["setting"] == "new_batch", "plate"].iloc[0]
+    place = {"lab": "L1", "batch": "B7", "plate": "B7p2"}  # a plate of the embeddings too
+    shared = cells.assign(**{name: cells[name].where(~one, value) for name, value in place.items()})
+    folder = made_up.write(tmp_path / "results", shared)
     embedded = run("embeddings", str(folder / "embeddings.parquet"), "--out", str(folder))
     assert embedded.returncode == 0, embedded.stderr
     assert "tvn erm source new_lab: " in embedded.stdout
