@@ -292,8 +292,10 @@ def train_command(
         devices=devices, num_nodes=num_nodes, accumulate=accumulate,
         precision=cast('Literal["fp32", "bf16"]', precision), loader_workers=loader_workers,
     )  # fmt: skip
-    train(config, out, resume=resume)
-    rank_zero_only(typer.echo)(f"run: {out}")
+    run = train(config, out, resume=resume)
+    purposes = {"training": run.split.train, "validation": run.split.validation, **run.split.tests()}
+    told = ", ".join(f"{len(plates)} {name.replace('_', ' ')}" for name, plates in purposes.items())
+    rank_zero_only(typer.echo)(f"run: {out} (plates: {told})")
 
 
 @app.command("export")

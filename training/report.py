@@ -45,12 +45,21 @@ BINS = 10
 """Bins of confidence, equally wide."""
 FEW_MEMBERS = 5
 """With fewer independent units than this an interval covers less than it says."""
+_BUDGET = {
+    "steps_taken": "steps taken", "steps": "of", "images_per_step": "images a step", "depth": "ResNet", "width": "width",
+    "size": "network input, pixels", "crop": "crop trained on", "learning_rate": "learning rate",
+}  # fmt: skip
+_NOTES = {
+    "alpha": " Of a class with fewer wells than are drawn of it, wells are sent again.",
+    "query_wells": " Of few wells sent together not every well of a plate is scored, so that levels also differ by chance.",
+}
 CURVES = {
     "controls": ("Control wells", "control wells measured (K)"),
     "alpha": ("Label shift", "label shift (Dirichlet alpha)"),
     "query_wells": ("Query size", "treated wells sent together (L)"),
 }
 _SAME = 1e-9
+_NORMAL = 1.96
 _BEHIND = "plates, batches, labs"
 _METRIC_NAMES = {
     "image_accuracy": "per image",
@@ -102,7 +111,8 @@ def scores(results: Results, resamples: Resamples) -> pd.DataFrame:
 def over_nulls(results: Results, resamples: Resamples) -> pd.DataFrame:
     """Every method's accuracy per well above that of the best null on the same plates: one row a method and setting.
 
-    The null is one of those with most of the method's plates; ``margin`` is NaN where none has any of them.
+    The null is one of those with most of the method's plates; ``margin`` is NaN where none has any of them. It is ``shown``
+    where the interval over plates is above zero, and as many wells do not differ so by chance (95 %, as if not paired).
     """
     nulls = [way for way in results.ways() if way[0].startswith(NULL)]
     rows = []
@@ -113,12 +123,16 @@ def over_nulls(results: Results, resamples: Resamples) -> pd.DataFrame:
         if place["method"].startswith(NULL):
             continue
         if not beside:
-            rows.append({**place, "null": "", "margin": np.nan, "margin_low": np.nan, "margin_high": np.nan})
+            rows.append({**place, "null": "", "margin": np.nan, "margin_low": np.nan, "margin_high": np.nan, "shown": False})
             continue
         best = max(beside, key=lambda null: (len(beside[null]), float(beside[null]["well_accuracy"].mean())))
-        own = resamples.mean(_same_plates(part, beside[best]), "well_accuracy")
-        margin = own - resamples.mean(beside[best], "well_accuracy")
-        rows.append({**place, "null": way_name(best), **_figure(margin, "margin")})
+        both = _same_plates(part, beside[best])
+        own, other = resamples.mean(both, "well_accuracy"), resamples.mean(beside[best], "well_accuracy")
+        figure = _figure(own - other, "margin")
+        wells = both.drop_duplicates(["lab", "batch", "plate"])["wells"].sum()
+        by_chance = _NORMAL * np.sqrt((own.value * (1 - own.value) + other.value * (1 - other.value)) / wells)
+        shown = figure["margin_low"] > 0 and figure["margin"] > by_chance
+        rows.append({**place, "null": way_name(best), **figure, "shown": bool(shown)})
     return pd.DataFrame(rows)
 
 
@@ -377,9 +391,22 @@ def _opening(results: Results) -> str:
         f"# Evaluation on {'simulated ' if results.simulated else ''}plates",
         told,
         _markdown(["setting", "what stands behind its figures"], behind),
+        *_trained_section(results),
         "## What this cannot show",
         "\n".join(f"- {line}" for line in cannot_show(results)) or "Nothing that the tables could tell of.",
     ])  # fmt: skip
+
+
+def _trained_section(results: Results) -> Iterator[str]:
+    """Tell what was trained, a row a network."""
+    if not results.runs:
+        return
+    rows = []
+    for network in dict.fromkeys(str(run.get("network")) for run in results.runs):
+        runs = [run for run in results.runs if str(run.get("network")) == network]
+        facts = [sorted({str(run["budget"].get(name, "")) for run in runs}) for name in _BUDGET]
+        rows.append([network, ", ".join(str(run.get("seed")) for run in runs), *(", ".join(values) for values in facts)])
+    yield f"## What was trained\n\n{_markdown(['network', 'seeds', *_BUDGET.values()], rows)}"
 
 
 def _results_section(results: Results, resamples: Resamples, palette: plots.Palette, out: Path) -> str:
@@ -406,6 +433,7 @@ def _results_section(results: Results, resamples: Resamples, palette: plots.Pale
     parts.append(
         "NLL, ECE and Brier score: before temperature (T = 1) → after; lower is better. Nulls know nothing of morphology; "
         f"{NULL}majority calls the commonest training class everywhere."
+        + (" What is blended stands in the sections below." if results.cells["blended"].any() else "")
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -413,9 +441,9 @@ def _results_section(results: Results, resamples: Resamples, palette: plots.Pale
 def _beside_nulls(margins: pd.DataFrame) -> str:
     if margins.empty:
         return ""
-    doubtful = [row for _, row in margins.iterrows() if not row["margin_low"] > 0]
+    doubtful = [row for _, row in margins.iterrows() if not row["shown"]]
     if not doubtful:
-        return "Every method is above the best null on the same plates (95 %)."
+        return "Every method is above the best null on the same plates (95 %, over plates and over as many wells)."
     listed = (
         f"{_named(row)} ({_printed(row, 'margin', signed=True)} over {row['null']})"
         if row["null"]
@@ -464,6 +492,7 @@ def _curve_section(results: Results, resamples: Resamples, axis: str, palette: p
     told = (
         f"Accuracy per well. Held fixed: {fixed}. In square brackets the plates behind a figure, where fewer than elsewhere "
         "in its row. Unadapted ERM and nulls have the one value of whole plates where they were not scored along this axis."
+        + _NOTES.get(axis, "")
     )
     picture = f"![Accuracy per well against {label}]({axis}.png)"
     return "\n\n".join([f"## {title}", told, picture, _curve_table(found)])
@@ -547,10 +576,14 @@ def _embedding_section(tables: Mapping[Way, pd.DataFrame], out: Path) -> str:
         by_class, by_batch = variance_shares(table)
         rows.append([way_name(way), str(len(table)), f"{by_class:.3f}", f"{by_batch:.3f}"])
     titles = ["method", "wells", "between classes (treated wells)", "between batches (controls)"]
+    told = (
+        "Test plates of the first seed. Share of the variance of wells' embeddings, adjusted for the number of groups: "
+        "groups that mean nothing have 0 on average, and may have less:"
+    )
     return "\n\n".join([
         "## Embeddings",
         "![Wells on the first two principal components, by class and by batch](embedding.png)",
-        f"Test plates of the first seed. Share of the variance of wells' embeddings:\n\n{_markdown(titles, rows)}",
+        f"{told}\n\n{_markdown(titles, rows)}",
     ])  # fmt: skip
 
 

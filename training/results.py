@@ -51,13 +51,17 @@ Way = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """A results folder's tables, None for those that are not there; ``told``: what was left out or is not comparable."""
+    """A results folder's tables, None for those that are not there; ``told``: what was left out or is not comparable.
+
+    ``runs`` are the trained networks: each with its seed, the network's name and its budget.
+    """
 
     cells: pd.DataFrame
     predictions: pd.DataFrame | None = None
     embeddings: pd.DataFrame | None = None
     cost: dict[str, Any] | None = None
     told: tuple[str, ...] = ()
+    runs: tuple[dict[str, Any], ...] = ()
 
     @property
     def default(self) -> pd.DataFrame:
@@ -103,7 +107,7 @@ def read_results(folder: Path) -> Results:
         LayoutError: a table cannot be read, lacks a column or a value, holds words for numbers, has a setting that is not
             known, or scores a plate twice.
     """
-    told = _told(folder)
+    told, runs = _about(folder)
     cells = _read(folder, "cells", CELL_COLUMNS)
     if cells is None:
         raise RunError(f"{folder} has no cells.parquet: evaluate first, or name the folder that evaluation wrote")
@@ -128,15 +132,16 @@ def read_results(folder: Path) -> Results:
         embeddings=_read(folder, "embeddings", EMBEDDING_COLUMNS),
         cost=read_json(folder / COST, _object, "measure the cost again") if (folder / COST).is_file() else None,
         told=told,
+        runs=runs,
     )
 
 
-def _told(folder: Path) -> tuple[str, ...]:
-    """Return what the evaluation told, once its tables are known to be those that it wrote."""
+def _about(folder: Path) -> tuple[tuple[str, ...], tuple[dict[str, Any], ...]]:
+    """Return what the evaluation told and which runs it took, once its tables are known to be those that it wrote."""
     path = folder / ABOUT
     if not path.is_file():
         evaluated = (folder / "cells.parquet").is_file()
-        return (f"what was left out of the evaluation is not known: the folder has no {ABOUT}",) if evaluated else ()
+        return ((f"what was left out of the evaluation is not known: the folder has no {ABOUT}",) if evaluated else ()), ()
     about = read_json(path, _object, "evaluate again")
     told, tables = about.get("told"), about.get("tables", {})
     if not isinstance(told, list) or not isinstance(tables, dict):
@@ -145,7 +150,10 @@ def _told(folder: Path) -> tuple[str, ...]:
         table = folder / name
         if not table.is_file() or file_sha256(table) != digest:
             raise RunError(f"{table} was changed or only half written after its evaluation: evaluate again")
-    return tuple(map(str, told))
+    runs = about.get("runs", [])
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and isinstance(run.get("budget"), dict) for run in runs):
+        raise RunError(f"{path} is damaged (it does not say of which runs it is): evaluate again")
+    return tuple(map(str, told)), tuple(runs)
 
 
 def _object(content: Any) -> dict[str, Any]:

@@ -80,6 +80,10 @@ def test_methods_that_are_not_above_the_nulls_are_named(results: Results, tmp_pa
     found = over_nulls(results, Resamples(draws=200)).set_index(["method", "setting"])
     assert set(found["null"]) == {"null: intensity"}, "the best one"
     assert (found["margin_low"] > 0).all()
+    assert found["shown"].all()
+    few = over_nulls(Results(results.cells.assign(wells=1)), Resamples(draws=200)).set_index(["method", "setting"])
+    assert few.loc[("erm", "in_domain"), "shown"], "0.4 above it in 18 wells"
+    assert not few.loc[("erm", "new_lab"), "shown"], "0.2 in 9 wells may be chance"
     margin = (
         whole(results.cells, ERM, "new_lab")["well_accuracy"].mean()
         - whole(results.cells, ("null: intensity", "-"), "new_lab")["well_accuracy"].mean()
@@ -299,6 +303,9 @@ def test_a_grids_tables_are_reported_as_they_are(run: Run, erm_run: Run, tmp_pat
     cells = evaluate_grid(grid, [run, erm_run], tmp_path, tell=lambda _: None, progress=lambda _done, _total: None)
     write_baselines(tmp_path / "embeddings.parquet", tmp_path, "", Columns())
     text = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    trained = text.split("## What was trained")[1].split("\n#")[0]
+    assert f"| erm | 1 | {erm_run.config.steps} | {erm_run.config.steps} |" in trained
+    assert "| cs-arm-bn | 1 |" in trained
     assert text.startswith("# Evaluation on simulated plates")
     new_batch = text.split("### New batches")[1].split("\n#")[0]
     for method in (
