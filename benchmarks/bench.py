@@ -1,13 +1,14 @@
 """Speed: ratios measured in one run on this machine, every way in turn with its peers; build/bench.json and a table.
 
-Run: ``python -m benchmarks.bench [--parts engine,images,service] [--threads 2] [--rounds 9]``, where nothing else runs.
+Run: ``python -m benchmarks.bench [--parts engine,images,service] [--device cuda] [--threads 2] [--rounds 9]``, where nothing
+else runs.
 """
 
 import argparse
 from pathlib import Path
 
 from benchmarks.bars import table, write_bars
-from benchmarks.bench_engine import engine_bars
+from benchmarks.bench_engine import Machine, engine_bars
 from benchmarks.bench_images import image_bars
 from benchmarks.bench_service import service_bars
 
@@ -18,11 +19,12 @@ def main() -> None:
     """Measure the parts that are asked for, write and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="engine,images,service")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     parts = {
-        "engine": lambda: engine_bars(FOLDER, arguments.threads, arguments.rounds),
+        "engine": lambda: engine_bars(FOLDER, Machine(arguments.device, arguments.threads), arguments.rounds),
         "images": lambda: image_bars(arguments.rounds),
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
     }

@@ -1,12 +1,14 @@
 """The network on one machine: classifying by a batch's statistics, and measuring them, beside what others would run.
 
 Every way takes the same images in turn. ``folded`` is onnxruntime on the same network with the statistics folded into the
-convolutions, the limit for classifying; ``plain forward`` is that over the images that are measured.
+convolutions; ``forward`` is our own classifying of the images that are measured.
 """
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,106 +20,149 @@ from benchmarks.bars import Bar
 from benchmarks.interleaved import Way, interleaved
 from benchmarks.network import Float
 from benchmarks.plain_pytorch import ResNet50, adapt
-from model.bundle import INPUT_IMAGES, OUTPUT_LOGITS
+from model.bundle import INPUT_IMAGES, OUTPUT_LOGITS, Bundle
 from model.statistics import BatchNormStatistics
-from service.engine import WORTH_FOLDING, OnnxEngine
+from service.engine import WORTH_FOLDING, BundleEngine
+from service.errors import StartError
+from service.runtime import Device, Runtime, open_runtime
+from service.runtime_onnx import OnnxRuntime
 from training.cost import Workload, flops
 
 WELL_SITES, WELLS, CONTEXT_SITES = 9, 2, 64
-CPU = "CPUExecutionProvider"
-SAME_LOGITS = 1e-2
+SAME_LOGITS, SAME_IN_BF16 = 1e-2, 0.5
 SESSION_TIMEOUT_S = 60.0
+Classify = Callable[[Float], Float]
 
 
-def engine_bars(folder: Path, threads: int, rounds: int) -> list[Bar]:
+@dataclass(frozen=True)
+class Machine:
+    """What to measure on."""
+
+    device: Device = "cpu"
+    threads: int = 2
+
+    @property
+    def torch(self) -> str:
+        """Torch's name for it."""
+        return "cuda" if self.device == "cuda" else "cpu"
+
+    @property
+    def providers(self) -> list[str]:
+        """Onnxruntime's names for it."""
+        return [*(["CUDAExecutionProvider"] if self.device == "cuda" else []), "CPUExecutionProvider"]
+
+    def runtimes(self) -> dict[str, Runtime]:
+        """What the service could run a bundle on here; ``ours`` is what it chooses."""
+        found = {"ours": open_runtime(self.device, "fp32", self.threads)}
+        if self.device == "cuda":
+            return found
+        found["onnxruntime"] = OnnxRuntime("cpu", self.threads)
+        with suppress(StartError):
+            found["ours_bf16"] = open_runtime("cpu", "bf16", self.threads)
+        return found
+
+
+def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     """Time every way and hold the ratios against their bounds."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(machine.threads)
     bundle = network.bundle(folder)
     wells = [network.images(WELL_SITES, seed) for seed in range(WELLS)]
     context = network.images(CONTEXT_SITES, seed=9)
-    engine, shared = OnnxEngine(bundle, "cpu", threads, folded_bytes=1 << 30), OnnxEngine(bundle, "cpu", threads)
-    mean, variance = engine.measure(context)
+    engines = {name: BundleEngine(bundle, runtime, folded_bytes=1 << 30) for name, runtime in machine.runtimes().items()}
+    mean, variance, _ = engines["ours"].measure(context)
     statistics = BatchNormStatistics(mean, variance, sites=len(context), wells=len(context))
-    _wait_for_session(engine, wells[0], statistics)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    folded = network.folded_session(bundle, statistics, options, [CPU])
-    eager = _torch_network(context)
-    ways: dict[str, Callable[[Float], Float]] = {
-        "folded": lambda images: folded.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0],
-        "ours": lambda images: engine.classify(images, statistics).logits[:, 0],
-        "shared": lambda images: shared.classify(images, statistics).logits[:, 0],
-        "torch_eager": lambda images: _torch_logits(eager, images),
-    }
-    if shutil.which("g++"):
-        compiled = torch.compile(eager)
-        ways["torch_compiled"] = lambda images: _torch_logits(compiled, images)
+    ways = {name: classifying(engine, statistics) for name, engine in engines.items()}
+    if machine.device != "cuda":
+        ways["ours_shared"] = classifying(BundleEngine(bundle, machine.runtimes()["ours"]), statistics)
+    ways |= _peers(bundle, machine, context, statistics)
     for name, way in ways.items():
         difference = float(np.abs(way(wells[0]) - ways["folded"](wells[0])).max())
-        if not difference < SAME_LOGITS:
+        if not difference < (SAME_IN_BF16 if "bf16" in name else SAME_LOGITS):
             raise SystemExit(f"{name} answers otherwise, by {difference:.1e}: it is no peer")
+        print(f"{name}: logits within {difference:.1e} of onnxruntime's")
     timed: dict[str, Way] = {
         name: (lambda way=way: [way(images) for images in wells])  # type: ignore[misc]
         for name, way in ways.items()
     }
     found = interleaved(timed, rounds)
     images = WELL_SITES * WELLS
+    others = [name for name in ways if name not in ("ours", "folded", "torch_eager")]
     bars = [
-        found.ratio("classify_over_folded", "folded", "ours", at_least=0.97),
-        found.ratio("classify_over_torch_eager", "torch_eager", "ours", at_least=2.5),
-        found.ratio("shared_graph_over_folded", "folded", "shared"),
-        *([found.ratio("classify_over_torch_compiled", "torch_compiled", "ours")] if "torch_compiled" in ways else []),
+        found.ratio("classify_over_folded", "folded", "ours", at_least=0.9 if machine.device == "cuda" else 0.97),
+        found.ratio("classify_over_torch_eager", "torch_eager", "ours", at_least=None if machine.device == "cuda" else 2.5),
+        *(found.ratio(f"{name}_over_torch_eager", "torch_eager", name) for name in others),
         *(found.rate(f"{name}_images_per_s", name, images, "/s") for name in ways),
-        _floor(float(np.median(found.taken["ours"])) / images),
+        _floor(float(np.median(found.taken["ours"])) / images, machine),
     ]
-    return bars + _measuring(engine, ways["folded"], context, rounds)
+    return bars + _measuring(engines, ways, context, machine, rounds)
 
 
-def _measuring(engine: OnnxEngine, forward: Callable[[Float], Float], context: Float, rounds: int) -> list[Bar]:
-    """Measuring a context over a plain forward pass of it, and over torch in train mode."""
-    plain = ResNet50(context.shape[1], network.CLASSES)
-    plain.load_state_dict(network.network().state_dict(), strict=False)
-    whole = torch.from_numpy(context)
-    ways: dict[str, Way] = {
-        "forward": lambda: [forward(context[at : at + WELL_SITES]) for at in range(0, len(context), WELL_SITES)],
-        "measure": lambda: engine.measure(context),
-        "torch_measure": lambda: adapt(plain, whole),
-    }
-    found = interleaved(ways, rounds)
-    return [
-        found.ratio("measure_over_forward", "measure", "forward", at_most=1.25),
-        found.ratio("measure_over_torch_eager", "torch_measure", "measure"),
-    ]
-
-
-def _wait_for_session(engine: OnnxEngine, images: Float, statistics: BatchNormStatistics) -> None:
+def classifying(engine: BundleEngine, statistics: BatchNormStatistics) -> Classify:
+    """How an engine classifies the wells of a plate: by a session of the batch's own where it makes them."""
     end = time.monotonic() + SESSION_TIMEOUT_S
-    while engine.classify(images[:1], statistics, WORTH_FOLDING).graph == "shared":
+    while engine.makes_sessions and engine.classify(network.images(1), statistics, WORTH_FOLDING).graph == "shared":
         if time.monotonic() > end:
             raise SystemExit("no session is made for the batch's statistics")
         time.sleep(0.1)
+    return lambda images: engine.classify(images, statistics).logits[:, 0]
 
 
-def _torch_network(context: Float) -> ResNet50:
+def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNormStatistics) -> dict[str, Classify]:
+    """The same network as others would run it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = machine.threads
+    folded = network.folded_session(bundle, statistics, options, machine.providers)
+    eager = _torch_network(context, machine)
+    ways: dict[str, Classify] = {
+        "folded": lambda images: folded.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0],
+        "torch_eager": lambda images: _torch_logits(eager, images, machine),
+    }
+    if shutil.which("g++"):
+        compiled = torch.compile(eager)
+        ways["torch_compiled"] = lambda images: _torch_logits(compiled, images, machine)
+    return ways
+
+
+def _measuring(
+    engines: Mapping[str, BundleEngine], classify: Mapping[str, Classify], context: Float, machine: Machine, rounds: int
+) -> list[Bar]:
+    """Measuring a context over a plain forward pass of it on the same runtime, and over torch in train mode."""
+    plain = _torch_network(context[:2], machine)
+    whole = torch.from_numpy(context)
+    wells = [context[at : at + WELL_SITES] for at in range(0, len(context), WELL_SITES)]
+    ways: dict[str, Way] = {
+        "forward": lambda: [classify["ours"](well) for well in wells],
+        **{f"{name}_measure": (lambda engine=engine: engine.measure(context)) for name, engine in engines.items()},  # type: ignore[misc]
+        "torch_measure": lambda: adapt(plain, whole.to(machine.torch)),
+    }
+    found = interleaved(ways, max(3, rounds // 2))
+    return [
+        found.ratio("measure_over_forward", "ours_measure", "forward", at_most=1.25),
+        *(found.ratio(f"{name}_measure_over_torch_eager", "torch_measure", f"{name}_measure") for name in engines),
+    ]
+
+
+def _torch_network(context: Float, machine: Machine) -> ResNet50:
     """Torch's network as a lab has it once it is adapted."""
     plain = ResNet50(context.shape[1], network.CLASSES)
     plain.load_state_dict(network.network().state_dict(), strict=False)
-    adapt(plain, torch.from_numpy(context))
+    plain.to(machine.torch)
+    adapt(plain, torch.from_numpy(context).to(machine.torch))
     return plain
 
 
 @torch.no_grad()
-def _torch_logits(module: Callable[[torch.Tensor], torch.Tensor], images: Float) -> Float:
-    return module(torch.from_numpy(images)).numpy()
+def _torch_logits(module: Callable[[torch.Tensor], torch.Tensor], images: Float, machine: Machine) -> Float:
+    return module(torch.from_numpy(images).to(machine.torch)).cpu().numpy()
 
 
-def _floor(seconds_an_image: float) -> Bar:
+def _floor(seconds_an_image: float, machine: Machine) -> Bar:
     """How much of the matrix throughput, as measured here, classifying reaches."""
-    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    left, right = (torch.randn(2048, 2048, device=machine.torch) for _ in range(2))
     taken = []
     for _ in range(8):
         begun = time.perf_counter()
-        left @ right
+        float((left @ right)[0, 0])  # which waits for it
         taken.append(time.perf_counter() - begun)
     throughput = 2 * 2048**3 / float(np.median(taken))
     of_image = flops(Workload(network.SPEC, network.SIZE, 1, 1, 1, 1))["forward"]

@@ -16,18 +16,19 @@ from benchmarks.bars import Bar, table, write_bars
 from model.bundle import Bundle
 from model.predictions import site_probabilities
 from model.statistics import BN_EPSILON, BatchNormStatistics
-from service.engine import Device, OnnxEngine, replay
+from service.engine import BundleEngine, replay
+from service.runtime import Device, open_runtime
 
 CUDA = "CUDAExecutionProvider"
 
 
 def answers(bundle: Bundle, device: Device, images: NDArray[np.float32]) -> tuple[BatchNormStatistics, NDArray[np.float64]]:
     """Measure the first half of the images and classify the second with it, on one device."""
-    engine = OnnxEngine(bundle, device)
+    engine = BundleEngine(bundle, open_runtime(device, "fp32", 0))
     replay(engine, bundle)
     print(f"{device}: golden images replayed on {engine.provider}, {engine.precision}")
     half = len(images) // 2
-    mean, variance = engine.measure(images[:half])
+    mean, variance, _ = engine.measure(images[:half])
     statistics = BatchNormStatistics(mean, variance, sites=half, wells=half)
     logits = engine.classify(images[half:], statistics)[0]
     return statistics, site_probabilities(logits, bundle.manifest.temperature)

@@ -27,6 +27,11 @@ class Rounds:
         low, high = np.quantile(ratios, _MOST_ROUNDS)
         return Bar(name, float(np.median(ratios)), "", at_least, at_most, (float(low), float(high)))
 
+    def seconds(self, name: str, way: str) -> Bar:
+        """Median of a way's seconds, and where 95 % of rounds lie."""
+        low, high = np.quantile(self.taken[way], _MOST_ROUNDS)
+        return Bar(name, float(np.median(self.taken[way])), "s", interval=(float(low), float(high)))
+
     def rate(self, name: str, way: str, count: int, unit: str) -> Bar:
         """Median of how much of something a second, and where 95 % of rounds lie."""
         rates = count / self.taken[way]

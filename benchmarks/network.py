@@ -63,7 +63,7 @@ def bundle(folder: Path) -> Bundle:
         )  # fmt: skip
         reference = EmbeddingReference(
             projection=np.eye(ensemble.embedding_dim, dimensions, dtype=np.float32),
-            class_centres=np.zeros((CLASSES, dimensions), np.float32),
+            class_centres=np.zeros((CLASSES, ensemble.embedding_dim), np.float32),
             control_wells=np.array([1, 64]), control_distances=np.array([1e9, 1e9]), class_distance=1e9,
         )  # fmt: skip
         training = summarise_training(plates[:2], source=plates[0], held_out=plates[2:])
@@ -75,5 +75,5 @@ def folded_session(bundle: Bundle, statistics: BatchNormStatistics, options: Any
     """Make the session of that graph."""
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours: it would spin into others' turns
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    content = Graph.read(bundle.path / CLASSIFY).with_constants(statistics)
+    content = Graph.read(bundle.path / CLASSIFY).with_constants(statistics).content
     return onnxruntime.InferenceSession(content, options, providers=providers)

@@ -69,7 +69,7 @@ def exported(method: str, path: Path) -> str:
         raise SystemExit(f"{path} has {size:,} bytes; two such bundles may have {MAX_BYTES:,}")
     return (
         f"{Bundle.load(path).manifest.name} {bundle.digest[:12]}, {size / 1e6:.1f} MB; ONNX against torch: statistics "
-        f"{parity.statistics_sd:.1e} standard deviations, logits {parity.logits:.1e}"
+        f"{parity.statistics_sd:.1e} standard deviations, logits {parity.logits:.1e}, embeddings {parity.embeddings:.1e}"
     )
 
 

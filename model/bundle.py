@@ -5,6 +5,7 @@ is the sha256 of the manifest's canonical JSON, so it names weights, graphs, rec
 
 One pair of graphs holds all members (several networks whose probabilities are averaged; a single one is one member):
 ``classify.onnx`` gives logits (sites, members, classes); statistics and embeddings are the members', one after the other.
+``measure.onnx`` gives a context's statistics, and its sites' embeddings under them: they fall out of the same pass.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
 from model.statistics import BN_EPSILON, BatchNormStatistics, TrainingStatistics, json_sha256
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 CLASSIFY = "classify.onnx"
 MEASURE = "measure.onnx"
@@ -37,11 +38,19 @@ INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE = "images", "bn_mean", "bn_var"
 INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT = "prior_mean", "prior_var", "prior_weight"
 OUTPUT_LOGITS, OUTPUT_EMBEDDING = "logits", "embedding"
 OUTPUT_MEAN, OUTPUT_VARIANCE = "bn_mean", "bn_var"
+INPUTS = {
+    CLASSIFY: (INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE),
+    MEASURE: (INPUT_IMAGES, INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT),
+}
+OUTPUTS = {
+    CLASSIFY: (OUTPUT_LOGITS, OUTPUT_EMBEDDING),
+    MEASURE: (OUTPUT_MEAN, OUTPUT_VARIANCE, OUTPUT_EMBEDDING),
+}
 CENTRE = "centre"
 """The constant of the graph that measures, about which it takes means."""
 
-STATISTICS_TOLERANCE_SD = 1e-4
-LOGITS_TOLERANCE = 1e-3
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of the graphs' layers; statistics are always sums in single precision."""
 
 GOLDEN_WELLS = 1
 """Control wells that the golden images count as when they are blended."""
@@ -110,8 +119,8 @@ class Manifest:
 class Golden:
     """Images (sites, channels, size, size) with the statistics and logits torch gives on them, replayed at start-up.
 
-    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes). ``blended_mean`` and ``blended_var``
-    are the statistics blended as those of ``GOLDEN_WELLS`` control wells.
+    ``bn_mean`` and ``bn_var`` are (features,), ``logits`` (sites, members, classes), ``embedding`` (sites, dim).
+    ``blended_mean`` and ``blended_var`` are the statistics blended as those of ``GOLDEN_WELLS`` control wells.
     """
 
     images: NDArray[np.float32]
@@ -120,9 +129,11 @@ class Golden:
     blended_mean: NDArray[np.float32]
     blended_var: NDArray[np.float32]
     logits: NDArray[np.float32]
+    embedding: NDArray[np.float32]
 
 
-Moments = tuple[NDArray[np.float32], NDArray[np.float32]]
+Array = NDArray[np.float32]
+Moments = tuple[Array, Array]
 """Mean and variance, (features,) each."""
 
 
@@ -134,40 +145,69 @@ def _difference(found: Moments, expected: Moments) -> float:
     return float(np.maximum(shift, stretch).max())
 
 
+class Measured(NamedTuple):
+    """What one pass over a context gives: mean and biased variance, (features,) each, and embeddings (sites, dim)."""
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from torch's float32 is right: statistics in standard deviations, logits and embeddings as they are."""
+
+    statistics_sd: float
+    outputs: float
+
+
+TOLERANCES: Mapping[Precision, Tolerance] = {"fp32": Tolerance(1e-4, 1e-3), "bf16": Tolerance(0.1, 0.5)}
+
+
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences from torch on the golden images: statistics in standard deviations, logits as they are."""
+    """Largest differences from torch on the golden images: statistics in standard deviations, outputs as they are.
+
+    Embeddings are those of the pass that measures, and of classifying.
+    """
 
     statistics_sd: float
     logits: float
+    embeddings: float
 
     @classmethod
-    def of(cls, golden: Golden, plain: Moments, blend: Moments, logits: NDArray[np.float32]) -> "Parity":
-        """Compare measured statistics (mean, variance), plain and blended, and logits with the golden ones.
+    def of(cls, golden: Golden, plain: Measured, blend: Measured, logits: Array, embeddings: Array) -> "Parity":
+        """Compare what was measured, plain and blended, and what was classified with the golden ones.
 
         Raises:
-            BundleError: the logits have another shape: of another number of members or classes.
+            BundleError: outputs have another shape: of another number of members or classes.
         """
-        if logits.shape != golden.logits.shape:
-            raise BundleError(f"the graph gives logits of shape {logits.shape}; the golden ones have {golden.logits.shape}")
+        found = {"logits": logits, "embedding": embeddings, "embedding of measuring": plain.embeddings}
+        expected = {"logits": golden.logits, "embedding": golden.embedding, "embedding of measuring": golden.embedding}
+        for name, value in found.items():
+            if value.shape != expected[name].shape:
+                raise BundleError(f"the graph gives {name} of shape {value.shape}; the golden has {expected[name].shape}")
+        off = {name: float(np.abs(value - expected[name]).max()) for name, value in found.items()}
         differences = [
-            _difference(plain, (golden.bn_mean, golden.bn_var)),
-            _difference(blend, (golden.blended_mean, golden.blended_var)),
+            _difference(plain[:2], (golden.bn_mean, golden.bn_var)),
+            _difference(blend[:2], (golden.blended_mean, golden.blended_var)),
         ]
-        return cls(statistics_sd=float(np.max(differences)), logits=float(np.abs(logits - golden.logits).max()))
+        of_embeddings = float(np.max([off["embedding"], off["embedding of measuring"]]))
+        return cls(float(np.max(differences)), off["logits"], of_embeddings)
 
-    def require(self, where: str) -> None:
-        """Check the tolerances that a bundle promises.
+    def require(self, where: str, precision: Precision = "fp32") -> None:
+        """Check the tolerances that a bundle promises at a precision.
 
         Raises:
             BundleError: a difference exceeds its tolerance, or is no number.
         """
-        within = self.statistics_sd <= STATISTICS_TOLERANCE_SD and self.logits <= LOGITS_TOLERANCE
-        if not within:  # NaN is not within either
+        most = TOLERANCES[precision]
+        within = self.statistics_sd <= most.statistics_sd and max(self.logits, self.embeddings) <= most.outputs
+        if not within or np.isnan(self.embeddings):  # NaN is not within either
             raise BundleError(
                 f"{where} disagrees with torch on the golden images: statistics by {self.statistics_sd:.1e} standard "
-                f"deviations (at most {STATISTICS_TOLERANCE_SD:g}), "
-                f"logits by {self.logits:.1e} (at most {LOGITS_TOLERANCE:g})"
+                f"deviations (at most {most.statistics_sd:g}), "
+                f"logits by {self.logits:.1e} and embeddings by {self.embeddings:.1e} (at most {most.outputs:g})"
             )
 
 
@@ -210,7 +250,9 @@ class Bundle:
             missing = set(self.ARRAYS) - set(stored.files)
             if missing:
                 raise BundleError(f"{TRAINING_STATISTICS} lacks {', '.join(sorted(missing))}")
-            return {name: stored[name] for name in self.ARRAYS}
+            arrays = {name: stored[name] for name in self.ARRAYS}
+        _check_shapes(arrays, self.manifest)
+        return arrays
 
     @cached_property
     def training_statistics(self) -> TrainingStatistics:
@@ -298,6 +340,23 @@ def recipe_from_json(value: Mapping[str, Any]) -> ImageRecipe:
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain
+
+
+_PER_FEATURE = (
+    "source_mean", "source_variance", "blend_wells",
+    "mean_centre", "mean_spread", "log_variance_centre", "log_variance_spread",
+)  # fmt: skip
+
+
+def _check_shapes(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
+    """Check that what answers are made with has the sizes that the manifest says."""
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(_PER_FEATURE, (manifest.features,))
+    expected["class_centres"] = (len(manifest.classes), manifest.embedding_dim)
+    expected["projection"] = (manifest.embedding_dim, arrays["projection"].shape[-1])
+    expected["control_distances"] = arrays["control_wells"].shape
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise BundleError(f"{TRAINING_STATISTICS}: {name} has shape {arrays[name].shape}; the manifest needs {shape}")
 
 
 def _check_file(path: Path, expected: str | None) -> None:

@@ -173,11 +173,15 @@ def _check_segments(page: Any, file_bytes: int, limits: ImageLimits) -> None:
 def _checked_plane(plane: NDArray[Any]) -> Plane:
     if plane.dtype == np.float32 and not np.isfinite(plane).all():
         raise NonFiniteImageError("the image has NaN or infinite pixels")
-    if plane.size == 0 or plane.min() == plane.max():
+    if _is_constant(plane[:1]) and _is_constant(plane):  # a row of nearly every image shows that it is not
         value = plane.flat[0] if plane.size else "nothing"
         raise BlankImageError(f"the image is blank: every pixel is {value}")
     native: Plane = np.ascontiguousarray(plane, dtype=plane.dtype.newbyteorder("="))
     return native
+
+
+def _is_constant(pixels: NDArray[Any]) -> bool:
+    return bool(pixels.size == 0 or pixels.min() == pixels.max())
 
 
 def saturated_share(plane: Plane) -> float:
@@ -289,8 +293,13 @@ class PreparedImage:
     @classmethod
     def of_planes(cls, planes: Iterable[NDArray[np.float32]], recipe: ImageRecipe) -> "PreparedImage":
         """Cut a site's whole planes, (height, width) each, as ``prepare_field`` returns them."""
-        crops, fields = zip(*(_cut(plane, recipe) for plane in planes), strict=True)
-        return cls(np.stack(crops), np.stack(fields) if recipe.illumination == "controls" else None)
+        pixels = np.empty((len(recipe.channels), recipe.size, recipe.size), np.float32)
+        fields = []
+        for place, plane in enumerate(planes):
+            pixels[place] = centre_crop(plane, recipe.size)
+            if recipe.illumination == "controls":
+                fields.append(field_surfaces(plane, recipe.size))
+        return cls(pixels, np.stack(fields) if fields else None)
 
 
 def prepare_site(
@@ -456,12 +465,11 @@ def _contrasted(plane: NDArray[np.float32], recipe: ImageRecipe, *, crop: bool) 
 
     What a plane is stretched by is seen in all of it, also where its centre alone is.
     """
-    low, high = np.float32(plane.min()), np.float32(plane.max())
-    if recipe.scaling == "percentile-8bit":
-        high = _percentile(plane, recipe.percentile)
+    by_percentile = recipe.scaling == "percentile-8bit"
+    low, high = np.float32(plane.min()), _percentile(plane, recipe.percentile) if by_percentile else np.float32(plane.max())
     if high <= low:  # nothing to stretch
         raise BlankImageError(f"the image is blank at the network's pixel size: all but a few pixels are {low:g}")
-    if recipe.scaling != "percentile-8bit":
+    if not by_percentile:
         return plane
     shown = centre_crop(plane, recipe.size) if crop else plane
     steps = np.floor(np.clip((shown - low) / (high - low), 0.0, 1.0) * 255.0)
@@ -486,11 +494,6 @@ def _percentile(plane: NDArray[np.float32], share: float) -> np.float32:
     low, high, weight = part[first], part[second], place - below
     step = high - low
     return np.float32(high - step * (1 - weight) if weight >= 0.5 else low + step * weight)  # noqa: PLR2004 (numpy's rule)
-
-
-def _cut(plane: NDArray[np.float32], recipe: ImageRecipe) -> tuple[NDArray[np.float32], NDArray[np.float64] | None]:
-    field = field_surfaces(plane, recipe.size) if recipe.illumination == "controls" else None
-    return centre_crop(plane, recipe.size).copy(), field
 
 
 def _light(sites: Sequence[PreparedImage], recipe: ImageRecipe) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

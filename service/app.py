@@ -19,7 +19,7 @@ from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
-from service.engine import Engine, OnnxEngine, replay
+from service.engine import BundleEngine, Engine, replay
 from service.errors import install_handlers
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
@@ -36,6 +36,7 @@ from service.reports import VERSION
 from service.requests import Admission, Requests
 from service.retention import Retention
 from service.routes import Served
+from service.runtime import open_runtime
 from service.settings import Settings
 from service.storage import Storage
 from service.telemetry import Metrics, TimedRecords
@@ -193,9 +194,14 @@ def compose(
 
 def _engine(settings: Settings, bundle: Bundle, observer: Observer) -> Engine:
     """Make the engine on a thread that gives way, as the engine's own threads will."""
+
+    def make() -> Engine:
+        threads, members = cpu_count(settings.threads), bundle.manifest.members
+        runtime = open_runtime(settings.device, settings.precision, threads, members=members)
+        return BundleEngine(bundle, runtime, observer, settings.batch_sessions_bytes)
+
     with ThreadPoolExecutor(1, initializer=give_way) as pool:
-        given = bundle, settings.device, cpu_count(settings.threads), observer, settings.batch_sessions_bytes
-        return pool.submit(OnnxEngine, *given).result()
+        return pool.submit(make).result()
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:

@@ -360,7 +360,7 @@ class Batches:
                 self._require_prepared(store, deed, batch, set(context.used) - set(sent), watch)
                 images = [self._image(store, batch, site, sent) for site in context.used]
                 with watch.stage("measure"):
-                    kept = self._measure(wanted, images, watch)
+                    kept = self._measure(wanted, images)
             measured[name] = kept
         return replace_fields(measured[name], left_out=context.left_out)  # more may be left out since it was measured
 
@@ -372,26 +372,24 @@ class Batches:
             raise RevisionConflictError
         return image
 
-    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage], watch: Stopwatch) -> Adaptation:
+    def _measure(self, wanted: Wanted, prepared: Sequence[PreparedImage]) -> Adaptation:
         """Measure a context's scale, its statistics in one pass, and where its control wells lie under them."""
         context, prior = wanted.context, wanted.prior
         of_controls = [image for site, image in zip(context.used, prepared, strict=True) if site.well not in wanted.panel]
         scale = measure_scale(of_controls, self.bundle.manifest.recipe)
         images = self._finished(context.used, prepared, scale)
-        mean, variance = self.engine.measure(images, prior)
-        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+        mean, variance, embeddings = self.engine.measure(images, prior)
+        if not all(np.isfinite(part).all() for part in (mean, variance, embeddings)):
             raise ContextError("the statistics of these controls are not finite: an image of them is out of scale")
         statistics = BatchNormStatistics(mean, variance, sites=len(context.used), wells=len(context.wells))
-        wells = [site.well for site in context.used]
-        controls = [well for well in context.wells if well not in wanted.panel]
-        each = [images[_where(wells, well)] for well in controls]
-        embeddings = [self._classify(sites, statistics, 0, watch)[1] for sites in each]
+        controls = [place for place, site in enumerate(context.used) if site.well not in wanted.panel]
+        wells = [context.used[place].well for place in controls]
         distance = self.bundle.training_statistics.distance(statistics)
         return Adaptation(
             bundle_digest=self.bundle.digest,
             statistics_id=wanted.name if scale is None else with_scale(wanted.name, scale.digest),
             statistics=statistics,
-            control_centre=mean_of_wells([well for well in wells if well in controls], np.concatenate(embeddings)),
+            control_centre=mean_of_wells(wells, embeddings[controls]),
             used=context.used,
             left_out=context.left_out,
             distance=distance,
@@ -639,10 +637,6 @@ def _names(adaptation: Adaptation) -> tuple[str, str]:
 
 def _name_of(scale: BatchScale | None) -> str | None:
     return None if scale is None else scale.digest
-
-
-def _where(wells: Sequence[str], well: str) -> list[int]:
-    return [index for index, name in enumerate(wells) if name == well]
 
 
 # --- wells -----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ ServiceError                     what is wrong with a request or the service, be
 ├── UnavailableError             not now: the same request may succeed later
 │   ├── NotReadyError            the bundle's golden images have not been replayed, or did not agree
 │   ├── BusyError                every request slot is taken
+│   ├── MemoryShortError         there is not the memory for a pass of the network
 │   ├── BatchBusyError           other requests kept changing the batch
 │   ├── DecoderKilledError       the process that decoded an image was killed from outside
 │   ├── StoreUnavailableError    the store cannot be reached, or cannot write
@@ -240,6 +241,10 @@ class BusyError(UnavailableError):
     """Every request slot is taken."""
 
 
+class MemoryShortError(UnavailableError):
+    """There is not the memory for a pass of the network."""
+
+
 class BatchBusyError(UnavailableError):
     """Other requests kept changing the batch."""
 
@@ -355,6 +360,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     RecipeChangedError: Problem("controls-of-another-recipe", "The kept controls need to be sent again", 409),
     NotReadyError: Problem("not-ready", "The service is not ready", 503, retry_after_s=2),
     BusyError: Problem("busy", "Every request slot is taken", 503, retry_after_s=1),
+    MemoryShortError: Problem("memory-short", "There is not the memory for a pass of the network", 503, retry_after_s=5),
     BatchBusyError: Problem("batch-busy", "Other requests keep changing the batch", 503, retry_after_s=2),
     DecoderKilledError: Problem("decoder-killed", "The decoder was killed", 503, retry_after_s=5),
     StoreUnavailableError: Problem("store-unavailable", "The store cannot be used", 503, retry_after_s=5),

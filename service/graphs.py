@@ -1,7 +1,8 @@
-"""What the graphs of a bundle become before onnxruntime is given them. Knows no runtime, and no images.
+"""What the graphs of a bundle become before a runtime is given them. Knows no runtime, and no images.
 
-A bundle says ``BatchNormalization``, with statistics that are not known until a batch is. onnxruntime folds that into the
-convolutions where the statistics are constants; where they are not, it normalises on one thread, in a pass of its own.
+A bundle says ``BatchNormalization``, with statistics that are not known until a batch is. Runtimes fold that into the
+convolutions where the statistics are constants; where they are not, they normalise in a pass of its own, onnxruntime on
+one thread.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from model.bundle import CENTRE, INPUT_MEAN, INPUT_VARIANCE
+from model.bundle import CENTRE, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 
@@ -36,13 +37,17 @@ class Graph:
         """Read a graph.
 
         Raises:
-            BundleError: the file is none.
+            BundleError: the file is none, or of another network.
         """
         graph = cls(path.name, path.parent, path.read_bytes())
-        graph._model()
+        model = graph._model().graph
+        for what, found, expected in (("takes", model.input, INPUTS), ("gives", model.output, OUTPUTS)):
+            names, needed = {item.name for item in found}, expected[path.name]
+            if names != set(needed):
+                raise BundleError(f"{path.name} {what} {', '.join(sorted(names))}; expected {', '.join(needed)}")
         return graph
 
-    def with_constants(self, statistics: BatchNormStatistics) -> bytes:
+    def with_constants(self, statistics: BatchNormStatistics) -> Self:
         """The graph that classifies, with statistics as constants in place of its inputs for them."""
         model = self._model()
         given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
@@ -50,7 +55,7 @@ class Graph:
         del model.graph.input[:]
         model.graph.input.extend(inputs)
         model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in given.items())
-        return _serialised(model)
+        return self._with(model)
 
     def with_centre(self, centre: NDArray[np.float32]) -> Self:
         """The graph that measures, taking its means about others, (features,)."""
@@ -58,15 +63,18 @@ class Graph:
         others = [tensor for tensor in model.graph.initializer if tensor.name != CENTRE]
         del model.graph.initializer[:]
         model.graph.initializer.extend([*others, onnx.numpy_helper.from_array(centre, CENTRE)])
-        return replace(self, content=_serialised(model))
+        return self._with(model)
 
-    def with_scale_and_shift(self) -> bytes:
+    def with_scale_and_shift(self) -> Self:
         """The graph with batch normalisations as 1 x 1 convolutions of each feature by itself: a scale and a shift.
 
-        onnxruntime takes the activation that follows into them, and runs them on every thread.
+        A runtime takes the activation that follows into them, and runs them on every thread; where statistics are constants
+        it takes them into the convolution before, and the graph stays as it is.
         """
         model = self._model()
         graph = model.graph
+        if [item.name for item in graph.input] == [INPUT_IMAGES]:
+            return self
         features = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
         nodes = [
             new for number, node in enumerate(graph.node) for new in _scale_and_shift(node, f"given_{number}", features)
@@ -75,16 +83,30 @@ class Graph:
             graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), _SHAPE))
         del graph.node[:]
         graph.node.extend(nodes)
-        return _serialised(model)
+        return self._with(model)
+
+    def with_weights(self) -> bytes:
+        """The graph with its weights in it, for a runtime that cannot be told where they lie."""
+        model = self._model()
+        onnx.load_external_data_for_model(model, str(self.folder))
+        content: bytes = model.SerializeToString()
+        return content
 
     @property
-    def centre(self) -> NDArray[np.float32] | None:
-        """What the graph that measures takes its means about, (features,); None in one that takes them otherwise."""
+    def centre(self) -> NDArray[np.float32]:
+        """What the graph that measures takes its means about, (features,).
+
+        Raises:
+            BundleError: it is another graph.
+        """
         for tensor in self._model().graph.initializer:
             if tensor.name == CENTRE:
                 found: NDArray[np.float32] = onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder))
                 return found
-        return None
+        raise BundleError(f"{self.name} has no constant {CENTRE}")
+
+    def _with(self, model: Any) -> Self:
+        return replace(self, content=model.SerializeToString())
 
     def _model(self) -> Any:
         try:
@@ -111,6 +133,15 @@ def _scale_and_shift(node: Any, name: str, features: dict[str, int]) -> Iterator
     yield make("Conv", given, list(node.output), group=features[weight], kernel_shape=[1, 1])
 
 
-def _serialised(model: Any) -> bytes:
-    content: bytes = model.SerializeToString()
+def identity() -> bytes:
+    """A graph that gives back the one number it takes: whether a device runs graphs at all."""
+    make = onnx.helper
+    number = (onnx.TensorProto.FLOAT, [1])
+    graph = make.make_graph(
+        [make.make_node("Identity", ["taken"], ["given"])],
+        "identity",
+        [make.make_tensor_value_info("taken", *number)],
+        [make.make_tensor_value_info("given", *number)],
+    )
+    content: bytes = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10).SerializeToString()
     return content

@@ -66,7 +66,7 @@ class Provenance(_Value):
 
     bundle: str = Field(description="digest of the served bundle")
     provider: str = Field(description="what onnxruntime really ran on: CUDAExecutionProvider or CPUExecutionProvider")
-    precision: str = Field(description="arithmetic of the network: fp32")
+    precision: str = Field(description="arithmetic of the network: fp32 or bf16")
     version: str = Field(description="of the service")
 
 

@@ -113,13 +113,16 @@ class Settings(StorageSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 is about twice as fast on processors that have it, with OpenVINO, and a little less exact"
+    )
     threads: int = Field(
         0,
         ge=0,
         description="threads of one inference on the CPU and of image decoding; 0: all cores that it may use",
     )
     batch_sessions_bytes: int = Field(
-        1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster on the CPU; 0: none"
+        1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster with OpenVINO; 0: none"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

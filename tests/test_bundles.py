@@ -1,7 +1,8 @@
 """The committed demo bundles: whole, small, equally sized, and answered by onnxruntime as torch did."""
 
 from model.bundle import Bundle
-from service.engine import OnnxEngine, replay
+from service.engine import BundleEngine, replay
+from service.runtime import open_runtime
 from training.simulate import CHANNELS, CLASSES
 
 
@@ -25,4 +26,4 @@ def test_both_networks_are_equally_sized_and_equally_trained(demo_bundles):
 def test_the_golden_images_replay(demo_bundles):
     for name in ("cs-arm-bn", "erm"):
         bundle = Bundle.load(demo_bundles / name)
-        replay(OnnxEngine(bundle, "cpu", 1), bundle)
+        replay(BundleEngine(bundle, open_runtime("cpu", "fp32", 1)), bundle)

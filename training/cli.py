@@ -371,7 +371,7 @@ def _require_empty(out: Path) -> None:
 def _tell_bundle(bundle: "Bundle", parity: "Parity") -> None:
     typer.echo(
         f"bundle {bundle.digest[:12]}: {bundle.path}\nONNX against torch: statistics {parity.statistics_sd:.1e} standard "
-        f"deviations, logits {parity.logits:.1e}"
+        f"deviations, logits {parity.logits:.1e}, embeddings {parity.embeddings:.1e}"
     )
 
 

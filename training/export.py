@@ -26,24 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from model.bundle import (
+    CENTRE,
     CLASSIFY,
     GOLDEN_WELLS,
-    INPUT_IMAGES,
-    INPUT_MEAN,
-    INPUT_PRIOR_MEAN,
-    INPUT_PRIOR_VARIANCE,
-    INPUT_PRIOR_WEIGHT,
-    INPUT_VARIANCE,
+    INPUTS,
     MEASURE,
-    OUTPUT_EMBEDDING,
-    OUTPUT_LOGITS,
-    OUTPUT_MEAN,
-    OUTPUT_VARIANCE,
+    OUTPUTS,
     WEIGHTS,
     Bundle,
     Golden,
     Manifest,
-    Moments,
+    Measured,
     Parity,
     finish_bundle,
 )
@@ -100,24 +93,23 @@ class FromSums:
 
 
 class Measure(nn.Module):
-    """images (sites, channels, height, width), prior_mean, prior_var, prior_weight → bn_mean, bn_var (features,) each.
+    """images (sites, channels, height, width), prior_mean, prior_var, prior_weight → bn_mean, bn_var (features,), embedding.
 
-    One pass over all images; a prior of no weight leaves what is measured as it is. ``centre`` (features,) is about what
-    will be measured.
+    One pass over all images, whose embeddings it gives, (sites, dim): they are normalised by what it measures. A prior of no
+    weight leaves what is measured as it is. ``centre`` (features,) is about what will be measured.
     """
 
-    centre: Tensor
-
-    def __init__(self, network: Ensemble, centre: Tensor) -> None:
+    def __init__(self, network: Ensemble) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("centre", centre)
 
-    def forward(self, images: Tensor, prior_mean: Tensor, prior_var: Tensor, prior_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, prior_mean: Tensor, prior_var: Tensor, prior_weight: Tensor, centre: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Measure the statistics of the whole input, blended with the prior."""
-        norm = FromSums(PriorTensors(prior_mean, prior_var, prior_weight), self.centre)
-        self.network(images, norm)
-        return norm.statistics()
+        norm = FromSums(PriorTensors(prior_mean, prior_var, prior_weight), centre)
+        _, embedding = self.network(images, norm)
+        return *norm.statistics(), embedding
 
 
 def export_bundle(
@@ -185,17 +177,18 @@ def write_graphs(network: Ensemble, path: Path, example: NDArray[np.float32], tr
     classify = _to_onnx(
         Classify(network),
         (images, *statistics),
-        inputs=(INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE),
-        outputs=(OUTPUT_LOGITS, OUTPUT_EMBEDDING),
+        inputs=INPUTS[CLASSIFY],
+        outputs=OUTPUTS[CLASSIFY],
         dynamic=({0: sites}, None, None),
     )
     measure = _to_onnx(
-        Measure(network, torch.from_numpy(training.source.mean)),
-        (images, *statistics, torch.zeros(network.features)),
-        inputs=(INPUT_IMAGES, INPUT_PRIOR_MEAN, INPUT_PRIOR_VARIANCE, INPUT_PRIOR_WEIGHT),
-        outputs=(OUTPUT_MEAN, OUTPUT_VARIANCE),
-        dynamic=({0: sites}, None, None, None),
+        Measure(network),
+        (images, *statistics, torch.zeros(network.features), torch.zeros(network.features)),
+        inputs=(*INPUTS[MEASURE], CENTRE),
+        outputs=OUTPUTS[MEASURE],
+        dynamic=({0: sites}, None, None, None, None),
     )
+    _make_constant(measure, CENTRE, training.source.mean)
     share_weights({CLASSIFY: classify, MEASURE: measure}, path)
 
 
@@ -209,13 +202,21 @@ def _to_onnx(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter warns of its own internals
             program = torch.onnx.export(
-                module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False, optimize=False,
+                module.eval(), arguments, dynamo=True, opset_version=_OPSET, verbose=False,
                 input_names=list(inputs), output_names=list(outputs), dynamic_shapes=dynamic,
             )  # fmt: skip
     finally:
         exporter.setLevel(level)
     assert program is not None
     return program.model_proto
+
+
+def _make_constant(model: onnx.ModelProto, name: str, value: NDArray[np.float32]) -> None:
+    """Turn an input into a constant, which the exporter would have computed with and left out."""
+    inputs = [item for item in model.graph.input if item.name != name]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
 
 
 def share_weights(models: dict[str, onnx.ModelProto], path: Path) -> None:
@@ -248,12 +249,12 @@ def _move_out(tensor: onnx.TensorProto, weights: Any, offsets: dict[str, int]) -
 
 
 def make_golden(network: Ensemble, images: NDArray[np.float32], prior: Prior) -> Golden:
-    """Statistics of the images as one context, plain and blended (float64), and their logits under the plain (float32)."""
+    """Statistics of the images as one context, plain and blended (float64), and their outputs under the plain (float32)."""
     mean, variance = measure_float64(network, images)
     blended_mean, blended_variance = measure_float64(network, images, prior)
     with torch.no_grad():
         statistics = torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
-        logits, _ = network(torch.from_numpy(images), Given(*statistics))
+        logits, embedding = network(torch.from_numpy(images), Given(*statistics))
     return Golden(
         images=images,
         bn_mean=mean.astype(np.float32),
@@ -261,6 +262,7 @@ def make_golden(network: Ensemble, images: NDArray[np.float32], prior: Prior) ->
         blended_mean=blended_mean.astype(np.float32),
         blended_var=blended_variance.astype(np.float32),
         logits=logits.numpy(),
+        embedding=embedding.numpy(),
     )
 
 
@@ -285,13 +287,12 @@ def check_parity(path: Path, golden: Golden, prior: Prior) -> Parity:
     measure = onnxruntime.InferenceSession(path / MEASURE, providers=["CPUExecutionProvider"])
     classify = onnxruntime.InferenceSession(path / CLASSIFY, providers=["CPUExecutionProvider"])
 
-    def measured(prior: Prior) -> Moments:
-        given = {INPUT_PRIOR_MEAN: prior.mean, INPUT_PRIOR_VARIANCE: prior.variance, INPUT_PRIOR_WEIGHT: prior.weight}
-        mean, variance = measure.run([OUTPUT_MEAN, OUTPUT_VARIANCE], {INPUT_IMAGES: golden.images, **given})
-        return mean, variance
+    def measured(prior: Prior) -> Measured:
+        given = (golden.images, prior.mean, prior.variance, prior.weight)
+        return Measured(*measure.run(OUTPUTS[MEASURE], dict(zip(INPUTS[MEASURE], given, strict=True))))
 
-    feeds = {INPUT_IMAGES: golden.images, INPUT_MEAN: golden.bn_mean, INPUT_VARIANCE: golden.bn_var}
-    (logits,) = classify.run([OUTPUT_LOGITS], feeds)
-    parity = Parity.of(golden, measured(Prior.none(golden.bn_mean.size)), measured(prior), logits)
+    statistics = (golden.images, golden.bn_mean, golden.bn_var)
+    outputs = classify.run(OUTPUTS[CLASSIFY], dict(zip(INPUTS[CLASSIFY], statistics, strict=True)))
+    parity = Parity.of(golden, measured(Prior.none(golden.bn_mean.size)), measured(prior), *outputs)
     parity.require("ONNX")
     return parity

@@ -5,7 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from model.bundle import CLASSIFY, FILES, GOLDEN, MANIFEST, Bundle, Golden, Manifest, finish_bundle, recipe_digest
+from model.bundle import (
+    CLASSIFY,
+    FILES,
+    GOLDEN,
+    MANIFEST,
+    TRAINING_STATISTICS,
+    Bundle,
+    Golden,
+    Manifest,
+    file_sha256,
+    finish_bundle,
+    recipe_digest,
+)
 from model.errors import BundleError
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
@@ -25,7 +37,7 @@ def path(tmp_path):
     for name in FILES[:3]:
         (folder / name).write_bytes(name.encode())
     plates = [BatchNormStatistics(np.full(3, v, np.float32), np.ones(3, np.float32), sites=2, wells=2) for v in (0, 1)]
-    golden = Golden(*(np.full((2, 2), v, np.float32) for v in range(6)))
+    golden = Golden(*(np.full((2, 2), v, np.float32) for v in range(7)))
     reference = EmbeddingReference(
         np.eye(2, dtype=np.float32), np.zeros((2, 2), np.float32), np.array([4]), np.array([1.5]), class_distance=2.5
     )
@@ -44,6 +56,26 @@ def test_a_bundle_reads_back_as_it_was_written(path):
     assert bundle.training_statistics.blend_wells.tolist() == [1, 2, 3]
     assert (bundle.embedding_reference.control_distance(4), bundle.embedding_reference.class_distance) == (1.5, 2.5)
     assert bundle.golden.logits[0, 0] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_centres", np.zeros((2, 5), np.float32)),
+        ("projection", np.eye(3, dtype=np.float32)),
+        ("control_distances", np.array([1.5, 2.5])),
+        ("mean_centre", np.zeros(4, np.float32)),
+    ],
+)
+def test_training_statistics_of_other_sizes_are_named(path, name, value):
+    with np.load(path / TRAINING_STATISTICS) as stored:
+        arrays = dict(stored)
+    np.savez_compressed(path / TRAINING_STATISTICS, **{**arrays, name: value})
+    content = json.loads((path / MANIFEST).read_text())
+    content["files"][TRAINING_STATISTICS] = file_sha256(path / TRAINING_STATISTICS)
+    (path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=f"{name} has shape"):
+        _ = Bundle.load(path).training_statistics
 
 
 def test_the_digest_names_the_content_and_not_the_place_or_the_layout(path, tmp_path):

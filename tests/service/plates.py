@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from model.bundle import CLASSIFY, GOLDEN_WELLS, MEASURE, WEIGHTS, Bundle, Golden, Manifest, finish_bundle
+from model.bundle import CLASSIFY, GOLDEN_WELLS, MEASURE, WEIGHTS, Bundle, Golden, Manifest, Measured, finish_bundle
 from model.images import ImageRecipe
 from model.predictions import EmbeddingReference
 from model.statistics import BN_EPSILON, BatchNormStatistics, Prior, blended, summarise_training
@@ -44,7 +44,8 @@ class FakeEngine:
         wide, used = images.astype(np.float64), prior or Prior.none(images.shape[1])
         measured = wide.mean(axis=(0, 2, 3)), wide.var(axis=(0, 2, 3))
         mean, variance = blended(*measured, used.mean, used.variance, used.weight)
-        return mean.astype(np.float32), variance.astype(np.float32)
+        scores = (wide.mean(axis=(2, 3)) - mean) / np.sqrt(variance + BN_EPSILON)
+        return Measured(mean.astype(np.float32), variance.astype(np.float32), scores.astype(np.float32))
 
     def classify(self, images, statistics, left=0):  # noqa: ARG002 (it has one graph)
         means = images.astype(np.float64).mean(axis=(2, 3))
@@ -78,8 +79,8 @@ def fake_bundle(path: Path, **changes) -> Bundle:
     images = np.random.default_rng(1).random((4, 3, SIZE, SIZE), np.float32)
     engine = FakeEngine(changes.get("members", 1))
     described = summarise_training(plates[:2], plates[0], plates[2:], np.full(3, BLEND_WELLS, np.float32))
-    mean, variance = engine.measure(images)
-    blend = engine.measure(images, described.prior(GOLDEN_WELLS))
+    mean, variance, embedding = engine.measure(images)
+    blend = engine.measure(images, described.prior(GOLDEN_WELLS))[:2]
     logits, *_ = engine.classify(images, BatchNormStatistics(mean, variance, sites=4, wells=4))
     return finish_bundle(
         path,
@@ -88,7 +89,7 @@ def fake_bundle(path: Path, **changes) -> Bundle:
         EmbeddingReference(
             np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.array([4]), np.array([0.5]), class_distance=50.0
         ),
-        Golden(images, mean, variance, *blend, logits),
+        Golden(images, mean, variance, *blend, logits, embedding),
     )
 
 

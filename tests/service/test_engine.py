@@ -1,19 +1,27 @@
 """The real engine on a real exported bundle."""
 
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from numpy.testing import assert_allclose
 
-from model.bundle import MEASURE, WEIGHTS, Bundle
+from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior, blended
-from service.engine import WORTH_FOLDING, FoldedSessions, OnnxEngine, replay
-from service.errors import StartError
+from service.engine import WORTH_FOLDING, BundleEngine, Classified, FoldedSessions, replay
+from service.errors import BusyError, MemoryShortError, StartError
+from service.graphs import Graph
+from service.runtime import open_runtime
+from service.runtime_onnx import OnnxRuntime
+from service.runtime_openvino import OpenVinoRuntime
 from tests.service.plates import FakeEngine, tiff
 
 
@@ -22,9 +30,21 @@ def tiny(tiny_bundle_path):
     return Bundle.load(tiny_bundle_path)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+RUNTIMES = {
+    "onnxruntime": lambda: OnnxRuntime("cpu", 1),
+    "onnxruntime on two threads": lambda: OnnxRuntime("cpu", 2),
+    "openvino": lambda: OpenVinoRuntime("fp32", 1),
+    "openvino on two threads": lambda: OpenVinoRuntime("fp32", 2),
+}
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
 def engine(request, tiny):
-    return OnnxEngine(tiny, "cpu", request.param)
+    return BundleEngine(tiny, RUNTIMES[request.param]())
+
+
+def plain_engine(bundle):
+    return BundleEngine(bundle, OpenVinoRuntime("fp32", 1))
 
 
 def images(count, seed=0):
@@ -35,20 +55,35 @@ def test_the_engine_agrees_with_the_golden_images(engine, tiny):
     replay(engine, tiny)
 
 
-def test_the_engine_reports_the_provider_it_really_got(engine):
-    assert (engine.provider, engine.precision) == ("CPUExecutionProvider", "fp32")
+def test_the_engine_says_what_it_runs_on(engine):
+    assert engine.provider in ("CPUExecutionProvider", "OpenVINO")
+    assert engine.precision == "fp32"
+
+
+def test_runtimes_agree(tiny):
+    engines = [BundleEngine(tiny, RUNTIMES[name]()) for name in ("onnxruntime", "openvino")]
+    for one, other in zip(*(engine.measure(images(12)) for engine in engines), strict=True):
+        assert_allclose(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pass_that_measures_gives_the_embeddings_that_classifying_gives(engine, tiny):
+    context, training = images(12), tiny.training_statistics
+    for prior in (None, training.prior(2)):
+        mean, variance, embeddings = engine.measure(context, prior)
+        classified = engine.classify(context, BatchNormStatistics(mean, variance, sites=12, wells=6))
+        assert_allclose(embeddings, classified.embeddings, atol=1e-4)
 
 
 def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
     context, well = images(24), images(9, seed=1)
-    first_mean, first_variance = engine.measure(context)
+    first_mean, first_variance, _ = engine.measure(context)
     statistics = BatchNormStatistics(first_mean, first_variance, sites=24, wells=6)
     assert first_mean.shape == first_variance.shape == (tiny.manifest.features,)
     logits, embeddings, _ = engine.classify(well, statistics)
     assert (logits.shape, embeddings.shape) == ((9, 1, 3), (9, tiny.manifest.embedding_dim))
     for shift in range(3):
         moved = np.frombuffer(b"\0" * 4 * shift + context.tobytes(), np.float32, offset=4 * shift).reshape(context.shape)
-        mean, variance = engine.measure(moved)
+        mean, variance, _ = engine.measure(moved)
         assert mean.tobytes() == first_mean.tobytes()
         assert variance.tobytes() == first_variance.tobytes()
         engine.classify(images(5 + shift, seed=2), statistics)
@@ -57,7 +92,7 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
 
 def folding(tiny, sessions):
     """An engine with room for so many batches' sessions."""
-    return OnnxEngine(tiny, "cpu", 1, folded_bytes=sessions * (11 << 20))
+    return BundleEngine(tiny, OpenVinoRuntime("fp32", 1), folded_bytes=sessions * (11 << 20))
 
 
 def statistics_of(seed):
@@ -87,8 +122,8 @@ def test_many_wells_of_a_batch_are_classified_by_a_session_of_its_own_that_agree
     assert shared.graph == "shared"
     assert engine.classify(images(2), statistics, WORTH_FOLDING).graph == "shared", "while it is made"
     folded = waited(engine, statistics)
-    np.testing.assert_allclose(folded.logits, shared.logits, atol=1e-4)
-    np.testing.assert_allclose(folded.embeddings, shared.embeddings, atol=1e-4)
+    assert_allclose(folded.logits, shared.logits, atol=1e-4)
+    assert_allclose(folded.embeddings, shared.embeddings, atol=1e-4)
     assert engine.classify(images(2), statistics).graph == "folded", "once it is there, for few wells too"
     assert engine.classify(images(2), statistics_of(2)(tiny)).graph == "shared", "of other statistics"
 
@@ -99,9 +134,9 @@ def test_sessions_are_no_more_than_their_memory(tiny):
         waited(engine, statistics)
     assert engine.classify(images(2), first).graph == "folded", "used since"
     assert engine.classify(images(2), second).graph == "shared", "the longest unused went"
-    none = OnnxEngine(tiny, "cpu", 1)
-    for _ in range(3):
-        assert none.classify(images(2), first, 10_000).graph == "shared"
+    for none in (plain_engine(tiny), BundleEngine(tiny, OnnxRuntime("cpu", 1), folded_bytes=1 << 30)):
+        for _ in range(3):
+            assert none.classify(images(2), first, 10_000).graph == "shared"
 
 
 def test_no_session_is_made_of_weights_that_are_not_those_that_were_loaded(tiny, tmp_path, caplog):
@@ -112,7 +147,7 @@ def test_no_session_is_made_of_weights_that_are_not_those_that_were_loaded(tiny,
     (tmp_path / "current").unlink()
     (tmp_path / "current").symlink_to(tmp_path)
     statistics = statistics_of(1)(tiny)
-    np.testing.assert_allclose(waited(engine, statistics).logits, engine_logits(tiny, statistics), atol=1e-4)
+    assert_allclose(waited(engine, statistics).logits, engine_logits(tiny, statistics), atol=1e-4)
     content = bytearray((served / WEIGHTS).read_bytes())
     content[:4] = b"else"
     (served / WEIGHTS).write_bytes(content)
@@ -123,7 +158,7 @@ def test_no_session_is_made_of_weights_that_are_not_those_that_were_loaded(tiny,
 
 
 def engine_logits(tiny, statistics):
-    return OnnxEngine(tiny, "cpu", 1).classify(images(2), statistics).logits
+    return plain_engine(tiny).classify(images(2), statistics).logits
 
 
 def test_sessions_asked_for_by_many_at_once_fail_no_request():
@@ -151,16 +186,16 @@ def test_sessions_asked_for_by_many_at_once_fail_no_request():
 
 
 def test_a_context_far_from_training_is_measured_about_its_own_means(tiny, monkeypatch, caplog):
-    engine = OnnxEngine(tiny, "cpu", 1)
+    engine = plain_engine(tiny)
     training = tiny.training_statistics
     expected = {wells: engine.measure(images(8), wells and training.prior(wells)) for wells in (None, 2)}
-    assert "once more" not in caplog.text
+    assert "measured again" not in caplog.text
     monkeypatch.setattr("service.engine.FAR", 1e-9)
     with caplog.at_level("INFO", logger="anchorwell"):
         for wells, plain in expected.items():
             for one, other in zip(plain, engine.measure(images(8), wells and training.prior(wells)), strict=True):
-                np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    assert caplog.text.count("measured once more") == 2
+                assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    assert caplog.text.count("measured again") == 2
 
 
 def test_where_no_session_can_be_made_the_shared_graph_answers_and_the_log_tells(tiny, monkeypatch, caplog):
@@ -185,11 +220,11 @@ def test_a_prior_is_blended_inside_the_pass_and_one_without_weight_changes_no_bi
     for found, expected in zip(engine.measure(context, Prior.none(tiny.manifest.features)), plain, strict=True):
         assert found.tobytes() == expected.tobytes()
     few, many = (engine.measure(context, training.prior(wells)) for wells in (1, 1_000_000))
-    np.testing.assert_allclose(many[0], plain[0], atol=1e-3)
+    assert_allclose(many[0], plain[0], atol=1e-3)
     assert np.abs(few[0] - plain[0]).max() > 0.01
-    after = blended(*plain, *vars(training.prior(1)).values())
+    after = blended(*plain[:2], *vars(training.prior(1)).values())
     first, deeper = slice(0, 4), slice(4, None)
-    np.testing.assert_allclose(few[0][first], after[0][first], atol=1e-5)
+    assert_allclose(few[0][first], after[0][first], atol=1e-5)
     assert np.abs(few[0][deeper] - after[0][deeper]).max() > 1e-3, "later layers see inputs normalised by the blend"
 
 
@@ -201,12 +236,90 @@ def test_a_replay_that_does_not_blend_says_so(bundle):
         replay(engine, bundle)
 
 
-def test_cuda_is_refused_where_there_is_none(tiny):
+def test_cuda_is_refused_where_there_is_none():
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(StartError, match="no CUDA"):
-        OnnxEngine(tiny, "cuda")
-    assert OnnxEngine(tiny, "auto").provider == "CPUExecutionProvider"
+        open_runtime("cuda", "fp32", 1)
+    assert open_runtime("auto", "fp32", 1).provider == "OpenVINO"
+
+
+def test_where_openvino_is_not_installed_onnxruntime_runs_and_bf16_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "service.runtime_openvino", None)
+    assert open_runtime("cpu", "fp32", 1).provider == "CPUExecutionProvider"
+    with pytest.raises(StartError, match="install the extra 'openvino'"):
+        open_runtime("cpu", "bf16", 1)
+
+
+def test_bf16_is_refused_on_a_processor_without_it(monkeypatch):
+    monkeypatch.setattr("openvino.Core.get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(StartError, match="no bfloat16"):
+        OpenVinoRuntime("bf16", 1)
+
+
+def test_bf16_answers_nearly_as_fp32_does(tiny):
+    try:
+        runtime = OpenVinoRuntime("bf16", 1)
+    except StartError:
+        pytest.skip("this processor has no bfloat16")
+    half = BundleEngine(tiny, runtime)
+    assert half.precision == "bf16"
+    replay(half, tiny)
+    exact = plain_engine(tiny)
+    found, expected = half.measure(images(12)), exact.measure(images(12))
+    deviation = np.sqrt(expected.variance + 1e-5)
+    off = np.abs(found.mean - expected.mean) / deviation
+    assert 1e-5 < off.max() < 0.05
+    assert not np.allclose(found.embeddings, expected.embeddings, atol=1e-5)
+
+
+class NoMemory:
+    """A runtime whose sessions have the memory for so many sites."""
+
+    provider, precision, folds = "CPUExecutionProvider", "fp32", False
+
+    def __init__(self, sites):
+        self.sites, self.asked = sites, []
+        self.real = OnnxRuntime("cpu", 1)
+
+    def session(self, graph, *, large=False):
+        runtime, real = self, self.real.session(graph, large=large)
+
+        class Session:
+            def run(self, outputs, given):
+                runtime.asked.append(len(given["images"]))
+                if runtime.asked[-1] > runtime.sites:
+                    raise MemoryError
+                return real.run(outputs, given)
+
+        return Session()
+
+
+def test_sites_for_which_there_is_no_memory_are_classified_in_halves_once(tiny, caplog):
+    statistics, expected = statistics_of(1)(tiny), plain_engine(tiny)
+    runtime = NoMemory(5)
+    engine = BundleEngine(tiny, runtime)
+    found = engine.classify(images(9), statistics)
+    assert runtime.asked == [9, 5, 4]
+    assert "not the memory to classify 9 sites at once" in caplog.text
+    assert_allclose(found.logits, expected.classify(images(9), statistics).logits, atol=1e-4)
+    with pytest.raises(MemoryShortError, match="classify 6 sites"):
+        engine.classify(images(12), statistics)
+    with pytest.raises(MemoryShortError, match="measure 6 sites in one pass"):
+        engine.measure(images(6))
+    engine.measure(images(5))
+
+
+def test_who_waits_too_long_for_the_passes_before_is_told_to_come_back(tiny, monkeypatch):
+    monkeypatch.setattr("service.engine.QUEUE_TIMEOUT_S", 0.05)
+    engine, statistics = plain_engine(tiny), statistics_of(1)(tiny)
+    with engine._one_pass, pytest.raises(BusyError, match=r"passes took longer than 0\.05 s"):
+        engine.classify(images(1), statistics)
+    assert engine.classify(images(1), statistics).logits.shape == (1, 1, 3)
+
+
+def _scaled(measured, factors):
+    return measured._replace(mean=measured.mean * factors[0], variance=measured.variance * factors[1])
 
 
 @pytest.mark.parametrize("wrong", ["mean", "variance", "logits", "nan", "nan variance"])
@@ -214,10 +327,10 @@ def test_a_replay_that_disagrees_says_in_what(wrong, bundle):
     engine = FakeEngine()
     measure, classify = engine.measure, engine.classify
     if wrong == "logits":
-        engine.classify = lambda *given: tuple(part + 0.01 for part in classify(*given)[:2])
+        engine.classify = lambda *given: Classified(*(part + 0.01 for part in classify(*given)[:2]))
     else:
         factors = {"mean": (1.01, 1), "variance": (1, 1.01), "nan": (np.nan, 1), "nan variance": (1, np.nan)}[wrong]
-        engine.measure = lambda *given: tuple(part * factor for part, factor in zip(measure(*given), factors, strict=True))
+        engine.measure = lambda *given: _scaled(measure(*given), factors)
     words = dict.fromkeys(("mean", "variance"), r"statistics by [1-9]")
     words |= {"logits": r"logits by 1\.0e-02", "nan": "statistics by nan"}
     with pytest.raises(BundleError, match=words[wrong.removesuffix(" variance")]):
@@ -226,7 +339,16 @@ def test_a_replay_that_disagrees_says_in_what(wrong, bundle):
 
 def test_a_graph_that_cannot_be_loaded_is_named(bundle):
     with pytest.raises(BundleError, match=MEASURE):
-        OnnxEngine(bundle, "cpu")
+        plain_engine(bundle)
+
+
+@pytest.mark.parametrize("runtime", [OnnxRuntime("cpu", 1), OpenVinoRuntime("fp32", 1)])
+def test_a_graph_that_a_runtime_cannot_run_is_named(runtime, tiny):
+    graph = Graph.read(tiny.path / CLASSIFY)
+    model = onnx.ModelProto.FromString(graph.content)
+    model.graph.node[0].op_type = "Nonsense"
+    with pytest.raises(BundleError, match=r"classify\.onnx cannot be loaded"):
+        runtime.session(replace(graph, content=model.SerializeToString()))
 
 
 def test_helpers_write_what_the_decoder_reads():

@@ -14,13 +14,14 @@ import pytest
 import tifffile
 from starlette.exceptions import HTTPException
 
+from model.bundle import Measured
 from model.errors import UndecodableImageError
 from model.images import ImageRecipe
 from model.layout import well_name
 from service.access import Keys, Scope
 from service.digests import content_digest
 from service.engine import Classified
-from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, problem_of
+from service.errors import PROBLEM_TYPE, PROBLEMS, DecoderKilledError, KeyNotFoundError, MemoryShortError, problem_of
 from service.multipart import FormLimits
 from service.records import Commit
 from service.settings import TenantRules
@@ -258,7 +259,8 @@ def test_controls_of_another_image_recipe_whose_files_are_not_kept_are_asked_for
 
 
 def test_controls_without_finite_statistics_are_refused(client, engine, store):
-    engine.measure = lambda *_: (np.full(3, np.inf, np.float32), np.ones(3, np.float32))
+    measured = Measured(np.full(3, np.inf, np.float32), np.ones(3, np.float32), np.ones((8, 3), np.float32))
+    engine.measure = lambda *_: measured
     refused(client.post(CONTROLS, files=FILES), "unusable-controls", names=["not finite"])
     assert store.batch_ids() == []
 
@@ -414,6 +416,16 @@ def test_a_request_beyond_the_slots_is_told_to_come_back(settings, storage):
         thread.join()
         assert first[0].status_code == 201
         wait_until(lambda: client.post(CONTROLS, files=FILES).status_code == 201)
+
+
+def test_who_asks_for_more_than_there_is_memory_for_is_told_to_come_back(client, engine, store):
+    def short(*_):
+        raise MemoryShortError("there is not the memory to measure 8 sites in one pass")
+
+    engine.measure = short
+    body = refused(client.post(CONTROLS, files=FILES), "memory-short", names=["8 sites"])
+    assert body["retry_after_s"] == 5
+    assert store.batch_ids() == []
 
 
 def test_a_batch_that_never_holds_still_is_told_to_come_back(client):

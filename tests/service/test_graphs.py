@@ -8,7 +8,7 @@ import pytest
 from model.bundle import CLASSIFY, MEASURE, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
-from service.graphs import Graph
+from service.graphs import Graph, identity
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def given(tiny):
 def test_a_scale_and_a_shift_are_what_batch_normalisation_is(tiny, given):
     images, statistics = given
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
-    plain, changed = (tiny.path / CLASSIFY).read_bytes(), Graph.read(tiny.path / CLASSIFY).with_scale_and_shift()
+    plain, changed = (tiny.path / CLASSIFY).read_bytes(), Graph.read(tiny.path / CLASSIFY).with_scale_and_shift().content
     layers = kinds(plain).count("BatchNormalization")
     assert layers > 10
     assert "BatchNormalization" not in kinds(changed)
@@ -52,7 +52,7 @@ def test_statistics_as_constants_are_no_inputs(tiny, given):
     images, statistics = given
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
     expected = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(None, feeds)
-    folded = session(Graph.read(tiny.path / CLASSIFY).with_constants(statistics), tiny)
+    folded = session(Graph.read(tiny.path / CLASSIFY).with_constants(statistics).content, tiny)
     assert [item.name for item in folded.get_inputs()] == ["images"]
     for one, other in zip(expected, folded.run(None, {"images": images}), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-4)
@@ -67,7 +67,7 @@ def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path):
                 item.f = 0.5
     (tmp_path / CLASSIFY).write_bytes(model.SerializeToString())
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
-    contents = (tmp_path / CLASSIFY).read_bytes(), Graph.read(tmp_path / CLASSIFY).with_scale_and_shift()
+    contents = (tmp_path / CLASSIFY).read_bytes(), Graph.read(tmp_path / CLASSIFY).with_scale_and_shift().content
     expected, found = (session(content, tiny).run(["logits"], feeds)[0] for content in contents)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     other = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(["logits"], feeds)[0]
@@ -78,7 +78,7 @@ def test_a_graph_that_measures_does_so_as_before(tiny, given):
     images, _ = given
     none = np.zeros(tiny.manifest.features, np.float32)
     feeds = {"images": images, "prior_mean": none, "prior_var": none + 1, "prior_weight": none}
-    contents = (tiny.path / MEASURE).read_bytes(), Graph.read(tiny.path / MEASURE).with_scale_and_shift()
+    contents = (tiny.path / MEASURE).read_bytes(), Graph.read(tiny.path / MEASURE).with_scale_and_shift().content
     for one, other in zip(*(session(content, tiny).run(None, feeds) for content in contents), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
@@ -92,7 +92,6 @@ def test_a_file_that_is_no_graph_is_named(tmp_path):
 def test_a_graph_that_measures_about_other_means_finds_the_same(tiny, given):
     images, _ = given
     graph = Graph.read(tiny.path / MEASURE)
-    assert graph.centre is not None
     np.testing.assert_array_equal(graph.centre, tiny.training_statistics.source.mean)
     none = np.zeros(tiny.manifest.features, np.float32)
     feeds = {"images": images, "prior_mean": none, "prior_var": none + 1, "prior_weight": none}
@@ -100,9 +99,36 @@ def test_a_graph_that_measures_about_other_means_finds_the_same(tiny, given):
     np.testing.assert_array_equal(moved.centre, graph.centre + 1)
     for one, other in zip(*(session(item.content, tiny).run(None, feeds) for item in (graph, moved)), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    assert Graph.read(tiny.path / CLASSIFY).centre is None
+    with pytest.raises(BundleError, match="no constant centre"):
+        _ = Graph.read(tiny.path / CLASSIFY).centre
 
 
 def test_a_graph_without_batch_normalisation_stays_as_it_is(tiny):
     once = Graph.read(tiny.path / CLASSIFY).with_scale_and_shift()
-    assert Graph("again", tiny.path, once).with_scale_and_shift() == once
+    assert once.with_scale_and_shift() == once
+
+
+def test_a_graph_whose_statistics_are_constants_is_left_to_the_runtime(tiny, given):
+    folded = Graph.read(tiny.path / CLASSIFY).with_constants(given[1])
+    assert folded.with_scale_and_shift() is folded
+
+
+def test_a_graph_with_its_weights_needs_no_other_file(tiny, given):
+    images, statistics = given
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    expected = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(None, feeds)
+    whole = onnxruntime.InferenceSession(Graph.read(tiny.path / CLASSIFY).with_weights(), providers=["CPUExecutionProvider"])
+    for one, other in zip(expected, whole.run(None, feeds), strict=True):
+        np.testing.assert_array_equal(other, one)
+
+
+def test_a_graph_of_another_network_says_what_it_takes(tiny, tmp_path):
+    (tmp_path / CLASSIFY).write_bytes((tiny.path / MEASURE).read_bytes())
+    with pytest.raises(BundleError, match=r"classify\.onnx takes images, prior_mean.*expected images, bn_mean, bn_var"):
+        Graph.read(tmp_path / CLASSIFY)
+
+
+def test_a_device_is_tried_by_a_graph_that_gives_back_what_it_takes():
+    tried = onnxruntime.InferenceSession(identity(), providers=["CPUExecutionProvider"])
+    (found,) = tried.run(None, {"taken": np.array([3.0], np.float32)})
+    assert found == 3

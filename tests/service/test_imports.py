@@ -42,7 +42,9 @@ def test_the_model_imports_neither_of_its_users(package):
     ("package", "files", "allowed"),
     [
         ("torch", MODEL, {"network.py"}),
-        ("onnxruntime", SERVICE, {"engine.py"}),
+        ("onnxruntime", SERVICE, {"runtime_onnx.py"}),
+        ("openvino", SERVICE, {"runtime_openvino.py"}),
+        ("onnx", SERVICE, {"graphs.py"}),
         ("redis", SERVICE, {"records_redis.py"}),
         ("sqlite3", SERVICE, {"records_sqlite.py"}),
         ("pebble", SERVICE, {"decoding.py"}),

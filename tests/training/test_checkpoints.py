@@ -21,7 +21,8 @@ from model.images import ImageRecipe
 from model.network import Ensemble, FromContext
 from model.predictions import site_probabilities
 from model.statistics import BatchNormStatistics
-from service.engine import OnnxEngine, replay
+from service.engine import BundleEngine, replay
+from service.runtime import open_runtime
 from training.calibrate import calibrate_unseen
 from training.checkpoints import CHANNELS, MEAN, STD, import_checkpoints, read_networks
 from training.contexts import given
@@ -152,9 +153,9 @@ def pair(folds: list[PublishedNetwork], plates: list[PlateSites], tmp_path_facto
 
 def served(bundle: Bundle, images: np.ndarray) -> np.ndarray:
     """What the service's engine answers with statistics measured on the same images."""
-    engine = OnnxEngine(bundle, "cpu", 1)
+    engine = BundleEngine(bundle, open_runtime("cpu", "fp32", 1))
     replay(engine, bundle)
-    mean, variance = engine.measure(images)
+    mean, variance, _ = engine.measure(images)
     return engine.classify(images, BatchNormStatistics(mean, variance, sites=len(images), wells=len(images)))[0]
 
 

@@ -24,12 +24,14 @@ from model.bundle import (
     OUTPUT_VARIANCE,
     WEIGHTS,
     Bundle,
+    Measured,
     Parity,
 )
 from model.errors import BundleError, RunError
 from model.network import EPS, BatchNorm, Ensemble, FromContext, Given, NetworkSpec, PriorTensors, ResNet
 from model.statistics import BatchNormStatistics, Prior
-from service.engine import OnnxEngine, replay
+from service.engine import BundleEngine, replay
+from service.runtime import open_runtime
 from training.blending import FEWEST_WELLS, MOST_WELLS
 from training.contexts import control_statistics, mean_moments
 from training.export import FromSums, check_parity, export_bundle, make_golden, measure_float64
@@ -127,8 +129,8 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
 ) -> None:
     networks = [load_network(run), load_network(second_run)]
     images = np.random.default_rng(3).normal(size=(6, 5, 64, 64)).astype(np.float32) * 2 + 1
-    engine = OnnxEngine(pair, "cpu", 1)
-    mean, variance = engine.measure(images)
+    engine = BundleEngine(pair, open_runtime("cpu", "fp32", 1))
+    mean, variance, _ = engine.measure(images)
     logits, embeddings, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
     assert logits.shape == (6, 2, len(run.classes))
     features, dim = bundle.manifest.features, bundle.manifest.embedding_dim
@@ -145,11 +147,14 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
 
 
 def test_a_pair_is_replayed_and_a_replay_of_one_member_is_not_taken_for_it(pair: Bundle) -> None:
-    engine = OnnxEngine(pair, "cpu", 1)
+    engine = BundleEngine(pair, open_runtime("cpu", "fp32", 1))
     replay(engine, pair)
     golden = pair.golden
-    with pytest.raises(BundleError, match=r"shape \(4, 1, 8\); the golden ones have \(4, 2, 8\)"):
-        Parity.of(golden, *[(golden.bn_mean, golden.bn_var)] * 2, golden.logits[:, :1])
+    measured = Measured(golden.bn_mean, golden.bn_var, golden.embedding)
+    with pytest.raises(BundleError, match=r"logits of shape \(4, 1, 8\); the golden has \(4, 2, 8\)"):
+        Parity.of(golden, measured, measured, golden.logits[:, :1], golden.embedding)
+    with pytest.raises(BundleError, match=r"embedding of measuring of shape \(3,"):
+        Parity.of(golden, measured._replace(embeddings=golden.embedding[:3]), measured, golden.logits, golden.embedding)
 
 
 def test_an_ensembles_weights_are_stored_once_and_its_runs_are_told(run: Run, second_run: Run, pair: Bundle) -> None:

@@ -1,0 +1,74 @@
+"""What runs a graph: the port that the engine is written against. onnxruntime and OpenVINO stand behind it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.bundle import Precision
+from service.errors import StartError
+from service.graphs import Graph
+
+Float = NDArray[np.float32]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Session(Protocol):
+    """A graph that is ready to run, on one thread at a time."""
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
+        """Run it.
+
+        Raises:
+            MemoryError: there is not enough.
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """Makes sessions of graphs."""
+
+    @property
+    def provider(self) -> str:
+        """Where graphs run, e.g. ``CPUExecutionProvider``."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of the graphs' layers."""
+        ...
+
+    @property
+    def folds(self) -> bool:
+        """Whether a graph with a batch's statistics folded in runs enough faster to be made."""
+        ...
+
+    def session(self, graph: Graph, *, large: bool = False) -> Session:
+        """Make one; what a ``large`` one takes for its buffers it gives back after each run.
+
+        Raises:
+            BundleError: the graph cannot be loaded.
+        """
+        ...
+
+
+def open_runtime(device: Device, precision: Precision, threads: int, *, members: int = 1) -> Runtime:
+    """Choose what runs a bundle: CUDA where it is there, else OpenVINO where that is installed, else onnxruntime.
+
+    Raises:
+        StartError: what was asked for is not to be had here.
+    """
+    from service.runtime_onnx import OnnxRuntime, cuda_works  # noqa: PLC0415 (of two libraries, one may not be there)
+
+    if device != "cpu" and cuda_works(required=device == "cuda"):
+        if precision != "fp32":
+            raise StartError(f"precision {precision} is offered on the CPU, by OpenVINO; on CUDA graphs run in fp32")
+        return OnnxRuntime("cuda", threads, members=members)
+    try:
+        from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)
+    except ImportError:
+        if precision != "fp32":
+            raise StartError(f"precision {precision} needs OpenVINO: install the extra 'openvino'") from None
+        return OnnxRuntime("cpu", threads, members=members)
+    return OpenVinoRuntime(precision, threads)
