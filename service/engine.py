@@ -32,6 +32,7 @@ from model.bundle import (
     Measured,
     Parity,
     Precision,
+    Tolerance,
     file_sha256,
 )
 from model.errors import BundleError
@@ -106,7 +107,7 @@ class BundleEngine:
         self._graphs = {name: Graph.read(self._folder / name) for name in (MEASURE, CLASSIFY)}
         with ThreadPoolExecutor(2, initializer=give_way) as pool:  # they inherit how nice who makes them is
             classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
-            measure = pool.submit(runtime.session, self._graphs[MEASURE], large=True)
+            measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
             self._classify, self._measure = classify.result(), measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
@@ -137,7 +138,7 @@ class BundleEngine:
                 if centre is not None:
                     log.info("a context lies so far from the training plates that it is measured again, about its own means")
                     again = self._graphs[MEASURE].with_centre(centre)
-                    found = _measured(self._runtime.session(again, large=True), images, used)
+                    found = _measured(self._runtime.session(again, measures=True), images, used)
             except MemoryError:
                 raise MemoryShortError(
                     f"there is not the memory to measure {len(images)} sites in one pass: send the request again when less "
@@ -265,4 +266,4 @@ def replay(engine: Engine, bundle: Bundle) -> None:
     statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
     classified = engine.classify(golden.images, statistics)
     parity = Parity.of(golden, plain, blended, classified.logits, classified.embeddings)
-    parity.require(f"the engine on {engine.provider} in {engine.precision}", engine.precision)
+    parity.require(f"the engine on {engine.provider} in {engine.precision}", Tolerance.of(golden, engine.precision))

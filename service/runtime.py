@@ -36,7 +36,7 @@ class Runtime(Protocol):
 
     @property
     def precision(self) -> Precision:
-        """Arithmetic of the graphs' layers."""
+        """Arithmetic of the layers that classify."""
         ...
 
     @property
@@ -44,8 +44,8 @@ class Runtime(Protocol):
         """Whether a graph with a batch's statistics folded in runs enough faster to be made."""
         ...
 
-    def session(self, graph: Graph, *, large: bool = False) -> Session:
-        """Make one; what a ``large`` one takes for its buffers it gives back after each run.
+    def session(self, graph: Graph, *, measures: bool = False) -> Session:
+        """Make one; one that ``measures`` is in single precision, and gives back its buffers after each run.
 
         Raises:
             BundleError: the graph cannot be loaded.

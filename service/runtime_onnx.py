@@ -39,7 +39,7 @@ class OnnxRuntime:
         """Where graphs run."""
         return CPU if self._providers == [CPU] else CUDA
 
-    def session(self, graph: Graph, *, large: bool = False) -> "OnnxSession":
+    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
@@ -51,7 +51,9 @@ class OnnxRuntime:
         options.enable_mem_reuse = self._members == 1
         used = graph.with_scale_and_shift() if self.provider == CPU else graph
         try:
-            return OnnxSession(onnxruntime.InferenceSession(used.content, options, providers=self._providers), large=large)
+            return OnnxSession(
+                onnxruntime.InferenceSession(used.content, options, providers=self._providers), measures=measures
+            )
         except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
             raise BundleError(f"{graph.name} cannot be loaded: {str(error)[:300]}") from None
 
@@ -59,10 +61,10 @@ class OnnxRuntime:
 class OnnxSession:
     """A ``Session`` of onnxruntime."""
 
-    def __init__(self, session: Any, *, large: bool) -> None:
+    def __init__(self, session: Any, *, measures: bool) -> None:
         self._session = session
         self._options = onnxruntime.RunOptions()
-        if large:
+        if measures:
             device = "cpu:0" if session.get_providers() == [CPU] else "cpu:0;gpu:0"
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", device)
 

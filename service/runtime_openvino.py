@@ -29,7 +29,6 @@ class OpenVinoRuntime:
             raise StartError("precision bf16 was asked for, but this processor has no bfloat16 arithmetic: use fp32")
         self._precision = precision
         self._options = {
-            "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by default it would choose bfloat16 where it can
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -41,11 +40,13 @@ class OpenVinoRuntime:
         """Arithmetic of the graphs' layers."""
         return self._precision
 
-    def session(self, graph: Graph, *, large: bool = False) -> "OpenVinoSession":
+    def session(self, graph: Graph, *, measures: bool = False) -> "OpenVinoSession":
         """Make a session."""
         try:
             network = self._core.read_model(graph.with_scale_and_shift().with_weights())
-            return OpenVinoSession(self._core.compile_model(network, _DEVICE, self._options), large=large)
+            # By default it would choose bfloat16 where the processor has it.
+            hint = {"INFERENCE_PRECISION_HINT": _HINTS["fp32" if measures else self._precision]}
+            return OpenVinoSession(self._core.compile_model(network, _DEVICE, self._options | hint), measures=measures)
         except RuntimeError as error:
             raise BundleError(f"{graph.name} cannot be loaded: {str(error)[:300]}") from None
 
@@ -53,9 +54,9 @@ class OpenVinoRuntime:
 class OpenVinoSession:
     """A ``Session`` of OpenVINO."""
 
-    def __init__(self, compiled: Any, *, large: bool) -> None:
+    def __init__(self, compiled: Any, *, measures: bool) -> None:
         self._compiled = compiled
-        self._large = large
+        self._releases = measures
         self._request = compiled.create_infer_request()
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
@@ -68,5 +69,5 @@ class OpenVinoSession:
                 raise MemoryError(str(error)[:200]) from None
             raise
         finally:
-            if self._large:
+            if self._releases:
                 self._compiled.release_memory()

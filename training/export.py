@@ -38,6 +38,7 @@ from model.bundle import (
     Manifest,
     Measured,
     Parity,
+    Tolerance,
     finish_bundle,
 )
 from model.errors import RunError
@@ -294,5 +295,5 @@ def check_parity(path: Path, golden: Golden, prior: Prior) -> Parity:
     statistics = (golden.images, golden.bn_mean, golden.bn_var)
     outputs = classify.run(OUTPUTS[CLASSIFY], dict(zip(INPUTS[CLASSIFY], statistics, strict=True)))
     parity = Parity.of(golden, measured(Prior.none(golden.bn_mean.size)), measured(prior), *outputs)
-    parity.require("ONNX")
+    parity.require("ONNX", Tolerance.of(golden, "fp32"))
     return parity
