@@ -40,8 +40,13 @@ def plane(seed: int) -> NDArray[np.uint16]:
 
 def plane_bytes(seed: int, compression: str | None) -> bytes:
     """That plane as a TIFF."""
+    return tiff_bytes(plane(seed), compression)
+
+
+def tiff_bytes(pixels: NDArray[np.uint16], compression: str | None) -> bytes:
+    """A plane as a TIFF."""
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, plane(seed), photometric="minisblack", metadata=None, compression=compression)
+    tifffile.imwrite(buffer, pixels, photometric="minisblack", metadata=None, compression=compression)
     return buffer.getvalue()
 
 

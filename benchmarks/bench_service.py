@@ -5,18 +5,19 @@ file ends with bytes of its own, so that none is another's duplicate; what is in
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ from service.engine import BundleEngine
 from service.errors import StartError
 from service.runtime import open_runtime
 
-SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 8, 16, 12
+SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 4, 20, 12
 COMPRESSIONS = {"lzw": "lzw", "uncompressed": None}
-PINGS, ONE_WELLS, CLIENTS = 2_000, 60, 8
+PINGS, ONE_WELLS, CLIENTS, CLIENTS_GIVE_WAY, START_TIMEOUT_S = 2_000, 60, 8, 10, 120
 SAME_PROBABILITIES = 1e-2
 
 
@@ -78,21 +79,21 @@ class Plate:
 
 def make_plate(folder: Path, compression: str | None, controls: int, treated: int) -> Plate:
     """Write a plate's files."""
+    files = [plane_bytes(seed, compression) for seed in range(DISTINCT * len(network.CHANNELS))]
+    return write_plate(folder, files, controls, treated)
+
+
+def write_plate(folder: Path, files: Sequence[bytes], controls: int, treated: int) -> Plate:
+    """Write given files as a plate's, in turn; each is told from the others by what stands behind its pixels."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    images = [plane_bytes(seed, compression) for seed in range(DISTINCT * len(network.CHANNELS))]
     wells = [f"{row}{column:02d}" for row in "ABCDEFGHIJKLMNOP" for column in range(1, 25)][: controls + treated]
-    sites: dict[tuple[str, int], tuple[Path, ...]] = {}
-    number = 0
-    for well in wells:
-        for site in range(1, SITES + 1):
-            paths = []
-            for channel in network.CHANNELS:
-                path = folder / f"{well}_{site}_{channel}.tif"
-                path.write_bytes(images[number % len(images)] + number.to_bytes(8, "big"))
-                paths.append(path)
-                number += 1
-            sites[well, site] = tuple(paths)
+    numbers, sites = count(), {}
+    for well, site in product(wells, range(1, SITES + 1)):
+        paths = [folder / f"{well}_{site}_{channel}.tif" for channel in network.CHANNELS]
+        for path, number in zip(paths, numbers, strict=False):
+            path.write_bytes(files[number % len(files)] + number.to_bytes(8, "big"))
+        sites[well, site] = tuple(paths)
     return Plate(folder, sites, tuple(wells[:controls]))
 
 
@@ -294,25 +295,41 @@ def _latency_bars(service: Service, plate: Plate, bare: Bare) -> list[Bar]:
 
 
 def _live_p99(service: Service, plate: Plate) -> float:
-    done = threading.Event()
-
-    def send(number: int) -> None:
-        files = [path for paths in plate.of(plate.treated[number::CLIENTS]).values() for path in paths]
-        with AnchorwellClient(service.url) as sender:
-            while not done.is_set():
-                sender.stage(f"live{number}", files)
-                sender.delete(f"live{number}")
-
+    """How long the service takes to say that it lives: the probe goes first, the clients, in processes, give way."""
+    files = [list(plate.of(plate.treated[number::CLIENTS]).values()) for number in range(CLIENTS)]
+    context = get_context("spawn")
+    clients = [context.Process(target=_send_again, args=(service.url, number, files[number])) for number in range(CLIENTS)]
+    for client in clients:
+        client.start()
     pings = []
-    with ThreadPoolExecutor(CLIENTS) as pool, httpx.Client(base_url=service.url, timeout=60) as client:
-        sending = [pool.submit(send, number) for number in range(CLIENTS)]
-        time.sleep(1)
-        for _ in range(PINGS):
-            begun = time.perf_counter()
-            client.get("/health/live").raise_for_status()
-            pings.append(time.perf_counter() - begun)
-            time.sleep(0.005)
-        done.set()
-        for one in sending:
-            one.result()
+    try:
+        with httpx.Client(base_url=service.url, timeout=60) as probe:
+            _wait_for_uploads(probe)
+            for _ in range(PINGS):
+                begun = time.perf_counter()
+                probe.get("/health/live").raise_for_status()
+                pings.append(time.perf_counter() - begun)
+                time.sleep(0.005)
+            if not all(client.is_alive() for client in clients):
+                raise SystemExit("a client of those that upload ended")
+    finally:
+        for client in clients:
+            client.kill()
+            client.join()
     return float(np.quantile(pings, 0.99))
+
+
+def _wait_for_uploads(probe: httpx.Client) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while any(probe.get(f"/batches/live{number}/images").status_code != httpx.codes.OK for number in range(CLIENTS)):
+        if time.monotonic() > end:
+            raise SystemExit("not all clients upload")
+        time.sleep(0.2)
+
+
+def _send_again(url: str, number: int, sites: Sequence[tuple[Path, ...]]) -> None:
+    os.nice(CLIENTS_GIVE_WAY)
+    with AnchorwellClient(url) as sender:
+        while True:
+            sender.stage(f"live{number}", [path for paths in sites for path in paths])
+            sender.delete(f"live{number}")

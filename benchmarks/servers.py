@@ -84,6 +84,11 @@ class Service:
         self.process.terminate()
         return self.process.wait(120)
 
+    def processes(self) -> list[int]:
+        """The service and the workers that it began."""
+        assert self.process is not None
+        return [process for process in _running() if _session_of(process) == self.process.pid]
+
     def memory_bytes(self) -> int:
         """Resident memory of the service, its decoders not counted."""
         assert self.process is not None
@@ -91,6 +96,17 @@ class Service:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) << 10
         raise AssertionError("a running process has a size")
+
+
+def _running() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _session_of(process: int) -> int | None:
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return None
 
 
 @dataclass

@@ -20,7 +20,7 @@ from service.access import Access, Keys
 from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
 from service.engine import BundleEngine, Engine, replay
-from service.errors import install_handlers
+from service.errors import StartError, install_handlers
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
 from service.jobs import Jobs
@@ -149,7 +149,6 @@ def compose(
     tracing: Tracing = UNTRACED,
 ) -> Composition:
     """Make everything that the settings ask for; raises as ``create_app`` does."""
-    bundle = Bundle.load(settings.bundle)
     metrics = Metrics()
     observer = tracing.observing(metrics)
     opened = storage or settings.open_storage()
@@ -159,12 +158,17 @@ def compose(
     for warning in settings.storage_warnings():
         log.warning(warning)
     settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or _engine(settings, bundle, observer)
+    used_engine = engine or open_engine(settings)
+    bundle = used_engine.bundle if isinstance(used_engine, BundleEngine) else Bundle.load(settings.bundle)
+    most_sites = bundle.manifest.max_context_sites
+    if isinstance(used_engine, BundleEngine):
+        used_engine.observer = observer
+        most_sites = _max_context_sites(settings, used_engine)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
     own_decoder = _decoder(settings, bundle, observer) if decoder is None else None
     used_decoder = decoder or own_decoder
     assert used_decoder is not None
-    view = BundleView(bundle, used_engine.precision)
+    view = BundleView(bundle, used_engine.precision, most_sites)
     preparer = _preparer(settings, bundle, used_decoder)
     batches = Batches(view, used_engine, used_storage, preparer, settings.keep_control_images)
     kept = Kept(view, used_storage)
@@ -192,16 +196,39 @@ def compose(
     return Composition(settings, served, queue, retention, metrics, own_storage, own_decoder)
 
 
-def _engine(settings: Settings, bundle: Bundle, observer: Observer) -> Engine:
-    """Make the engine on a thread that gives way, as the engine's own threads will."""
+def open_engine(settings: Settings) -> BundleEngine:
+    """Make the engine on a thread that gives way, as the engine's own threads will.
 
-    def make() -> Engine:
+    Raises:
+        BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
+    """
+
+    def make() -> BundleEngine:
+        bundle = Bundle.load(settings.bundle)
         threads, members = cpu_count(settings.threads), bundle.manifest.members
         runtime = open_runtime(settings.device, settings.precision, threads, members=members)
-        return BundleEngine(bundle, runtime, observer, settings.batch_sessions_bytes)
+        return BundleEngine(bundle, runtime, settings.batch_sessions_bytes)
 
     with ThreadPoolExecutor(1, initializer=give_way) as pool:
         return pool.submit(make).result()
+
+
+def _max_context_sites(settings: Settings, engine: BundleEngine) -> int:
+    """How many sites are measured in one pass: as many as the bundle says, or fit in the memory that is set.
+
+    Raises:
+        StartError: not one fits.
+    """
+    each = engine.bytes_a_site
+    most, fit = engine.bundle.manifest.max_context_sites, settings.measure_bytes // each
+    if not fit:
+        raise StartError(f"ANCHORWELL_MEASURE_BYTES is {settings.measure_bytes:,}; measuring one site takes {each:,}")
+    if fit < most:
+        log.warning(
+            "ANCHORWELL_MEASURE_BYTES lets %d control sites of a batch be measured, %d bytes each; the bundle would measure "
+            "%d: of more, some of each well are", fit, each, most,
+        )  # fmt: skip
+    return min(fit, most)
 
 
 def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:

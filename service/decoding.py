@@ -28,7 +28,7 @@ from model.images import ImageLimits, ImageRecipe, Plane, PreparedImage, check_s
 from model.layout import SiteKey
 from model.memory import keep_freed_memory
 from model.ome import channel_pages
-from service.errors import DecoderKilledError
+from service.errors import DecoderKilledError, ReferenceUnreadableError
 from service.observe import UNOBSERVED, Observer
 from service.priority import give_way
 
@@ -46,9 +46,16 @@ class FileSlice:
     page: int | None = None
 
     def read(self) -> bytes:
-        """Return the bytes."""
-        with self.path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), self.size, self.offset)
+        """Return the bytes.
+
+        Raises:
+            ReferenceUnreadableError: the disk, or one that is not this machine's, does not give them.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise ReferenceUnreadableError(f"{self.name[:200]!r} cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +118,7 @@ class SiteDecoder:
                 image = prepare_site(each, self.recipe, pixel_size_um, self.limits)
             if not np.isfinite(image.pixels).all():
                 raise NonFiniteImageError("the pixels span more than single precision can scale")
-        except ImageError as error:
+        except (ImageError, ReferenceUnreadableError) as error:
             raise error.about(**at) from None
         decode_s = sum(decoding)
         return DecodedSite(planes, saturation, image, decode_s, time.perf_counter() - start - decode_s)
@@ -132,7 +139,7 @@ class InlineDecoder:
         done: Future[DecodedSite] = Future()
         try:
             done.set_result(self.decode(key, files, pixel_size_um))
-        except ImageError as error:
+        except (ImageError, ReferenceUnreadableError) as error:
             done.set_exception(error)
         return done
 

@@ -7,6 +7,7 @@ which they are constants that the runtime folds into the convolutions.
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -52,6 +53,8 @@ FAR = 1e4
 QUEUE_TIMEOUT_S = 300.0
 """Longest wait for the passes before."""
 _MOST_SESSIONS = 8
+_BUFFERS = 1.7
+"""What a runtime takes for its buffers, over what the graph needs: they do not fit one another."""
 _SESSION_BYTES = 10 << 20
 """What a session takes beside its weights; buffers are shared."""
 
@@ -101,13 +104,15 @@ class Engine(Protocol):
 class BundleEngine:
     """An ``Engine`` of a bundle on a runtime; one pass at a time, each with every thread that the runtime has."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, observer: Observer = UNOBSERVED, folded_bytes: int = 0) -> None:
-        self._bundle, self._runtime, self._observer = bundle, runtime, observer
+    def __init__(self, bundle: Bundle, runtime: Runtime, folded_bytes: int = 0) -> None:
+        self.bundle, self._runtime = bundle, runtime
+        self.observer: Observer = UNOBSERVED
         self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
         self._graphs = {name: Graph.read(self._folder / name) for name in (MEASURE, CLASSIFY)}
         with ThreadPoolExecutor(2, initializer=give_way) as pool:  # they inherit how nice who makes them is
             classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
             measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
+            self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
             self._classify, self._measure = classify.result(), measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
@@ -176,7 +181,7 @@ class BundleEngine:
         return Classified(logits, embeddings, "shared" if folded is None else "folded")
 
     def _fold(self, statistics: BatchNormStatistics) -> Session:
-        if file_sha256(self._folder / WEIGHTS) != self._bundle.manifest.files.get(WEIGHTS):
+        if file_sha256(self._folder / WEIGHTS) != self.bundle.manifest.files.get(WEIGHTS):
             raise BundleError(f"{WEIGHTS} is no longer what was there when the bundle was loaded: start the service again")
         return self._runtime.session(self._graphs[CLASSIFY].with_constants(statistics))
 
@@ -196,12 +201,12 @@ class BundleEngine:
             raise BusyError(f"other requests' passes took longer than {QUEUE_TIMEOUT_S:g} s")
         try:
             begun = time.perf_counter()
-            self._observer.stage("queue", begun - asked)
+            self.observer.stage("queue", begun - asked)
             yield
-            self._observer.stage("infer", time.perf_counter() - begun)
+            self.observer.stage("infer", time.perf_counter() - begun)
         finally:
             self._one_pass.release()
-        self._observer.sites(graph, sites)
+        self.observer.sites(graph, sites)
 
 
 def _measured(session: Session, images: Float, prior: Prior) -> Measured:

@@ -5,6 +5,7 @@ convolutions where the statistics are constants; where they are not, they normal
 one thread.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from model.statistics import BatchNormStatistics
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
 _SHAPE = "given_shape"
+_IMAGE_DIMENSIONS, _FLOAT_BYTES = 4, 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,25 @@ class Graph:
                 return found
         raise BundleError(f"{self.name} has no constant {CENTRE}")
 
+    def bytes_a_site(self) -> int:
+        """Bytes that a pass holds at once for each site: the most that is still needed at any node.
+
+        Raises:
+            BundleError: the graph cannot be followed.
+        """
+        try:
+            sizes = _bytes_of_one_site(self._model())
+        except onnx.shape_inference.InferenceError as error:
+            raise BundleError(f"{self.name} cannot be followed: {str(error)[:200]}") from None
+        nodes = self._model().graph.node
+        last = {name: place for place, node in enumerate(nodes) for name in node.input}
+        held, most = sizes.get(INPUT_IMAGES, 0), 0
+        for place, node in enumerate(nodes):
+            held += sum(sizes.get(name, 0) for name in node.output)
+            most = max(most, held)
+            held -= sum(sizes.get(name, 0) for name in {*node.input} if last[name] == place)
+        return most
+
     def _with(self, model: Any) -> Self:
         return replace(self, content=model.SerializeToString())
 
@@ -113,6 +134,21 @@ class Graph:
             return onnx.ModelProto.FromString(self.content)
         except DecodeError as error:
             raise BundleError(f"{self.name} cannot be loaded: {error}") from None
+
+
+def _bytes_of_one_site(model: Any) -> dict[str, int]:
+    """Size of every image-like value of the graph (sites, …, height, width), for one site."""
+    for item in model.graph.input:
+        if item.name == INPUT_IMAGES:
+            item.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]  # written for any number of sites
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    found = {}
+    for item in (*graph.input, *graph.value_info):
+        extents = [dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
+        if len(extents) == _IMAGE_DIMENSIONS:
+            found[item.name] = _FLOAT_BYTES * math.prod(extents)
+    return found
 
 
 def _scale_and_shift(node: Any, name: str, features: dict[str, int]) -> Iterator[Any]:

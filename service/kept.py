@@ -77,6 +77,8 @@ class BundleView:
 
     bundle: Bundle
     precision: str
+    max_context_sites: int
+    """How many sites are measured in one pass."""
 
     @property
     def measures_panel(self) -> bool:
@@ -114,7 +116,7 @@ class BundleView:
             NoControlsError: there is no site to measure.
         """
         sites = sites_of(usable, Role.CONTROL) if blend else usable
-        context = choose_context(sites, self.bundle.manifest.max_context_sites)
+        context = choose_context(sites, self.max_context_sites)
         panel = frozenset(site.well for site in context.used if sites[site].role is Role.PANEL)
         wells = len(context.wells) if blend else None
         name = statistics_id(

@@ -87,17 +87,31 @@ class References:
 
     @contextmanager
     def on_disk(self, tenant: str, uri: str) -> Iterator[FileSlice]:
-        """Give a copy of a file, so that what is decoded is what was checked."""
+        """Give a file that was checked: one of this machine as it lies, held open; an object as a copy."""
+        place, name = self.place(tenant, uri), uri.rpartition("/")[2]
+        if _parts(place.root)[0] == "file":
+            with self._opened(place, uri) as handle:
+                yield FileSlice(Path(f"/proc/{os.getpid()}/fd/{handle}"), 0, os.fstat(handle).st_size, name)
+            return
         with spooled(self.spool) as file:
-            size = self._copy(self.place(tenant, uri), uri, file, self.max_file_bytes)
-            yield FileSlice(Path(file.name), 0, size, uri.rpartition("/")[2])
+            size = self._copy(place, uri, file, self.max_file_bytes)
+            yield FileSlice(Path(file.name), 0, size, name)
+
+    @contextmanager
+    def _opened(self, place: Place, uri: str) -> Iterator[int]:
+        with _told(uri):
+            handle = _open_file(place)
+        try:
+            if os.fstat(handle).st_size > self.max_file_bytes:
+                raise _too_large(self.max_file_bytes)
+            yield handle
+        finally:
+            os.close(handle)
 
     def _copy(self, place: Place, uri: str, target: Any, limit: int) -> int:
         copy = _copy_file if _parts(place.root)[0] == "file" else self._copy_object
-        try:
+        with _told(uri):
             return copy(place, target, limit)
-        except (OSError, BaseError, httpx.HTTPError) as error:
-            raise ReferenceUnreadableError(f"{uri[:200]!r} cannot be read: {_reason(error)}", uri=uri[:200]) from None
 
     def _copy_object(self, place: Place, target: Any, limit: int) -> int:
         """Copy an object; obstore signs, httpx fetches, for only that can be told to follow no redirect."""
@@ -149,6 +163,15 @@ class ReferencedFile:
             yield copy
 
 
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Tell why a file cannot be read."""
+    try:
+        yield
+    except (OSError, BaseError, httpx.HTTPError) as error:
+        raise ReferenceUnreadableError(f"{uri[:200]!r} cannot be read: {_reason(error)}", uri=uri[:200]) from None
+
+
 def _parts(uri: str) -> tuple[str, str, tuple[str, ...]]:
     """Split an address into its kind, its host or bucket, and names; a plain absolute path is a file's."""
     if len(uri) > _MAX_URI or any(ord(character) < 0x20 for character in uri):  # noqa: PLR2004 (control characters)
@@ -178,19 +201,31 @@ def _names(path: str) -> tuple[str, ...]:
 
 
 def _copy_file(place: Place, target: BinaryIO, limit: int) -> int:
-    """Copy a regular file that is reached from its root by names alone, never by a link."""
+    handle = _open_file(place)
+    try:
+        return _copied(handle, target, limit)
+    finally:
+        os.close(handle)
+
+
+def _open_file(place: Place) -> int:
+    """Open a regular file that is reached from its root by names alone, never by a link."""
     root = "/" + "/".join(_parts(place.root)[2])
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in place.names[:-1]:
             handle = _entered(handle, name, os.O_DIRECTORY)
         handle = _entered(handle, place.names[-1], os.O_NONBLOCK)
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("it is no regular file")
-        return _copied(handle, target, limit)
-    finally:
+        _require_regular(handle)
+    except BaseException:
         os.close(handle)
+        raise
+    return handle
+
+
+def _require_regular(handle: int) -> None:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError("it is no regular file")
 
 
 def _entered(handle: int, name: str, flags: int) -> int:

@@ -37,7 +37,7 @@ def provenance(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     }
 
 
-def model_card(bundle: Bundle, engine: Engine) -> schemas.ModelCard:
+def model_card(bundle: Bundle, engine: Engine, max_context_sites: int) -> schemas.ModelCard:
     """The served bundle."""
     manifest = bundle.manifest
     return schemas.ModelCard(
@@ -49,7 +49,7 @@ def model_card(bundle: Bundle, engine: Engine) -> schemas.ModelCard:
         method=manifest.method,
         trained_context=manifest.context,
         minimum_control_wells=manifest.minimum_control_wells,
-        max_context_sites=manifest.max_context_sites,
+        max_context_sites=max_context_sites,
         members=manifest.members,
         features=manifest.features,
         temperature=manifest.temperature,
@@ -70,10 +70,12 @@ def context_report(manifest: Manifest, adaptation: Adaptation | None) -> dict[st
             schemas.LeftOut(
                 well=site.well,
                 site=site.site,
-                reason=f"the context is full: {manifest.max_context_sites} sites are measured in one pass",
+                reason=f"the context is full: {len(adaptation.used)} sites are measured in one pass",
             )
-            for site in (adaptation.left_out if adaptation else ())
-        ),
+            for site in adaptation.left_out
+        )
+        if adaptation
+        else (),
         "prior_weight": adaptation.prior_weight if adaptation else None,
         "distance": adaptation.distance if adaptation else None,
         "percentile": adaptation.percentile if adaptation else None,

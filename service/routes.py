@@ -352,7 +352,8 @@ def delete_batch(deed: Writing, batch_id: BatchId, kept: KeptBatches) -> Respons
 @router.get("/model", response_model=schemas.ModelCard, responses=PROBLEM)
 def get_model(_: Reading, served: Serving) -> schemas.ModelCard:
     """Describe the served bundle."""
-    return model_card(served.batches.bundle, served.batches.engine)
+    batches = served.batches
+    return model_card(batches.bundle, batches.engine, batches.view.max_context_sites)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=PROBLEM)

@@ -121,6 +121,11 @@ class Settings(StorageSettings):
         ge=0,
         description="threads of one inference on the CPU and of image decoding; 0: all cores that it may use",
     )
+    measure_bytes: int = Field(
+        4 << 30,
+        gt=0,
+        description="memory that one pass over a batch's controls may take; of more sites some of each well are",
+    )
     batch_sessions_bytes: int = Field(
         1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster with OpenVINO; 0: none"
     )

@@ -683,8 +683,13 @@ def new_blob(data: bytes, shard: str) -> str:
     return f"{shard}/{sha256(data).hexdigest()}-{token_hex(8)}"
 
 
+def blob_sha256(blob: str) -> str:
+    """Return the sha256 that a name tells."""
+    return blob.rpartition("/")[2].partition("-")[0]
+
+
 def _is_whole(blob: str, data: bytes) -> bool:
-    return blob.rpartition("/")[2].partition("-")[0] == sha256(data).hexdigest()
+    return blob_sha256(blob) == sha256(data).hexdigest()
 
 
 def image_bytes(image: PreparedImage) -> bytes:

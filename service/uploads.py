@@ -38,11 +38,11 @@ from model.layout import (
     rounded_pixel_size_um,
 )
 from model.tables import Table
-from service.decoding import Decoder, FileSlice
-from service.errors import InvalidRequestError, NoImagesError, UploadTooLargeError
+from service.decoding import Decoder, FileSlice, content_of
+from service.errors import InvalidRequestError, NoImagesError, ReferenceUnreadableError, UploadTooLargeError
 from service.multipart import IMAGES, LAYOUT, Form, ReceivedFile
 from service.priority import give_way
-from service.store import KeptFile
+from service.store import KeptFile, blob_sha256
 from service.tables import table_of_any_kind
 
 UNUSED_CHANNEL = "-"
@@ -356,6 +356,11 @@ class Preparer:
                     return RefusedSite(key, error)
                 raise
             kept = {} if keep is None else keep(slices)
+        for channel, file in kept.items():
+            if content_of(blob_sha256(file.blob), file.page) != decoded.planes[channel]:
+                raise ReferenceUnreadableError(f"{files[channel].name[:200]!r} was changed while it was read").about(
+                    well=key.well, site=key.site, channel=channel
+                )
         return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image, kept)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -58,6 +59,17 @@ def test_the_engine_agrees_with_the_golden_images(engine, tiny):
 def test_the_engine_says_what_it_runs_on(engine):
     assert engine.provider in ("CPUExecutionProvider", "OpenVINO")
     assert engine.precision == "fp32"
+
+
+def test_weights_are_found_whatever_the_folders_name_and_kept_whatever_becomes_of_them(tiny, tmp_path, monkeypatch):
+    served = tmp_path / "a bundle, für Platten"
+    shutil.copytree(tiny.path, served)
+    monkeypatch.chdir(tmp_path)
+    engines = [BundleEngine(Bundle.load(Path(served.name)), make()) for make in RUNTIMES.values()]
+    monkeypatch.chdir("/")
+    (served / WEIGHTS).write_bytes(bytes((served / WEIGHTS).stat().st_size))
+    for engine in engines:
+        replay(engine, tiny)
 
 
 def test_runtimes_agree(tiny):

@@ -122,6 +122,24 @@ def test_a_graph_with_its_weights_needs_no_other_file(tiny, given):
         np.testing.assert_array_equal(other, one)
 
 
+def test_what_a_pass_holds_for_each_site_is_followed_through_the_graph(tmp_path):
+    make, number = onnx.helper, onnx.TensorProto.FLOAT
+
+    def value(name, *shape):
+        return make.make_tensor_value_info(name, number, shape)
+
+    nodes = [
+        make.make_node("Relu", ["images"], ["a"]),
+        make.make_node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], strides=[2, 2]),
+        make.make_node("Relu", ["b"], ["c"]),
+        make.make_node("Add", ["b", "c"], ["logits"]),
+    ]
+    images = value("images", "sites", 3, 8, 8)
+    graph = make.make_graph(nodes, "small", [images], [value("logits", "sites", 3, 4, 4)])
+    content = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]).SerializeToString()
+    assert Graph("small", tmp_path, content).bytes_a_site() == 4 * 3 * (64 + 64), "a while images are still there"
+
+
 def test_a_graph_of_another_network_says_what_it_takes(tiny, tmp_path):
     (tmp_path / CLASSIFY).write_bytes((tiny.path / MEASURE).read_bytes())
     with pytest.raises(BundleError, match=r"classify\.onnx takes images, prior_mean.*expected images, bn_mean, bn_var"):

@@ -1,5 +1,6 @@
 """Images by reference: what a tenant may read, and what nobody may."""
 
+import errno
 import io
 import os
 
@@ -8,6 +9,7 @@ import pytest
 
 from service.access import Keys, Scope
 from service.errors import ReferenceNotAllowedError, ReferenceUnreadableError, StartError, UploadTooLargeError
+from service.keeping import FileKeeper
 from service.references import References
 from tests.service.conftest import running
 from tests.service.plates import CHANNELS, CONTROL_WELLS, FakeEngine, well_files
@@ -69,10 +71,15 @@ def images(place, wells):
 
 
 def test_what_is_below_a_root_is_read(references, screens):
-    with references.on_disk("mine", f"file://{screens}/P1/A01_1_DNA.tif") as copy:
-        assert copy.read() == (screens / "P1" / "A01_1_DNA.tif").read_bytes()
-        assert copy.path.parent != screens / "P1", "what is decoded is what was checked"
-    assert not copy.path.exists()
+    place = screens / "P1" / "A01_1_DNA.tif"
+    content = place.read_bytes()
+    with references.on_disk("mine", f"file://{place}") as file:
+        place.unlink()
+        place.symlink_to(screens.parent / "secret.tif")
+        assert file.read() == content, "what is decoded is what was checked"
+    assert not file.path.exists()
+    place.unlink()
+    place.write_bytes(content)
     assert references.read("mine", f"{screens}/P1/A01_1_DNA.tif", 10_000)
 
 
@@ -131,6 +138,31 @@ def test_a_file_that_is_too_large_is_not_copied_whole(references, screens):
     (screens / "large.tif").write_bytes(b"0" * 10_001)
     with pytest.raises(UploadTooLargeError, match="10,000"), references.on_disk("mine", f"file://{screens}/large.tif"):
         pass
+
+
+def test_a_file_that_changes_while_controls_are_kept_is_not_kept_as_what_was_decoded(remote, screens, monkeypatch):
+    keep = FileKeeper.__call__
+
+    def changed(self, slices):
+        if slices["DNA"].name == "B01_1_DNA.tif":
+            (screens / "P1" / "B01_1_DNA.tif").write_bytes((screens / "P1" / "E05_1_DNA.tif").read_bytes())
+        return keep(self, slices)
+
+    monkeypatch.setattr(FileKeeper, "__call__", changed)
+    answer = remote.post("/batches/P1/controls", json={"images": images(f"file://{screens}/P1", CONTROL_WELLS)})
+    assert answer.status_code == 422, answer.text
+    assert "was changed while it was read" in answer.json()["detail"]
+    assert remote.get("/batches/P1").status_code == 404
+
+
+def test_a_file_that_a_disk_does_not_give_is_named(remote, screens, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("service.decoding.os.pread", fails)
+    answer = remote.post("/batches/P1/controls", json={"images": images(f"file://{screens}/P1", CONTROL_WELLS)})
+    assert answer.status_code == 422, answer.text
+    assert "Stale file handle" in answer.json()["detail"]
 
 
 def test_a_plate_by_reference_gets_the_answers_of_one_that_was_sent(remote, screens):

@@ -6,15 +6,26 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.app import create_app
+from service.app import create_app, open_engine
 from service.errors import StartError
 from service.settings import Settings, StorageSettings, is_loopback
+from tests.service.conftest import running
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
 
 def told(default):
     return str(default).lower() if isinstance(default, bool) else default
+
+
+def test_measuring_keeps_to_the_memory_that_it_is_given(tiny_bundle_path, tmp_path, caplog):
+    settings = Settings(bundle=tiny_bundle_path, data=tmp_path, device="cpu", threads=1)
+    each = open_engine(settings).bytes_a_site
+    with running(settings.model_copy(update={"measure_bytes": 5 * each})) as client:
+        assert client.get("/model").json()["max_context_sites"] == 5
+    assert "lets 5 control sites of a batch be measured" in caplog.text
+    with pytest.raises(StartError, match="measuring one site takes"):
+        create_app(settings.model_copy(update={"measure_bytes": each - 1}))
 
 
 def test_every_setting_is_documented_with_its_default():
