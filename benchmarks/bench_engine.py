@@ -71,9 +71,9 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     engines = {name: BundleEngine(bundle, runtime, folded_bytes=1 << 30) for name, runtime in machine.runtimes().items()}
     mean, variance, _ = engines["ours"].measure(context)
     statistics = BatchNormStatistics(mean, variance, sites=len(context), wells=len(context))
-    ways = {name: classifying(engine, statistics) for name, engine in engines.items()}
+    ways = {name: classifying(engine, statistics, wells[0]) for name, engine in engines.items()}
     if machine.device != "cuda":
-        ways["ours_shared"] = classifying(BundleEngine(bundle, machine.runtimes()["ours"]), statistics)
+        ways["ours_shared"] = classifying(BundleEngine(bundle, machine.runtimes()["ours"]), statistics, wells[0])
     ways |= _peers(bundle, machine, context, statistics)
     for name, way in ways.items():
         difference = float(np.abs(way(wells[0]) - ways["folded"](wells[0])).max())
@@ -97,10 +97,10 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     return bars + _measuring(engines, ways, context, machine, rounds)
 
 
-def classifying(engine: BundleEngine, statistics: BatchNormStatistics) -> Classify:
+def classifying(engine: BundleEngine, statistics: BatchNormStatistics, example: Float) -> Classify:
     """How an engine classifies the wells of a plate: by a session of the batch's own where it makes them."""
     end = time.monotonic() + SESSION_TIMEOUT_S
-    while engine.makes_sessions and engine.classify(network.images(1), statistics, WORTH_FOLDING).graph == "shared":
+    while engine.makes_sessions and engine.classify(example, statistics, WORTH_FOLDING).graph == "shared":
         if time.monotonic() > end:
             raise SystemExit("no session is made for the batch's statistics")
         time.sleep(0.1)

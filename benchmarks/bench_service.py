@@ -129,7 +129,7 @@ class Bare:
     @cached_property
     def _classify(self) -> Classify:
         engine = BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads), folded_bytes=1 << 30)
-        return classifying(engine, self.statistics)
+        return classifying(engine, self.statistics, network.images(1))
 
     def __call__(self, plate: Plate, wells: tuple[str, ...] | None = None) -> None:
         """Classify a plate's treated wells, or some wells, and write their logits."""

@@ -6,7 +6,7 @@ one thread.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +22,10 @@ from model.statistics import BatchNormStatistics
 
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
-_SHAPE = "given_shape"
+_WEIGHTS = "given_weights"
 _IMAGE_DIMENSIONS, _FLOAT_BYTES = 4, 4
+Affine = Callable[[str, str, str, int], Iterator[Any]]
+"""Makes the nodes that scale and shift ``x`` by ``NAME_scales`` (features, 1, 1, 1) and ``NAME_shift`` (features,)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ class Graph:
         model.graph.initializer.extend([*others, onnx.numpy_helper.from_array(centre, CENTRE)])
         return self._with(model)
 
-    def with_scale_and_shift(self) -> Self:
-        """The graph with batch normalisations as 1 x 1 convolutions of each feature by itself: a scale and a shift.
+    def with_scale_and_shift(self, apply: Affine) -> Self:
+        """The graph with batch normalisations as a scale and a shift of each feature, in the form that a runtime is fast at.
 
-        A runtime takes the activation that follows into them, and runs them on every thread; where statistics are constants
-        it takes them into the convolution before, and the graph stays as it is.
+        It takes the activation that follows into them, and runs them on every thread; where statistics are constants it takes
+        them into the convolution before, and the graph stays as it is.
         """
         model = self._model()
         graph = model.graph
@@ -79,10 +81,12 @@ class Graph:
             return self
         features = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
         nodes = [
-            new for number, node in enumerate(graph.node) for new in _scale_and_shift(node, f"given_{number}", features)
+            new
+            for number, node in enumerate(graph.node)
+            for new in _scale_and_shift(node, f"given_{number}", features, apply)
         ]
         if len(nodes) > len(graph.node):
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), _SHAPE))
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), _WEIGHTS))
         del graph.node[:]
         graph.node.extend(nodes)
         return self._with(model)
@@ -151,22 +155,45 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
     return found
 
 
-def _scale_and_shift(node: Any, name: str, features: dict[str, int]) -> Iterator[Any]:
+def _scale_and_shift(node: Any, name: str, features: dict[str, int], apply: Affine) -> Iterator[Any]:
     if node.op_type != "BatchNormalization" or node.input[1] not in features:
         yield node
         return
     x, weight, bias, mean, variance = node.input
     epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), _EPSILON)
-    make = onnx.helper.make_node
-    yield make("Constant", [], [f"{name}_epsilon"], value_float=epsilon)
-    yield make("Add", [variance, f"{name}_epsilon"], [f"{name}_variance"])
-    yield make("Sqrt", [f"{name}_variance"], [f"{name}_deviation"])
-    yield make("Div", [weight, f"{name}_deviation"], [f"{name}_scale"])
-    yield make("Mul", [mean, f"{name}_scale"], [f"{name}_offset"])
-    yield make("Sub", [bias, f"{name}_offset"], [f"{name}_shift"])
-    yield make("Reshape", [f"{name}_scale", _SHAPE], [f"{name}_weights"])
-    given = [x, f"{name}_weights", f"{name}_shift"]
-    yield make("Conv", given, list(node.output), group=features[weight], kernel_shape=[1, 1])
+    yield _node("Constant", [], f"{name}_epsilon", value_float=epsilon)
+    yield _node("Add", [variance, f"{name}_epsilon"], f"{name}_variance")
+    yield _node("Sqrt", [f"{name}_variance"], f"{name}_deviation")
+    yield _node("Div", [weight, f"{name}_deviation"], f"{name}_scale")
+    yield _node("Mul", [mean, f"{name}_scale"], f"{name}_offset")
+    yield _node("Sub", [bias, f"{name}_offset"], f"{name}_shift")
+    yield _node("Reshape", [f"{name}_scale", _WEIGHTS], f"{name}_scales")
+    yield from apply(x, name, node.output[0], features[weight])
+
+
+def _node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+    return onnx.helper.make_node(kind, inputs, [output], **attributes)
+
+
+def as_convolution(x: str, name: str, output: str, features: int) -> Iterator[Any]:
+    """A 1 x 1 convolution of each feature by itself, with the shift as its bias: one pass in onnxruntime."""
+    yield _node("Conv", [x, f"{name}_scales", f"{name}_shift"], output, group=features, kernel_shape=[1, 1])
+
+
+def as_products(x: str, name: str, output: str, features: int) -> Iterator[Any]:
+    """A product and a sum: one pass in OpenVINO, with the sum and the activation that follow, which a bias is not.
+
+    It lays out a pass as most of what goes in is laid out, and images as convolutions give them. So scale and shift come from
+    convolutions, too, of a one; else every layer's output would be laid out anew, and back.
+    """
+    one = onnx.numpy_helper.from_array(np.ones((1, features, 1, 1), np.float32))
+    yield _node("Constant", [], f"{name}_one", value=one)
+    yield _node("Reshape", [f"{name}_shift", _WEIGHTS], f"{name}_shifts")
+    for what in ("scale", "shift"):
+        given = [f"{name}_one", f"{name}_{what}s"]
+        yield _node("Conv", given, f"{name}_{what}_laid_out", group=features, kernel_shape=[1, 1])
+    yield _node("Mul", [x, f"{name}_scale_laid_out"], f"{name}_scaled")
+    yield _node("Add", [f"{name}_scaled", f"{name}_shift_laid_out"], output)
 
 
 def identity() -> bytes:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from model.bundle import Precision
 from model.errors import BundleError
 from service.errors import StartError
-from service.graphs import Graph, identity
+from service.graphs import Graph, as_convolution, identity
 
 Float = NDArray[np.float32]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -19,13 +19,9 @@ _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad al
 
 
 class OnnxRuntime:
-    """A ``Runtime`` of onnxruntime.
-
-    On the CPU a session with statistics folded in is no faster than the graph with a scale and a shift, so none is made.
-    """
+    """A ``Runtime`` of onnxruntime."""
 
     precision: Precision = "fp32"
-    folds = False
 
     def __init__(self, device: Literal["cpu", "cuda"], threads: int, *, members: int = 1) -> None:
         onnxruntime.disable_telemetry_events()
@@ -39,6 +35,11 @@ class OnnxRuntime:
         """Where graphs run."""
         return CPU if self._providers == [CPU] else CUDA
 
+    @property
+    def folds(self) -> bool:
+        """Not on CUDA, where a session would look for each convolution's algorithm anew."""
+        return self.provider == CPU
+
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""
         options = onnxruntime.SessionOptions()
@@ -49,7 +50,7 @@ class OnnxRuntime:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights are no buffers
         # Of several members, buffers would be held from one's pass for the next.
         options.enable_mem_reuse = self._members == 1
-        used = graph.with_scale_and_shift() if self.provider == CPU else graph
+        used = graph.with_scale_and_shift(as_convolution) if self.provider == CPU else graph
         try:
             return OnnxSession(
                 onnxruntime.InferenceSession(used.content, options, providers=self._providers), measures=measures

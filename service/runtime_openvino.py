@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from model.bundle import Precision
 from model.errors import BundleError
 from service.errors import StartError
-from service.graphs import Graph
+from service.graphs import Graph, as_products
 
 Float = NDArray[np.float32]
 _DEVICE = "CPU"
@@ -43,7 +43,7 @@ class OpenVinoRuntime:
     def session(self, graph: Graph, *, measures: bool = False) -> "OpenVinoSession":
         """Make a session."""
         try:
-            network = self._core.read_model(graph.with_scale_and_shift().with_weights())
+            network = self._core.read_model(graph.with_scale_and_shift(as_products).with_weights())
             # By default it would choose bfloat16 where the processor has it.
             hint = {"INFERENCE_PRECISION_HINT": _HINTS["fp32" if measures else self._precision]}
             return OpenVinoSession(self._core.compile_model(network, _DEVICE, self._options | hint), measures=measures)

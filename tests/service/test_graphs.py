@@ -8,7 +8,7 @@ import pytest
 from model.bundle import CLASSIFY, MEASURE, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
-from service.graphs import Graph, identity
+from service.graphs import Graph, as_convolution, as_products, identity
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,19 @@ def given(tiny):
     return images, BatchNormStatistics(mean, variance, sites=5, wells=5)
 
 
-def test_a_scale_and_a_shift_are_what_batch_normalisation_is(tiny, given):
+CONVOLUTIONS = {as_convolution: 1, as_products: 2}
+FORMS = pytest.mark.parametrize("form", CONVOLUTIONS)
+
+
+@FORMS
+def test_a_scale_and_a_shift_are_what_batch_normalisation_is(tiny, given, form):
     images, statistics = given
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
-    plain, changed = (tiny.path / CLASSIFY).read_bytes(), Graph.read(tiny.path / CLASSIFY).with_scale_and_shift().content
+    plain, changed = (tiny.path / CLASSIFY).read_bytes(), Graph.read(tiny.path / CLASSIFY).with_scale_and_shift(form).content
     layers = kinds(plain).count("BatchNormalization")
     assert layers > 10
     assert "BatchNormalization" not in kinds(changed)
-    assert kinds(changed).count("Conv") == kinds(plain).count("Conv") + layers
+    assert kinds(changed).count("Conv") == kinds(plain).count("Conv") + CONVOLUTIONS[form] * layers
     expected, found = (session(content, tiny).run(None, feeds) for content in (plain, changed))
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(other, one, atol=1e-4)
@@ -58,7 +63,8 @@ def test_statistics_as_constants_are_no_inputs(tiny, given):
         np.testing.assert_allclose(other, one, atol=1e-4)
 
 
-def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path):
+@FORMS
+def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path, form):
     images, statistics = given
     model = onnx.ModelProto.FromString((tiny.path / CLASSIFY).read_bytes())
     for node in model.graph.node:
@@ -67,18 +73,19 @@ def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path):
                 item.f = 0.5
     (tmp_path / CLASSIFY).write_bytes(model.SerializeToString())
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
-    contents = (tmp_path / CLASSIFY).read_bytes(), Graph.read(tmp_path / CLASSIFY).with_scale_and_shift().content
+    contents = (tmp_path / CLASSIFY).read_bytes(), Graph.read(tmp_path / CLASSIFY).with_scale_and_shift(form).content
     expected, found = (session(content, tiny).run(["logits"], feeds)[0] for content in contents)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     other = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(["logits"], feeds)[0]
     assert np.abs(found - other).max() > 1e-3
 
 
-def test_a_graph_that_measures_does_so_as_before(tiny, given):
+@FORMS
+def test_a_graph_that_measures_does_so_as_before(tiny, given, form):
     images, _ = given
     none = np.zeros(tiny.manifest.features, np.float32)
     feeds = {"images": images, "prior_mean": none, "prior_var": none + 1, "prior_weight": none}
-    contents = (tiny.path / MEASURE).read_bytes(), Graph.read(tiny.path / MEASURE).with_scale_and_shift().content
+    contents = (tiny.path / MEASURE).read_bytes(), Graph.read(tiny.path / MEASURE).with_scale_and_shift(form).content
     for one, other in zip(*(session(content, tiny).run(None, feeds) for content in contents), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
@@ -104,13 +111,13 @@ def test_a_graph_that_measures_about_other_means_finds_the_same(tiny, given):
 
 
 def test_a_graph_without_batch_normalisation_stays_as_it_is(tiny):
-    once = Graph.read(tiny.path / CLASSIFY).with_scale_and_shift()
-    assert once.with_scale_and_shift() == once
+    once = Graph.read(tiny.path / CLASSIFY).with_scale_and_shift(as_convolution)
+    assert once.with_scale_and_shift(as_convolution) == once
 
 
 def test_a_graph_whose_statistics_are_constants_is_left_to_the_runtime(tiny, given):
     folded = Graph.read(tiny.path / CLASSIFY).with_constants(given[1])
-    assert folded.with_scale_and_shift() is folded
+    assert folded.with_scale_and_shift(as_convolution) is folded
 
 
 def test_a_graph_with_its_weights_needs_no_other_file(tiny, given):
