@@ -1,9 +1,11 @@
 """The network on one machine: classifying by a batch's statistics, and measuring them, beside what others would run.
 
 Every way takes the same images in turn. ``folded`` is onnxruntime on the same network with the statistics folded into the
-convolutions; ``forward`` is our own classifying of the images that are measured.
+convolutions; ``forward`` is our own classifying of the images that are measured, well by well. The floor is the time that
+its multiplications take at the speed of this machine's matrix products, taken in turn with the rest.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +24,7 @@ from benchmarks.network import Float
 from benchmarks.plain_pytorch import ResNet50, adapt
 from model.bundle import INPUT_IMAGES, OUTPUT_LOGITS, Bundle
 from model.statistics import BatchNormStatistics
-from service.engine import WORTH_FOLDING, BundleEngine
+from service.engine import BundleEngine
 from service.errors import StartError
 from service.runtime import Device, Runtime, open_runtime
 from service.runtime_onnx import OnnxRuntime
@@ -30,7 +32,7 @@ from training.cost import Workload, flops
 
 WELL_SITES, WELLS, CONTEXT_SITES = 9, 2, 64
 SAME_LOGITS, SAME_IN_BF16 = 1e-2, 0.5
-SESSION_TIMEOUT_S = 60.0
+MATRIX_SIDE = 2048
 Classify = Callable[[Float], Float]
 
 
@@ -68,12 +70,10 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     bundle = network.bundle(folder)
     wells = [network.images(WELL_SITES, seed) for seed in range(WELLS)]
     context = network.images(CONTEXT_SITES, seed=9)
-    engines = {name: BundleEngine(bundle, runtime, folded_bytes=1 << 30) for name, runtime in machine.runtimes().items()}
+    engines = {name: BundleEngine(bundle, runtime) for name, runtime in machine.runtimes().items()}
     mean, variance, _ = engines["ours"].measure(context)
     statistics = BatchNormStatistics(mean, variance, sites=len(context), wells=len(context))
-    ways = {name: classifying(engine, statistics, wells[0]) for name, engine in engines.items()}
-    if machine.device != "cuda":
-        ways["ours_shared"] = classifying(BundleEngine(bundle, machine.runtimes()["ours"]), statistics, wells[0])
+    ways = {name: classifying(engine, statistics) for name, engine in engines.items()}
     ways |= _peers(bundle, machine, context, statistics)
     for name, way in ways.items():
         difference = float(np.abs(way(wells[0]) - ways["folded"](wells[0])).max())
@@ -84,7 +84,7 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
         name: (lambda way=way: [way(images) for images in wells])  # type: ignore[misc]
         for name, way in ways.items()
     }
-    found = interleaved(timed, rounds)
+    found = interleaved(timed | {"matrices": _matrices(machine)}, rounds)
     images = WELL_SITES * WELLS
     others = [name for name in ways if name not in ("ours", "folded", "torch_eager")]
     bars = [
@@ -92,18 +92,13 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
         found.ratio("classify_over_torch_eager", "torch_eager", "ours", at_least=None if machine.device == "cuda" else 2.5),
         *(found.ratio(f"{name}_over_torch_eager", "torch_eager", name) for name in others),
         *(found.rate(f"{name}_images_per_s", name, images, "/s") for name in ways),
-        _floor(float(np.median(found.taken["ours"])) / images, machine),
+        found.ratio("classify_over_matrix_throughput", "matrices", "ours"),
     ]
     return bars + _measuring(engines, ways, context, machine, rounds)
 
 
-def classifying(engine: BundleEngine, statistics: BatchNormStatistics, example: Float) -> Classify:
-    """How an engine classifies the wells of a plate: by a session of the batch's own where it makes them."""
-    end = time.monotonic() + SESSION_TIMEOUT_S
-    while engine.makes_sessions and engine.classify(example, statistics, WORTH_FOLDING).graph == "shared":
-        if time.monotonic() > end:
-            raise SystemExit("no session is made for the batch's statistics")
-        time.sleep(0.1)
+def classifying(engine: BundleEngine, statistics: BatchNormStatistics) -> Classify:
+    """How an engine classifies a well of a plate."""
     return lambda images: engine.classify(images, statistics).logits[:, 0]
 
 
@@ -133,13 +128,19 @@ def _measuring(
     ways: dict[str, Way] = {
         "forward": lambda: [classify["ours"](well) for well in wells],
         **{f"{name}_measure": (lambda engine=engine: engine.measure(context)) for name, engine in engines.items()},  # type: ignore[misc]
-        "torch_measure": lambda: adapt(plain, whole.to(machine.torch)),
+        "torch_measure": lambda: _adapt(plain, whole, machine),
     }
     found = interleaved(ways, max(3, rounds // 2))
     return [
         found.ratio("measure_over_forward", "ours_measure", "forward", at_most=1.25),
         *(found.ratio(f"{name}_measure_over_torch_eager", "torch_measure", f"{name}_measure") for name in engines),
     ]
+
+
+def _adapt(plain: ResNet50, images: torch.Tensor, machine: Machine) -> None:
+    adapt(plain, images.to(machine.torch))
+    if machine.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _torch_network(context: Float, machine: Machine) -> ResNet50:
@@ -156,14 +157,17 @@ def _torch_logits(module: Callable[[torch.Tensor], torch.Tensor], images: Float,
     return module(torch.from_numpy(images).to(machine.torch)).cpu().numpy()
 
 
-def _floor(seconds_an_image: float, machine: Machine) -> Bar:
-    """How much of the matrix throughput, as measured here, classifying reaches."""
-    left, right = (torch.randn(2048, 2048, device=machine.torch) for _ in range(2))
-    taken = []
-    for _ in range(8):
+def _matrices(machine: Machine) -> Way:
+    """Products of large matrices: how long the multiplications of the wells would take at their speed."""
+    left, right = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=machine.torch) for _ in range(2))
+    needed = WELLS * WELL_SITES * flops(Workload(network.SPEC, network.SIZE, 1, 1, 1, 1))["forward"]
+    share = needed / (2 * MATRIX_SIDE**3)
+
+    def multiply() -> float:
         begun = time.perf_counter()
-        float((left @ right)[0, 0])  # which waits for it
-        taken.append(time.perf_counter() - begun)
-    throughput = 2 * 2048**3 / float(np.median(taken))
-    of_image = flops(Workload(network.SPEC, network.SIZE, 1, 1, 1, 1))["forward"]
-    return Bar("classify_over_matrix_throughput", of_image / seconds_an_image / throughput, "")
+        for _ in range(math.ceil(share)):
+            product = left @ right
+        float(product[0, 0])  # which waits for it
+        return (time.perf_counter() - begun) * share / math.ceil(share)
+
+    return multiply

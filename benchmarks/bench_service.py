@@ -32,9 +32,10 @@ from benchmarks.bench_images import plane_bytes
 from benchmarks.interleaved import Rounds, interleaved
 from benchmarks.network import Float
 from benchmarks.servers import Service
-from model.bundle import Bundle, Precision
+from model.bundle import Bundle
 from model.images import ImageLimits, finish_site
 from model.layout import SiteKey
+from model.memory import keep_freed_memory
 from model.predictions import site_probabilities
 from model.statistics import BatchNormStatistics
 from service.client import AnchorwellClient
@@ -46,6 +47,7 @@ from service.runtime import open_runtime
 
 SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 4, 20, 12
 COMPRESSIONS = {"lzw": "lzw", "uncompressed": None}
+PING_S = 0.01
 PINGS, ONE_WELLS, CLIENTS, CLIENTS_GIVE_WAY, START_TIMEOUT_S = 2_000, 60, 8, 10, 120
 SAME_PROBABILITIES = 1e-2
 
@@ -101,11 +103,13 @@ def write_plate(folder: Path, files: Sequence[bytes], controls: int, treated: in
 
 
 @contextmanager
-def served(folder: Path, bundle: Bundle, threads: int, precision: Precision = "fp32") -> Iterator[tuple[Service, float]]:
-    """A running service that may read below the folder; how long it took to be ready."""
-    data = folder / f"data-{precision}"
+def served(
+    folder: Path, bundle: Bundle, threads: int, changed: Mapping[str, str] | None = None
+) -> Iterator[tuple[Service, float]]:
+    """A running service that may read below the folder, some settings changed; how long it took to be ready."""
+    data = folder / "-".join(["data", *(changed or {}).values()])
     shutil.rmtree(data, ignore_errors=True)
-    settings = {"BUNDLE": str(bundle.path), "THREADS": str(threads), "KEEP_CONTROL_IMAGES": "false", "PRECISION": precision}
+    settings = {"BUNDLE": str(bundle.path), "THREADS": str(threads), "KEEP_CONTROL_IMAGES": "false", **(changed or {})}
     settings["ROOTS"] = json.dumps({DEFAULT_TENANT: [f"{folder.resolve().as_uri()}/"]})
     service = Service(data, environment={f"ANCHORWELL_{name}": value for name, value in settings.items()})
     begun = time.perf_counter()
@@ -128,8 +132,8 @@ class Bare:
 
     @cached_property
     def _classify(self) -> Classify:
-        engine = BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads), folded_bytes=1 << 30)
-        return classifying(engine, self.statistics, network.images(1))
+        engine = BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads))
+        return classifying(engine, self.statistics)
 
     def __call__(self, plate: Plate, wells: tuple[str, ...] | None = None) -> None:
         """Classify a plate's treated wells, or some wells, and write their logits."""
@@ -175,6 +179,7 @@ def torch_alone(folder: Path, plate: Plate, threads: int) -> float:
 
 def service_bars(folder: Path, threads: int, rounds: int) -> list[Bar]:
     """Measure the service on a small plate of each compression, and one request at a time."""
+    keep_freed_memory()  # as the service's decoders do
     bundle = network.bundle(folder)
     bars: list[Bar] = []
     with ExitStack() as stack:
@@ -182,7 +187,7 @@ def service_bars(folder: Path, threads: int, rounds: int) -> list[Bar]:
         bars.append(Bar("ready_after_start", ready, "s", at_most=3.0))
         services = {"fp32": service}
         if bfloat16_is_there():
-            services["bf16"] = stack.enter_context(served(folder, bundle, threads, "bf16"))[0]
+            services["bf16"] = stack.enter_context(served(folder, bundle, threads, {"PRECISION": "bf16"}))[0]
         engine = BundleEngine(bundle, open_runtime("cpu", "fp32", threads))
         mean, variance, _ = engine.measure(network.images(16))
         bare = Bare(bundle, BatchNormStatistics(mean, variance, sites=16, wells=16), threads, folder / "bare.npy")
@@ -219,12 +224,12 @@ def _plate_bars(
             post(where, batch, "controls", plate.controls)
             return post(where, batch, "predict", plate.treated)
 
+        files = [path for paths in plate.of(plate.treated).values() for path in paths]
+
         def sent(batch: str, *, predict: bool) -> float:
             with AnchorwellClient(service.url) as sender:
                 begun = time.perf_counter()
-                sender.stage(batch, [path for paths in plate.of(plate.treated).values() for path in paths])
-                if predict:
-                    sender.predict_staged(batch)
+                (sender.predict_while_sending if predict else sender.stage)(batch, files)
                 passed = time.perf_counter() - begun
                 sender.delete(batch)
             return passed
@@ -274,7 +279,7 @@ def _latency_bars(service: Service, plate: Plate, bare: Bare) -> list[Bar]:
     seconds, computing = [], []
     with httpx.Client(base_url=service.url, timeout=600) as client:
         client.post("/batches/one/controls", json=plate.references(plate.controls)).raise_for_status()
-        client.post("/batches/one/predict", json=plate.references(plate.treated)).raise_for_status()  # makes its session
+        client.post("/batches/one/predict", json=plate.references(plate.treated[:1])).raise_for_status()
         for number in range(ONE_WELLS):
             well = (plate.treated[number % len(plate.treated)],)
             begun = time.perf_counter()
@@ -305,11 +310,11 @@ def _live_p99(service: Service, plate: Plate) -> float:
     try:
         with httpx.Client(base_url=service.url, timeout=60) as probe:
             _wait_for_uploads(probe)
-            for _ in range(PINGS):
-                begun = time.perf_counter()
+            begun = time.perf_counter()
+            for due in (begun + number * PING_S for number in range(PINGS)):
+                time.sleep(max(0.0, due - time.perf_counter()))
                 probe.get("/health/live").raise_for_status()
-                pings.append(time.perf_counter() - begun)
-                time.sleep(0.005)
+                pings.append(time.perf_counter() - due)  # a stall counts for all that were due meanwhile
             if not all(client.is_alive() for client in clients):
                 raise SystemExit("a client of those that upload ended")
     finally:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from model.bundle import CLASSIFY, Bundle, Manifest
+from model.bundle import CLASSIFY, INPUT_MEAN, INPUT_VARIANCE, Bundle, Manifest
 from model.images import ImageRecipe
 from model.network import Ensemble, NetworkSpec, ResNet
 from model.predictions import EmbeddingReference
 from model.statistics import BatchNormStatistics, summarise_training
-from service.graphs import Graph
 from training.export import export_bundle, measure_float64
 
 CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
@@ -72,8 +72,13 @@ def bundle(folder: Path) -> Bundle:
 
 
 def folded_session(bundle: Bundle, statistics: BatchNormStatistics, options: Any, providers: list[Any]) -> Any:
-    """Make the session of that graph."""
+    """Make onnxruntime's session of the graph that classifies with statistics as constants, which it folds in."""
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours: it would spin into others' turns
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    content = Graph.read(bundle.path / CLASSIFY).with_constants(statistics).content
-    return onnxruntime.InferenceSession(content, options, providers=providers)
+    model = onnx.ModelProto.FromString((bundle.path / CLASSIFY).read_bytes())
+    given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+    inputs = [item for item in model.graph.input if item.name not in given]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in given.items())
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)

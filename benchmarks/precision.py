@@ -1,8 +1,10 @@
 """What bfloat16 costs in accuracy and calibration, beside fp32, on trained networks and a new lab's plates.
 
 The networks are those that ``benchmarks/science.py`` keeps, the plates the new lab of their seed, simulated again where they
-are not there. Statistics are measured as the service measures them, in fp32; wells are classified by sessions with a batch's
-statistics as inputs (``shared``) and folded in. Simulated plates: what is shown is shown for the simulator's batch effects.
+are not there. Statistics are measured as the service measures them, in fp32. Wells are classified on every processor by
+rounding: weights and what every layer gives become bfloat16, and sums in between are fp32, as in such arithmetic, with a
+rounding more than a runtime that joins layers; and by OpenVINO where the processor has bfloat16. Simulated plates: what is
+shown is shown for the simulator's batch effects.
 
 Run: ``python -m benchmarks.precision [--workers 2]``; writes build/precision.json.
 """
@@ -10,10 +12,14 @@ Run: ``python -m benchmarks.precision [--workers 2]``; writes build/precision.js
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pandas as pd
 from numpy.typing import NDArray
 
@@ -23,9 +29,10 @@ from model.bundle import CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INP
 from model.network import Ensemble
 from model.predictions import site_probabilities
 from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, summarise_training
-from service.graphs import Graph
-from service.runtime import Session
-from service.runtime_openvino import OpenVinoRuntime
+from service.errors import StartError
+from service.graphs import Graph, as_products
+from service.runtime import Session, open_runtime
+from service.runtime_onnx import OnnxSession
 from training.dataset import PlateSites
 from training.export import measure_float64, write_graphs
 from training.grid import read_grid
@@ -34,6 +41,9 @@ from training.plates import open_plates
 from training.train import Run, load_network
 
 THREADS, CONTEXT_SITES, CHUNK = 2, 128, 32
+NOT_ROUNDED = {"Constant", "Shape", "Cast", "Split", "Reshape", "Unsqueeze", "Squeeze", "Concat", "Gather"}
+"""What computes nothing."""
+ENTERING = "images_entering"
 
 Float = NDArray[np.float32]
 Logits = Callable[[Float], Float]
@@ -48,45 +58,87 @@ class Network:
     temperature: float
 
 
-def network(name: str, folder: Path, example: Float) -> Network:
+def network(name: str, seed: int, folder: Path, example: Float) -> Network:
     """Export a kept network's graphs."""
     run = Run.load(KEPT / name)
     ensemble = Ensemble([load_network(run).eval()])
     write_graphs(ensemble, folder, example[:2], _described(ensemble, example))
     cells = pd.read_parquet(KEPT / "cells.parquet")
     context = "source" if name == "erm" else "controls"
-    rows = cells[
-        (cells["method"] == name) & (cells["context"] == context) & (cells["seed"] == read_grid(GRID).seeds[0].seed)
-    ]
-    return Network(run, folder, float(rows["temperature"].iloc[0]))
+    kept = cells["temperature"][(cells["method"] == name) & (cells["context"] == context) & (cells["seed"] == seed)]
+    return Network(run, folder, float(kept.iloc[0]))
 
 
 def _described(ensemble: Ensemble, example: Float) -> TrainingStatistics:
     mean, variance = measure_float64(ensemble, example)
-    source = BatchNormStatistics(
-        mean.astype(np.float32), variance.astype(np.float32), sites=len(example), wells=len(example)
-    )
+    count = len(example)
+    source = BatchNormStatistics(mean.astype(np.float32), variance.astype(np.float32), sites=count, wells=count)
     return summarise_training([source, source], source=source, held_out=[source])
 
 
 def answers(found: Network, plates: list[PlateSites]) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64]]]:
     """Every way's well probabilities (wells, classes) and labels of each plate."""
-    exact, half = (OpenVinoRuntime(precision, THREADS) for precision in ("fp32", "bf16"))
+    exact = open_runtime("cpu", "fp32", THREADS)
     measuring, graph = (Graph.read(found.folder / name) for name in (MEASURE, CLASSIFY))
     measure = exact.session(measuring, measures=True)
-    shared = {"fp32": exact.session(graph), "bf16 shared": half.session(graph)}
+    ways: dict[str, Session] = {"fp32": exact.session(graph), "bf16 by rounding": rounded(graph)}
+    with suppress(StartError):
+        ways["bf16"] = open_runtime("cpu", "bf16", THREADS).session(graph)
     for plate in plates:
         context = plate.served(plate.context_rows(CONTEXT_SITES), found.run.recipe)
         prior = Prior.none(len(measuring.centre))
         given = dict(zip(INPUTS[MEASURE], (context, prior.mean, prior.variance, prior.weight), strict=True))
         measured = Measured(*measure.run(OUTPUTS[MEASURE], given))
-        statistics = BatchNormStatistics(measured.mean, measured.variance, sites=len(context), wells=len(context))
-        inputs = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        ways = {name: (session, inputs) for name, session in shared.items()}
-        ways["bf16 folded"] = (half.session(graph.with_constants(statistics)), {})
+        inputs = {INPUT_MEAN: measured.mean, INPUT_VARIANCE: measured.variance}
         images = plate.served(plate.treated, found.run.recipe)
-        for name, (session, also) in ways.items():
-            yield name, *_wells(plate, _logits(session, images, also), found.temperature)
+        for name, session in ways.items():
+            yield name, *_wells(plate, _logits(session, images, inputs), found.temperature)
+
+
+# --- bfloat16 by rounding --------------------------------------------------------------------------------------------
+
+
+def rounded(graph: Graph) -> Session:
+    """Make a session that computes as bfloat16 does."""
+    model = onnx.ModelProto.FromString(graph.with_scale_and_shift(as_products).with_weights())
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(bfloat16(onnx.numpy_helper.to_array(tensor)), tensor.name))
+    entering = onnx.helper.make_node("Identity", [INPUT_IMAGES], [ENTERING])
+    for node in model.graph.node:
+        node.input[:] = [ENTERING if name == INPUT_IMAGES else name for name in node.input]
+    nodes = [*_with_rounding(entering), *(part for node in model.graph.node for part in _with_rounding(node))]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or it takes the roundings out
+    options.intra_op_num_threads = THREADS
+    content = model.SerializeToString()
+    return OnnxSession(onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]), measures=False)
+
+
+def _with_rounding(node: Any) -> list[Any]:
+    """Round what a layer gives to bfloat16."""
+    if node.op_type in NOT_ROUNDED or len(node.output) > 1:
+        return [node]
+    exact, half, out = f"{node.output[0]}_exact", f"{node.output[0]}_half", node.output[0]
+    node.output[0] = exact
+    make = onnx.helper.make_node
+    return [
+        node,
+        make("Cast", [exact], [half], to=onnx.TensorProto.BFLOAT16),
+        make("Cast", [half], [out], to=onnx.TensorProto.FLOAT),
+    ]
+
+
+def bfloat16(values: Float) -> Float:
+    """Round to the nearest bfloat16."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    kept: Float = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return kept
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _logits(session: Session, images: Float, also: dict[str, Float]) -> Float:
@@ -111,19 +163,17 @@ def bars_of(name: str, found: Network, plates: list[PlateSites]) -> list[Bar]:
     truth = np.concatenate(labels)
     wells = {way: np.concatenate(part) for way, part in parts.items()}
     exact = wells.pop("fp32")
-    score = calibrated(exact, truth)
+    right, score = accuracy(exact, truth), calibrated(exact, truth)
     bars = [
         Bar(f"{name}, wells", len(truth), ""),
-        Bar(f"{name}, fp32: accuracy", 100 * accuracy(exact, truth), "%"),
+        Bar(f"{name}, fp32: accuracy", 100 * right, "%"),
         Bar(f"{name}, fp32: log loss", score.nll, "nats"),
         Bar(f"{name}, fp32: calibration error", 100 * score.ece, "points"),
     ]
     for way, half in wells.items():
         now = calibrated(half, truth)
         bars += [
-            Bar(
-                f"{name}, {way}: accuracy lost", 100 * (accuracy(exact, truth) - accuracy(half, truth)), "points", at_most=1
-            ),
+            Bar(f"{name}, {way}: accuracy lost", 100 * (right - accuracy(half, truth)), "points", at_most=1),
             Bar(f"{name}, {way}: log loss gained", now.nll - score.nll, "nats", at_most=0.02),
             Bar(f"{name}, {way}: calibration error gained", 100 * (now.ece - score.ece), "points", at_most=1),
             Bar(f"{name}, {way}: calls changed", 100 * float((exact.argmax(1) != half.argmax(1)).mean()), "%", at_most=2),
@@ -139,16 +189,15 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = read_grid(GRID).seeds[0]
     folder = OUT / f"check-{asked.seed}"
-    fetched(
-        asked.seed, folder, arguments.workers, replace(PLAN, labs=1, first_lab=int(str(asked.test_lab).rpartition("_")[2]))
-    )
+    lab = int(str(asked.test_lab).rpartition("_")[2])
+    fetched(asked.seed, folder, arguments.workers, replace(PLAN, labs=1, first_lab=lab))
     bars = []
     for name in KEPT_NETWORKS:
         run = Run.load(KEPT / name)
         plates = list(open_plates(folder, run.classes).values())
         example = plates[0].served(plates[0].context_rows(8), run.recipe)
         with tempfile.TemporaryDirectory() as graphs:
-            bars += bars_of(name, network(name, Path(graphs), example), plates)
+            bars += bars_of(name, network(name, asked.seed, Path(graphs), example), plates)
     write_bars(bars, Path("build/precision.json"))
     print(table(bars))
     if any(bar.holds is False for bar in bars):

@@ -1,7 +1,7 @@
 """What a million wells cost, from the measured speed of one two-core machine: hours, machines, bandwidth, money.
 
 Arithmetic on ``build/bench.json`` (``python -m benchmarks.bench``): time a well is that of a small plate, adapted and
-classified, a third of whose wells are controls. Prices are assumptions: give your own.
+classified, a sixth of whose wells are controls. Prices are assumptions: give your own.
 
 Run: ``python -m benchmarks.screen_cost [--core-hour 0.04] [--days 1]``
 """

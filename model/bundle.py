@@ -102,7 +102,7 @@ class Manifest:
         """
         if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
             found = value.get("format_version") if isinstance(value, dict) else None
-            raise BundleError(f"the manifest is of format {found}; this version reads {FORMAT_VERSION}")
+            raise BundleError(f"the manifest is of format {found}; this version reads {FORMAT_VERSION}: export it again")
         unknown = set(value) - {item.name for item in fields(cls)}
         if unknown:
             raise BundleError(f"the manifest has unknown fields: {', '.join(sorted(unknown))}")

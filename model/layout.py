@@ -36,6 +36,8 @@ MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
 MAX_PIXEL_SIZE_UM = 1_000.0
 MAX_PLATE_NAME = 128
 MAX_PLANES = 400_000
+UNUSED_CHANNEL = "-"
+"""Stands for a numbered channel that the bundle does not use."""
 """Planes that one table tells of: twice those of a 1536-well plate of 16 sites and 8 channels."""
 _PIXEL_SIZE_DECIMALS = 6
 

@@ -19,7 +19,7 @@ from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
-from service.engine import BundleEngine, Engine, replay
+from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, replay
 from service.errors import StartError, install_handlers
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
@@ -182,7 +182,7 @@ def compose(
         access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
         rates=Rates(settings.redis),
         neighbours=Neighbours(settings.allowed_hosts),
-        turns=Turns(cpu_count(settings.threads)),
+        turns=Turns(cpu_count(settings.threads), QUEUE_TIMEOUT_S),
         readiness=Readiness(),
         receiver=receiver,
         later=Later(batches, receiver, jobs),
@@ -207,7 +207,7 @@ def open_engine(settings: Settings) -> BundleEngine:
         bundle = Bundle.load(settings.bundle)
         threads, members = cpu_count(settings.threads), bundle.manifest.members
         runtime = open_runtime(settings.device, settings.precision, threads, members=members)
-        return BundleEngine(bundle, runtime, settings.batch_sessions_bytes)
+        return BundleEngine(bundle, runtime)
 
     with ThreadPoolExecutor(1, initializer=give_way) as pool:
         return pool.submit(make).result()
@@ -217,16 +217,20 @@ def _max_context_sites(settings: Settings, engine: BundleEngine) -> int:
     """How many sites are measured in one pass: as many as the bundle says, or fit in the memory that is set.
 
     Raises:
-        StartError: not one fits.
+        StartError: fewer fit than a site of each of the wells that the bundle needs.
     """
-    each = engine.bytes_a_site
-    most, fit = engine.bundle.manifest.max_context_sites, settings.measure_bytes // each
-    if not fit:
-        raise StartError(f"ANCHORWELL_MEASURE_BYTES is {settings.measure_bytes:,}; measuring one site takes {each:,}")
+    each, manifest = engine.bytes_a_site, engine.bundle.manifest
+    most, fit = manifest.max_context_sites, settings.measure_bytes // each
+    if fit < manifest.minimum_control_wells:
+        raise StartError(
+            f"ANCHORWELL_MEASURE_BYTES is {settings.measure_bytes:,}; measuring one site takes {each:,}, and the bundle "
+            f"needs one of each of {manifest.minimum_control_wells} control wells: set at least "
+            f"{manifest.minimum_control_wells * each:,}"
+        )
     if fit < most:
         log.warning(
             "ANCHORWELL_MEASURE_BYTES lets %d control sites of a batch be measured, %d bytes each; the bundle would measure "
-            "%d: of more, some of each well are", fit, each, most,
+            "%d: of more, some of each well are, and of more wells than that, some wells", fit, each, most,
         )  # fmt: skip
     return min(fit, most)
 

@@ -218,12 +218,10 @@ class Batches:
         wells: list[schemas.WellPrediction] = []
         embeddings: list[Float] = []
         seen: list[PreparedSite] = []
-        left = len(upload.sites)
         with self.preparer.prepared(upload, pixel_size_um) as prepared:
             for well, sites, refused in _by_well(prepared):
                 with watch.stage("classify"):
-                    answer, embedding = self._answer(well, sites, frame, left, watch)
-                left -= len(sites) + len(refused)
+                    answer, embedding = self._answer(well, sites, frame)
                 control = well in batch.control_wells
                 classes = self.bundle.manifest.classes
                 wells.append(well_prediction(answer, classes, refused, frame.adaptation, control=control))
@@ -482,13 +480,11 @@ class Batches:
             detail = f"{error.detail}; or ask for ?context=blended, on these and the mean of the training plates"
             raise TooFewControlsError(detail, **error.members).about(batch_id=batch.batch_id) from None
 
-    def _answer(
-        self, well: str, sites: Sequence[PreparedSite], frame: Frame, left: int, watch: Stopwatch
-    ) -> tuple[WellAnswer, Float]:
+    def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
         images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
         try:
-            logits, embeddings = self._classify(images, frame.statistics, left, watch)
+            logits, embeddings = self._classify(images, frame.statistics)
         except NonFiniteImageError as error:
             raise error.about(well=well) from None
         adaptation = frame.adaptation
@@ -497,15 +493,13 @@ class Batches:
         answer = classify_well(well, logits, embeddings, manifest.classes, manifest.temperature, reference, controls)
         return answer, embeddings.mean(axis=0)
 
-    def _classify(self, images: Float, statistics: BatchNormStatistics, left: int, watch: Stopwatch) -> tuple[Float, Float]:
-        """Classify one well's sites: its calls' shapes depend on nothing else. ``left`` sites will be, these among them."""
-        parts = []
-        for start in range(0, len(images), SITES_PER_CALL):
-            begun = time.perf_counter()
-            part = self.engine.classify(images[start : start + SITES_PER_CALL], statistics, left - start)
-            watch.add(f"classify_{part.graph}", time.perf_counter() - begun)
-            parts.append(part)
-        logits, embeddings = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
+    def _classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        """Classify one well's sites: its calls' shapes depend on nothing else."""
+        parts = [
+            self.engine.classify(images[start : start + SITES_PER_CALL], statistics)
+            for start in range(0, len(images), SITES_PER_CALL)
+        ]
+        logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
         if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
             raise NonFiniteImageError("the network's answer is not finite: an image is out of scale")
         return logits, embeddings

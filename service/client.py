@@ -7,22 +7,25 @@ import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from model.errors import AnchorwellError
-from model.layout import PlaneKey, parse_file_name, parse_layout, plane_key
+from model.layout import UNUSED_CHANNEL, PlaneKey, parse_file_name, parse_layout, plane_key
 from service import schemas
 from service.digests import content_digest
 from service.errors import MEDIA_TYPE, PROBLEM_TYPE
 
+T = TypeVar("T")
 REQUEST_BYTES = 256 << 20
 _ATTEMPTS = 5
 _RETRY_S = 1
@@ -133,6 +136,7 @@ class AnchorwellClient:
         files: Iterable[Path],
         layout: str | None = None,
         *,
+        channels: Sequence[str] | None = None,
         replace: bool = False,
         progress: _Progress | None = None,
     ) -> schemas.ImageList:
@@ -142,24 +146,61 @@ class AnchorwellClient:
             ProblemError: the service refused one. ServiceUnreachableError: it did not answer. AnchorwellError: a file's
                 well, site or channel is not known.
         """
-        channels = self.model().channels
-        places = parse_layout(layout, channels).files if layout is not None else None
-        there = {(image.well, image.site, image.channel): image.sha256 for image in self._images_there(batch_id)}
         paths = _some(files)
-        sent = _Sent(len(paths), progress)
-
-        def put(path: Path) -> None:
-            key = _plane(path, places, channels)
-            if key is not None:
-                data = path.read_bytes()
-                if there.get((key.well, key.site, key.channel)) != sha256(data).hexdigest():
-                    self._put_plane(batch_id, key, data, replace=replace)
-            sent.add(path)
-
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            for _ in pool.map(put, paths):
-                pass
+        places = _Places.of(layout, self.model().channels, channels)
+        self._sender(batch_id, places, _Sent(len(paths), progress), replace=replace)(paths)
         return self.images(batch_id)
+
+    def predict_while_sending(
+        self,
+        batch_id: str,
+        files: Iterable[Path],
+        layout: str | None = None,
+        *,
+        channels: Sequence[str] | None = None,
+        pixel_size_um: float | None = None,
+        context: Context = "controls",
+        request_bytes: int = REQUEST_BYTES,
+        progress: _Progress | None = None,
+    ) -> schemas.Prediction:
+        """Send treated images ahead, and have the wells that are there classified while the next are sent.
+
+        Raises:
+            ProblemError: the service refused a plane or a well. StatisticsChangedError: the controls changed on the way.
+            ServiceUnreachableError: the service did not answer. AnchorwellError: a file's well, site or channel is not
+                known, or the layout is of another plate or pixel size.
+        """
+        paths = _some(files)
+        places = _Places.of(layout, self.model().channels, channels)
+        self._require_plate(batch_id, places.plate)
+        size_um = places.agreed_size_um(pixel_size_um)
+        send = self._sender(batch_id, places, _Sent(len(paths), progress))
+        asked: list[Future[schemas.Prediction]] = []
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                for chunk in chunks_of_wells(paths, places.files, request_bytes):
+                    send(chunk)
+                    wells = sorted({well for path in chunk if (well := well_of(path, places.files)) is not None})
+                    ask = partial(self.predict_staged, batch_id, wells, pixel_size_um=size_um, context=context)
+                    asked.append(pool.submit(ask))
+                    for answered in (answer for answer in asked if answer.done()):
+                        answered.result()
+                return merged([answer.result() for answer in asked])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _sender(self, batch_id: str, places: "_Places", sent: "_Sent", *, replace: bool = False) -> "_Sender":
+        there = {(image.well, image.site, image.channel): image.sha256 for image in self._images_there(batch_id)}
+        return _Sender(partial(self._put_plane, batch_id, replace=replace), places, there, sent)
+
+    def _require_plate(self, batch_id: str, plate: str | None) -> None:
+        kept = None if plate is None else _where_there(lambda: self.batch(batch_id).plate, None)
+        if plate is not None and kept is not None and plate.casefold() != kept.casefold():
+            raise AnchorwellError(
+                f"the controls of batch {batch_id} are of plate {kept!r}, the layout is of plate {plate!r}: send its files "
+                "to that plate's batch"
+            )
 
     def _put_plane(self, batch_id: str, key: PlaneKey, data: bytes, *, replace: bool) -> None:
         path = f"/batches/{_quoted(batch_id)}/images/{key.well}/{key.site}/{_quoted(key.channel)}"
@@ -167,12 +208,7 @@ class AnchorwellClient:
         self._send("PUT", path, lambda: {"content": data, "headers": headers, "params": params})
 
     def _images_there(self, batch_id: str) -> tuple[schemas.KeptImage, ...]:
-        try:
-            return self.images(batch_id).images
-        except ProblemError as error:
-            if error.status != httpx.codes.NOT_FOUND:
-                raise
-            return ()
+        return _where_there(lambda: self.images(batch_id).images, ())
 
     def adapt_staged(
         self,
@@ -446,12 +482,90 @@ class _WhenRead(io.RawIOBase):
             self._file = None
 
 
-def _plane(path: Path, places: Mapping[str, PlaneKey] | None, channels: Sequence[str]) -> PlaneKey | None:
-    """Return which plane a file is, by the layout or by its name; None for a thumbnail, or a file the layout leaves out."""
-    if places is not None:
-        return places.get(path.name)
-    parsed = parse_file_name(path.name)
-    return None if parsed.thumbnail else plane_key(parsed, channels)
+@dataclass(frozen=True)
+class _Places:
+    """Where files belong: by a layout, else by their names; ``numbered`` names the channels of those that number them."""
+
+    channels: Sequence[str]
+    files: Mapping[str, PlaneKey] | None
+    numbered: Sequence[str] | None
+    plate: str | None = None
+    size_um: float | None = None
+
+    @classmethod
+    def of(cls, layout: str | None, channels: Sequence[str], numbered: Sequence[str] | None) -> Self:
+        """Read a layout, where there is one.
+
+        Raises:
+            AnchorwellError: it cannot be read, or gives several pixel sizes.
+        """
+        if layout is None:
+            return cls(channels, None, numbered)
+        table = parse_layout(layout, channels)
+        return cls(channels, table.files, numbered, table.plate, table.pixel_size_um)
+
+    def agreed_size_um(self, given: float | None) -> float | None:
+        """Return the pixel size given, or the layout's.
+
+        Raises:
+            AnchorwellError: they differ.
+        """
+        if given is not None and self.size_um is not None and given != self.size_um:
+            raise AnchorwellError(f"the layout says {self.size_um:g} µm per pixel, {given:g} is asked for: give one of them")
+        return self.size_um if given is None else given
+
+    def __call__(self, path: Path) -> PlaneKey | None:
+        """Return which plane a file is; None for a thumbnail, a channel that is not used, or one the layout leaves out.
+
+        Raises:
+            AnchorwellError: its name does not say.
+        """
+        if self.files is not None:
+            return self.files.get(path.name)
+        parsed = parse_file_name(path.name)
+        if parsed.thumbnail:
+            return None
+        if isinstance(parsed.channel, int):
+            if self.numbered is None:
+                raise AnchorwellError(
+                    f"{path.name[:200]!r} numbers its channel: give the names of channels in the order of their numbers"
+                )
+            if self.numbered[parsed.channel - 1 : parsed.channel] == [UNUSED_CHANNEL]:
+                return None
+        return plane_key(parsed, self.channels, self.numbered)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sender:
+    """Sends planes ahead, several at once, but those that are there already."""
+
+    put: Callable[[PlaneKey, bytes], None]
+    places: _Places
+    there: Mapping[tuple[str, int, str], str]
+    sent: _Sent
+
+    def __call__(self, paths: Iterable[Path]) -> None:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            for _ in pool.map(self._send, paths):
+                pass
+
+    def _send(self, path: Path) -> None:
+        key = self.places(path)
+        if key is not None:
+            data = path.read_bytes()
+            if self.there.get((key.well, key.site, key.channel)) != sha256(data).hexdigest():
+                self.put(key, data)
+        self.sent.add(path)
+
+
+def _where_there(ask: Callable[[], T], otherwise: T) -> T:
+    """Ask for something of a batch that may not be there yet."""
+    try:
+        return ask()
+    except ProblemError as error:
+        if error.status != httpx.codes.NOT_FOUND:
+            raise
+        return otherwise
 
 
 def _named(wells: Sequence[str] | None, pixel_size_um: float | None) -> dict[str, Any]:

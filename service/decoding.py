@@ -49,11 +49,14 @@ class FileSlice:
         """Return the bytes.
 
         Raises:
-            ReferenceUnreadableError: the disk, or one that is not this machine's, does not give them.
+            FileNotFoundError: it is gone. ReferenceUnreadableError: a disk, or one that is not this machine's, does not give
+                them.
         """
         try:
             with self.path.open("rb", buffering=0) as file:
                 return os.pread(file.fileno(), self.size, self.offset)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise ReferenceUnreadableError(f"{self.name[:200]!r} cannot be read: {error.strerror}") from None
 

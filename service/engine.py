@@ -1,20 +1,16 @@
 """Runs the bundle's two graphs on a runtime.
 
-Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else but, in the last
-bits, on whether the shared graph gave them, which takes statistics as inputs, or a session made for these statistics, in
-which they are constants that the runtime folds into the convolutions.
+Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else.
 """
 
-import hashlib
 import logging
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,28 +41,22 @@ from service.priority import give_way
 from service.runtime import Runtime, Session
 
 Float = NDArray[np.float32]
-Ran = Literal["shared", "folded"]
-WORTH_FOLDING = 64
-"""Sites still to classify from which making a session for their statistics is worth its time."""
 FAR = 1e4
 """Square of a mean's distance from where it was taken about, over the variance, beyond which rounding would be seen."""
 QUEUE_TIMEOUT_S = 300.0
 """Longest wait for the passes before."""
-_MOST_SESSIONS = 8
+_EMBEDDED_AT_ONCE = 32
 _BUFFERS = 1.7
 """What a runtime takes for its buffers, over what the graph needs: they do not fit one another."""
-_SESSION_BYTES = 10 << 20
-"""What a session takes beside its weights; buffers are shared."""
 
 log = logging.getLogger("anchorwell")
 
 
 class Classified(NamedTuple):
-    """Logits (sites, members, classes), embeddings (sites, dim), and the graph that gave them."""
+    """Logits (sites, members, classes) and embeddings (sites, dim)."""
 
     logits: Float
     embeddings: Float
-    graph: Ran = "shared"
 
 
 class Engine(Protocol):
@@ -92,8 +82,8 @@ class Engine(Protocol):
         """
         ...
 
-    def classify(self, images: Float, statistics: BatchNormStatistics, left: int = 0) -> Classified:
-        """Classify (sites, channels, height, width); ``left`` sites will be with the same statistics, these among them.
+    def classify(self, images: Float, statistics: BatchNormStatistics) -> Classified:
+        """Classify (sites, channels, height, width).
 
         Raises:
             BusyError, MemoryShortError: not now.
@@ -104,7 +94,7 @@ class Engine(Protocol):
 class BundleEngine:
     """An ``Engine`` of a bundle on a runtime; one pass at a time, each with every thread that the runtime has."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, folded_bytes: int = 0) -> None:
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle, self._runtime = bundle, runtime
         self.observer: Observer = UNOBSERVED
         self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
@@ -116,7 +106,6 @@ class BundleEngine:
             self._classify, self._measure = classify.result(), measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
-        self._folded = FoldedSessions(self._fold, self._most_sessions(folded_bytes) if runtime.folds else 0)
         self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
 
     @property
@@ -129,11 +118,6 @@ class BundleEngine:
         """Arithmetic of the graphs."""
         return self._runtime.precision
 
-    @property
-    def makes_sessions(self) -> bool:
-        """Whether it makes sessions for batches' statistics."""
-        return self._folded.most > 0
-
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
         used = self._plain if prior is None else prior
         with self._turn("measure", len(images)):
@@ -142,14 +126,29 @@ class BundleEngine:
                 centre = self._nearer(found, used)
                 if centre is not None:
                     log.info("a context lies so far from the training plates that it is measured again, about its own means")
-                    again = self._graphs[MEASURE].with_centre(centre)
-                    found = _measured(self._runtime.session(again, measures=True), images, used)
+                    found = _measured(self._session_about(centre), images, used)
             except MemoryError:
                 raise MemoryShortError(
                     f"there is not the memory to measure {len(images)} sites in one pass: send the request again when less "
                     "is done, or fewer control sites"
                 ) from None
-        return found
+        return found if self.precision == "fp32" else found._replace(embeddings=self._embedded(images, found))
+
+    def _embedded(self, images: Float, measured: Measured) -> Float:
+        """Embeddings as wells' are, which are compared with them: of the graph that classifies, in its precision."""
+        statistics = BatchNormStatistics(measured.mean, measured.variance, sites=len(images), wells=1)
+        parts = [images[at : at + _EMBEDDED_AT_ONCE] for at in range(0, len(images), _EMBEDDED_AT_ONCE)]
+        return np.concatenate([self.classify(part, statistics).embeddings for part in parts])
+
+    def _session_about(self, centre: Float) -> Session:
+        """Make a session that measures about other means, of the weights that were loaded.
+
+        Raises:
+            BundleError: others lie there now.
+        """
+        if file_sha256(self._folder / WEIGHTS) != self.bundle.manifest.files.get(WEIGHTS):
+            raise BundleError(f"{WEIGHTS} is no longer what was there when the bundle was loaded: start the service again")
+        return self._runtime.session(self._graphs[MEASURE].with_centre(centre), measures=True)
 
     def _nearer(self, found: Measured, prior: Prior) -> Float | None:
         """Return the means that were measured where they lie too far from what they were taken about, (features,)."""
@@ -158,36 +157,22 @@ class BundleEngine:
         far = share * np.square(measured - self._centre) / (found.variance + BN_EPSILON)
         return measured.astype(np.float32) if far.max() > FAR else None
 
-    def classify(self, images: Float, statistics: BatchNormStatistics, left: int = 0) -> Classified:
-        folded = self._folded.get(statistics, make=left >= WORTH_FOLDING)
+    def classify(self, images: Float, statistics: BatchNormStatistics) -> Classified:
         with self._turn("classify", len(images)):
             try:
-                return self._classified(images, statistics, folded)
+                return self._classified(images, statistics)
             except MemoryError:
                 log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
             half = (len(images) + 1) // 2
             try:
-                parts = [self._classified(part, statistics, folded) for part in (images[:half], images[half:]) if len(part)]
+                parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if len(part)]
             except MemoryError:
                 raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
-        logits, embeddings = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
-        return Classified(logits, embeddings, parts[0].graph)
+        return Classified(*(np.concatenate(both) for both in zip(*parts, strict=True)))
 
-    def _classified(self, images: Float, statistics: BatchNormStatistics, folded: Session | None) -> Classified:
-        given = {INPUT_IMAGES: images}
-        if folded is None:
-            given |= {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        logits, embeddings = (folded or self._classify).run(OUTPUTS[CLASSIFY], given)
-        return Classified(logits, embeddings, "shared" if folded is None else "folded")
-
-    def _fold(self, statistics: BatchNormStatistics) -> Session:
-        if file_sha256(self._folder / WEIGHTS) != self.bundle.manifest.files.get(WEIGHTS):
-            raise BundleError(f"{WEIGHTS} is no longer what was there when the bundle was loaded: start the service again")
-        return self._runtime.session(self._graphs[CLASSIFY].with_constants(statistics))
-
-    def _most_sessions(self, folded_bytes: int) -> int:
-        each = 2 * (self._folder / WEIGHTS).stat().st_size + _SESSION_BYTES  # as they are, and laid out for the processor
-        return min(folded_bytes // each, _MOST_SESSIONS)
+    def _classified(self, images: Float, statistics: BatchNormStatistics) -> Classified:
+        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        return Classified(*self._classify.run(OUTPUTS[CLASSIFY], given))
 
     @contextmanager
     def _turn(self, graph: str, sites: int) -> Iterator[None]:
@@ -212,51 +197,6 @@ class BundleEngine:
 def _measured(session: Session, images: Float, prior: Prior) -> Measured:
     given = (images, prior.mean, prior.variance, prior.weight)
     return Measured(*session.run(OUTPUTS[MEASURE], dict(zip(INPUTS[MEASURE], given, strict=True))))
-
-
-# --- sessions of one batch -------------------------------------------------------------------------------------------
-
-
-class FoldedSessions:
-    """Sessions made for statistics, one at a time in the background; the longest unused goes when there is one too many.
-
-    What cannot be made is told in the log once, and not tried again while it is remembered.
-    """
-
-    def __init__(self, make: Callable[[BatchNormStatistics], Session], most: int) -> None:
-        self._make = make
-        self.most = most
-        self._made: OrderedDict[str, Future[Session | None]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fold", initializer=give_way)
-
-    def get(self, statistics: BatchNormStatistics, *, make: bool) -> Session | None:
-        """Return what was made for statistics; None where nothing is there yet, which then is made where it is worth it."""
-        if not self.most:
-            return None
-        name = hashlib.sha256(statistics.mean.tobytes() + statistics.variance.tobytes()).hexdigest()
-        with self._lock:
-            found = self._made.get(name)
-            if found is not None:
-                self._made.move_to_end(name)
-            elif make:
-                self._begin(name, statistics)
-            return found.result() if found is not None and found.done() else None
-
-    def _begin(self, name: str, statistics: BatchNormStatistics) -> None:
-        try:
-            self._made[name] = self._pool.submit(self._try, statistics)
-        except RuntimeError:  # this process ends, or has no thread left
-            return
-        while len(self._made) > self.most:
-            self._made.popitem(last=False)[1].cancel()
-
-    def _try(self, statistics: BatchNormStatistics) -> Session | None:
-        try:
-            return self._make(statistics)
-        except Exception:
-            log.exception("no session could be made for a batch's statistics: the shared graph answers")
-            return None
 
 
 def replay(engine: Engine, bundle: Bundle) -> None:

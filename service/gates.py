@@ -118,12 +118,27 @@ class Turns:
     More would take longer together, and hold up the loop that answers whether the service lives.
     """
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, cores: int, timeout_s: float) -> None:
         self._limiter = anyio.CapacityLimiter(cores + 1)
+        self._threads = anyio.CapacityLimiter(cores + 1)
+        self._timeout_s = timeout_s
 
     async def taken(self, work: Callable[[], T]) -> T:
-        """Run work on a thread when it is its turn."""
-        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        """Run work on a thread when it is its turn.
+
+        Raises:
+            BusyError: it is not, for too long.
+        """
+        turn = object()
+        try:
+            with anyio.fail_after(self._timeout_s):
+                await self._limiter.acquire_on_behalf_of(turn)
+        except TimeoutError:
+            raise BusyError(f"the requests before took longer than {self._timeout_s:g} s") from None
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._threads)
+        finally:
+            self._limiter.release_on_behalf_of(turn)
 
 
 @dataclass(frozen=True)

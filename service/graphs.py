@@ -1,8 +1,7 @@
 """What the graphs of a bundle become before a runtime is given them. Knows no runtime, and no images.
 
 A bundle says ``BatchNormalization``, with statistics that are not known until a batch is. Runtimes fold that into the
-convolutions where the statistics are constants; where they are not, they normalise in a pass of its own, onnxruntime on
-one thread.
+convolutions where statistics are constants; where they are not, as here, they are slow at it: onnxruntime takes one thread.
 """
 
 import math
@@ -16,9 +15,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from model.bundle import CENTRE, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS
+from model.bundle import CENTRE, INPUT_IMAGES, INPUTS, OUTPUTS
 from model.errors import BundleError
-from model.statistics import BatchNormStatistics
 
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
@@ -51,16 +49,6 @@ class Graph:
                 raise BundleError(f"{path.name} {what} {', '.join(sorted(names))}; expected {', '.join(needed)}")
         return graph
 
-    def with_constants(self, statistics: BatchNormStatistics) -> Self:
-        """The graph that classifies, with statistics as constants in place of its inputs for them."""
-        model = self._model()
-        given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        inputs = [item for item in model.graph.input if item.name not in given]
-        del model.graph.input[:]
-        model.graph.input.extend(inputs)
-        model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in given.items())
-        return self._with(model)
-
     def with_centre(self, centre: NDArray[np.float32]) -> Self:
         """The graph that measures, taking its means about others, (features,)."""
         model = self._model()
@@ -72,13 +60,10 @@ class Graph:
     def with_scale_and_shift(self, apply: Affine) -> Self:
         """The graph with batch normalisations as a scale and a shift of each feature, in the form that a runtime is fast at.
 
-        It takes the activation that follows into them, and runs them on every thread; where statistics are constants it takes
-        them into the convolution before, and the graph stays as it is.
+        It takes the activation that follows into them, and runs them on every thread.
         """
         model = self._model()
         graph = model.graph
-        if [item.name for item in graph.input] == [INPUT_IMAGES]:
-            return self
         features = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 1}
         nodes = [
             new
@@ -183,8 +168,8 @@ def as_convolution(x: str, name: str, output: str, features: int) -> Iterator[An
 def as_products(x: str, name: str, output: str, features: int) -> Iterator[Any]:
     """A product and a sum: one pass in OpenVINO, with the sum and the activation that follow, which a bias is not.
 
-    It lays out a pass as most of what goes in is laid out, and images as convolutions give them. So scale and shift come from
-    convolutions, too, of a one; else every layer's output would be laid out anew, and back.
+    It lays out a pass as most of what goes in is laid out. So scale and shift come from convolutions, too, of a one; else
+    every layer's output would be laid out anew, and back.
     """
     one = onnx.numpy_helper.from_array(np.ones((1, features, 1, 1), np.float32))
     yield _node("Constant", [], f"{name}_one", value=one)

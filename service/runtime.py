@@ -39,11 +39,6 @@ class Runtime(Protocol):
         """Arithmetic of the layers that classify."""
         ...
 
-    @property
-    def folds(self) -> bool:
-        """Whether a graph with a batch's statistics folded in runs enough faster to be made."""
-        ...
-
     def session(self, graph: Graph, *, measures: bool = False) -> Session:
         """Make one; one that ``measures`` is in single precision, and gives back its buffers after each run.
 

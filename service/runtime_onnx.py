@@ -35,11 +35,6 @@ class OnnxRuntime:
         """Where graphs run."""
         return CPU if self._providers == [CPU] else CUDA
 
-    @property
-    def folds(self) -> bool:
-        """Not on CUDA, where a session would look for each convolution's algorithm anew."""
-        return self.provider == CPU
-
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""
         options = onnxruntime.SessionOptions()

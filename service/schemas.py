@@ -65,7 +65,7 @@ class Provenance(_Value):
     """What answered."""
 
     bundle: str = Field(description="digest of the served bundle")
-    provider: str = Field(description="what onnxruntime really ran on: CUDAExecutionProvider or CPUExecutionProvider")
+    provider: str = Field(description="what the network ran on: CUDAExecutionProvider, OpenVINO or CPUExecutionProvider")
     precision: str = Field(description="arithmetic of the network: fp32 or bf16")
     version: str = Field(description="of the service")
 
@@ -105,9 +105,7 @@ class Measured(Provenance):
     )
     saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
-    seconds: Mapping[str, float] = Field(
-        description="seconds by stage; those of classify_… are part of another's, by the graph that ran"
-    )
+    seconds: Mapping[str, float] = Field(description="seconds by stage")
 
 
 class ControlsReport(Measured):

@@ -126,9 +126,6 @@ class Settings(StorageSettings):
         gt=0,
         description="memory that one pass over a batch's controls may take; of more sites some of each well are",
     )
-    batch_sessions_bytes: int = Field(
-        1 << 30, ge=0, description="memory for networks with one batch's statistics folded in, faster with OpenVINO; 0: none"
-    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     metrics_port: int | None = Field(

@@ -26,6 +26,7 @@ from model.errors import (
 from model.images import ImageRecipe, PreparedImage
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
+    UNUSED_CHANNEL,
     Layout,
     PlaneKey,
     SiteKey,
@@ -45,7 +46,6 @@ from service.priority import give_way
 from service.store import KeptFile, blob_sha256
 from service.tables import table_of_any_kind
 
-UNUSED_CHANNEL = "-"
 _SUFFIX = re.compile(r"(\.ome)?\.tiff?$", re.IGNORECASE)
 QUALITY_ERRORS = (BlankImageError, SaturatedImageError)
 """What may befall one site of a treated well without casting doubt on the rest of the upload."""

@@ -47,7 +47,7 @@ class FakeEngine:
         scores = (wide.mean(axis=(2, 3)) - mean) / np.sqrt(variance + BN_EPSILON)
         return Measured(mean.astype(np.float32), variance.astype(np.float32), scores.astype(np.float32))
 
-    def classify(self, images, statistics, left=0):  # noqa: ARG002 (it has one graph)
+    def classify(self, images, statistics):
         means = images.astype(np.float64).mean(axis=(2, 3))
         scores = (means - statistics.mean) / np.sqrt(statistics.variance + BN_EPSILON)
         logits = np.stack([scores * (1 + member) for member in range(self.members)], axis=1)

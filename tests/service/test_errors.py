@@ -314,12 +314,12 @@ def test_answers_for_a_batch_that_was_deleted_meanwhile_are_not_given(anew, clie
     client.post(CONTROLS, files=FILES)
     classify = engine.classify
 
-    def interrupted(images, statistics, left):
+    def interrupted(images, statistics):
         engine.classify = classify
         assert client.delete("/batches/P1").status_code == 204
         if anew:
             assert client.post(CONTROLS, files=well_files(["E01", "F01", "G01", "H01"])).status_code == 201
-        return classify(images, statistics, left)
+        return classify(images, statistics)
 
     engine.classify = interrupted
     refused(client.post("/batches/P1/predict", files=well_files(["M01"])), "batch-not-found", names=["was deleted"])

@@ -12,7 +12,7 @@ import uvicorn
 from service import multipart
 from service.access import Keys, Scope
 from service.errors import BusyError, ForeignSiteError
-from service.gates import Neighbours, Slots
+from service.gates import Neighbours, Slots, Turns
 from service.multipart import SPOOL_PREFIX, spooled, sweep_spool
 from service.protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
 from tests.service.conftest import free_port, running, wait_until
@@ -233,13 +233,13 @@ def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, st
     engine, working, most, lock = FakeEngine(), [], [], threading.Lock()
     classify = engine.classify
 
-    def counted(images, statistics, left):
+    def counted(images, statistics):
         with lock:
             working.append(1)
             most.append(len(working))
         try:
             time.sleep(0.05)  # so that they would meet
-            return classify(images, statistics, left)
+            return classify(images, statistics)
         finally:
             with lock:
                 working.pop()
@@ -259,6 +259,18 @@ def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, st
             thread.join()
     assert statuses == [200] * 6
     assert max(most) <= settings.threads + 1
+
+
+@pytest.mark.anyio
+async def test_who_waits_too_long_for_a_turn_is_told_to_come_back_and_the_next_gets_one():
+    turns, release = Turns(0, 0.05), threading.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(turns.taken, release.wait)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(BusyError, match=r"requests before took longer than 0\.05 s"):
+            await turns.taken(list)
+        release.set()
+    assert await turns.taken(lambda: "done") == "done"
 
 
 def test_a_post_is_turned_away_before_anything_of_it_is_read_while_all_slots_are_taken(settings, storage):

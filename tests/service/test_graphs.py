@@ -53,16 +53,6 @@ def test_a_scale_and_a_shift_are_what_batch_normalisation_is(tiny, given, form):
         np.testing.assert_allclose(other, one, atol=1e-4)
 
 
-def test_statistics_as_constants_are_no_inputs(tiny, given):
-    images, statistics = given
-    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
-    expected = session((tiny.path / CLASSIFY).read_bytes(), tiny).run(None, feeds)
-    folded = session(Graph.read(tiny.path / CLASSIFY).with_constants(statistics).content, tiny)
-    assert [item.name for item in folded.get_inputs()] == ["images"]
-    for one, other in zip(expected, folded.run(None, {"images": images}), strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-4)
-
-
 @FORMS
 def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path, form):
     images, statistics = given
@@ -113,11 +103,6 @@ def test_a_graph_that_measures_about_other_means_finds_the_same(tiny, given):
 def test_a_graph_without_batch_normalisation_stays_as_it_is(tiny):
     once = Graph.read(tiny.path / CLASSIFY).with_scale_and_shift(as_convolution)
     assert once.with_scale_and_shift(as_convolution) == once
-
-
-def test_a_graph_whose_statistics_are_constants_is_left_to_the_runtime(tiny, given):
-    folded = Graph.read(tiny.path / CLASSIFY).with_constants(given[1])
-    assert folded.with_scale_and_shift(as_convolution) is folded
 
 
 def test_a_graph_with_its_weights_needs_no_other_file(tiny, given):

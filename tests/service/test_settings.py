@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from model.bundle import Bundle
 from service.app import create_app, open_engine
 from service.errors import StartError
 from service.settings import Settings, StorageSettings, is_loopback
@@ -24,8 +25,9 @@ def test_measuring_keeps_to_the_memory_that_it_is_given(tiny_bundle_path, tmp_pa
     with running(settings.model_copy(update={"measure_bytes": 5 * each})) as client:
         assert client.get("/model").json()["max_context_sites"] == 5
     assert "lets 5 control sites of a batch be measured" in caplog.text
-    with pytest.raises(StartError, match="measuring one site takes"):
-        create_app(settings.model_copy(update={"measure_bytes": each - 1}))
+    fewest = Bundle.load(tiny_bundle_path).manifest.minimum_control_wells
+    with pytest.raises(StartError, match=f"set at least {fewest * each:,}"):
+        create_app(settings.model_copy(update={"measure_bytes": fewest * each - 1}))
 
 
 def test_every_setting_is_documented_with_its_default():

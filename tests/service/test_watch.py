@@ -11,7 +11,8 @@ import httpx
 import pandas as pd
 import pytest
 
-from service.client import AnchorwellClient, ServiceUnreachableError
+from model.errors import AnchorwellError
+from service.client import AnchorwellClient, ProblemError, ServiceUnreachableError
 from service.watch import Form, Watcher
 from tests.service.plates import CONTROL_WELLS, well_files
 from tests.service.test_images import PLATEMAP
@@ -257,6 +258,67 @@ def test_the_client_sends_ahead_only_what_is_not_there(connected, drop, client):
     assert [well.well for well in connected.predict_staged("P1").wells] == list(TREATED)
     assert [well.well for well in connected.predictions("P1").wells] == list(TREATED)
     shutil.rmtree(folder)
+
+
+def treated_images(drop):
+    return [path for path in (drop() / "images").iterdir() if path.name.split("_")[0] in TREATED]
+
+
+def test_wells_are_answered_while_the_next_are_sent_as_they_are_once_all_are_there(connected, drop, client):
+    adapted(client, "P1")
+    adapted(client, "P2")
+    images = treated_images(drop)
+    one_well = sum(path.stat().st_size for path in images if path.name.startswith(TREATED[0]))
+    told: list[tuple[int, int]] = []
+    found = connected.predict_while_sending("P1", images, request_bytes=one_well, progress=lambda *at: told.append(at))
+    connected.stage("P2", images)
+    assert found.wells == connected.predict_staged("P2").wells
+    assert [well.well for well in found.wells] == list(TREATED)
+    assert max(told) == (len(images), len(images))
+    posts = 'anchorwell_requests_total{method="POST",route="/batches/{batch_id}/predict",status="200"}'
+    assert f"{posts} {len(TREATED) + 1}.0" in client.get("/metrics").text
+
+
+def test_a_batch_without_controls_is_told_before_all_is_sent(connected, drop):
+    images = treated_images(drop)
+    with pytest.raises(ProblemError, match="controls"):
+        connected.predict_while_sending("P1", images, request_bytes=1)
+
+
+def test_files_that_number_their_channels_are_not_sent_ahead_without_the_channels_names(connected, drop, tmp_path, client):
+    adapted(client, "P1")
+    for path in treated_images(drop):
+        well, site, channel = path.stem.split("_")
+        number = ("RNA", "DNA", "-", "ER").index(channel) + 1
+        row, column = ord(well[0]) - ord("A") + 1, int(well[1:])
+        (tmp_path / f"r{row:02}c{column:02}f{int(site):02}p01-ch{number}sk1fk1fl1.tiff").write_bytes(path.read_bytes())
+    (tmp_path / "r05c05f01p01-ch3sk1fk1fl1.tiff").write_bytes(b"of a channel that is not used")
+    numbered = list(tmp_path.glob("*.tiff"))
+    for send in (connected.stage, connected.predict_while_sending):
+        with pytest.raises(AnchorwellError, match="give the names of channels in the order of their numbers"):
+            send("P1", numbered)
+    named = connected.predict_while_sending("P1", numbered, channels=["RNA", "DNA", "-", "ER"])
+    adapted(client, "P2")
+    assert named.wells == connected.predict_while_sending("P2", treated_images(lambda: tmp_path / "drop" / "P1")).wells
+
+
+def table_of(names):
+    """A layout of a plate's files, which gives its name and resolution."""
+    rows = [f"{name},{','.join(Path(name).stem.split('_'))},PLATE1,6e-7" for name in names]
+    return "\n".join(["file,well,site,channel,Metadata_Plate,Metadata_ImageResolutionX", *rows])
+
+
+def test_a_layout_of_another_plate_or_pixel_size_is_refused_before_anything_is_sent(connected, drop, client):
+    images, controls = treated_images(drop), well_files(CONTROL_WELLS)
+    layout = table_of(path.name for path in images)
+    form = {"layout": table_of(name for _, (name, _, _) in controls)}
+    assert client.post("/batches/P1/controls", files=controls, data=form).json()["adapted"]
+    with pytest.raises(AnchorwellError, match="layout is of plate 'OTHER'"):
+        connected.predict_while_sending("P1", images, layout.replace("PLATE1", "OTHER"))
+    with pytest.raises(AnchorwellError, match=r"layout says 0\.6 µm per pixel, 0\.7 is asked for"):
+        connected.predict_while_sending("P1", images, layout, pixel_size_um=0.7)
+    found = connected.predict_while_sending("P1", images, layout)
+    assert ([well.well for well in found.wells], found.pixel_size_um) == (list(TREATED), pytest.approx(0.6))
 
 
 class Breaking(BaseHTTPRequestHandler):
