@@ -1,6 +1,7 @@
 """Records in one SQLite file: write-ahead log, every commit synced to disk. The only module that knows SQLite."""
 
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class SqliteRecords:
         self._path = path
         self._lab = lab
         self._idle: deque[sqlite3.Connection] = deque()
+        self._committing = threading.Lock()
         try:
             if not path.parent.is_dir():
                 raise StartError(f"the store {path} cannot be opened: there is no folder {path.parent}")
@@ -51,7 +53,8 @@ class SqliteRecords:
             return [(str(key), bytes(value)) for key, value in rows]
 
     def commit(self, commit: Commit) -> None:
-        with self._connection() as db, _transaction(db, "IMMEDIATE"):
+        # Who waits for another thread's commit here is woken at once; SQLite would sleep, and look again.
+        with self._committing, self._connection() as db, _transaction(db, "IMMEDIATE"):
             self._require_lab(db)
             if any(_value(db, key) != value for key, value in commit.expected.items()):
                 raise ConflictError

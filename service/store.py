@@ -678,9 +678,9 @@ def new_shard() -> str:
     return token_hex(2)[:3]
 
 
-def new_blob(data: bytes, shard: str) -> str:
-    """Draw a name for bytes: their sha256, and what no other name has."""
-    return f"{shard}/{sha256(data).hexdigest()}-{token_hex(8)}"
+def new_blob(data: bytes, shard: str, digest: str | None = None) -> str:
+    """Draw a name for bytes: their sha256, which may be known, and what no other name has."""
+    return f"{shard}/{digest or sha256(data).hexdigest()}-{token_hex(8)}"
 
 
 def blob_sha256(blob: str) -> str:

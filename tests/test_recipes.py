@@ -43,9 +43,9 @@ class SeeingEngine(FakeEngine):
         self.measured = images
         return super().measure(images, prior)
 
-    def classify(self, images, statistics, left=0):
+    def classify(self, images, statistics):
         self.classified = images
-        return super().classify(images, statistics, left)
+        return super().classify(images, statistics)
 
 
 @pytest.fixture(scope="module")
