@@ -8,7 +8,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set science science-check fetch-speed bench gpu-check train-profile reliability clean
+.PHONY: demo test check lint types unit machine demo-bundle first-light real-images mitocheck open-set science science-check fetch-speed bench precision gpu-check train-profile reliability clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python -m examples.demo
@@ -79,6 +79,10 @@ fetch-speed: $(VENV)/.ready
 # Speed beside peers, every claim a ratio of one run: build/bench.json. Long; on a machine that does nothing else.
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bench
+
+# What bfloat16 costs trained networks in accuracy and calibration: build/precision.json.
+precision: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.precision
 
 # On a machine with a GPU: the demo bundle's answers on CUDA against the CPU's.
 gpu-check: $(VENV)/.ready
