@@ -12,7 +12,7 @@ from model.images import ImageLimits, ImageRecipe
 from model.layout import SiteKey
 from service import decoding
 from service.decoding import FileSlice, InlineDecoder, SiteDecoder, WorkerDecoder
-from service.errors import DecoderKilledError
+from service.errors import DecoderKilledError, ReferenceUnreadableError
 from tests.service.plates import plane, tiff
 
 RECIPE = ImageRecipe(channels=("DNA", "ER"), size=16, shrink=1)
@@ -97,3 +97,13 @@ def test_workers_give_way_to_the_service(files, workers):
 
 def test_a_worker_may_take_what_the_largest_plane_needs():
     assert decoding.decoding_memory_bytes(ImageLimits(max_pixels=64_000_000), RECIPE) > 24 * 64_000_000
+
+
+def test_a_file_that_went_meanwhile_is_told_as_gone_and_one_that_cannot_be_read_as_that(files, workers, tmp_path):
+    files["ER"].path.unlink()
+    with pytest.raises(FileNotFoundError):
+        workers.site(KEY, files, None).result()
+    folder = FileSlice(tmp_path, 0, 1, "A01_1_DNA.tif")
+    with pytest.raises(ReferenceUnreadableError, match="cannot be read") as raised:
+        workers.site(KEY, {**files, "DNA": folder}, None).result()
+    assert raised.value.members["well"] == "A01"
