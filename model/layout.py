@@ -36,9 +36,9 @@ MAX_ROWS, MAX_COLUMNS = PLATE_FORMATS[1536]
 MAX_PIXEL_SIZE_UM = 1_000.0
 MAX_PLATE_NAME = 128
 MAX_PLANES = 400_000
-UNUSED_CHANNEL = "-"
-"""Stands for a numbered channel that the bundle does not use."""
 """Planes that one table tells of: twice those of a 1536-well plate of 16 sites and 8 channels."""
+UNUSED_CHANNEL = "-"
+"""Stands for a numbered channel that is not used."""
 _PIXEL_SIZE_DECIMALS = 6
 
 
@@ -228,6 +228,12 @@ def plane_key(parsed: ParsedName, channels: Sequence[str], numbered: Sequence[st
             channel=str(parsed.channel),
         )
     return PlaneKey(parsed.well, parsed.site, match_channel(names[parsed.channel - 1], channels))
+
+
+def is_unused(parsed: ParsedName, numbered: Sequence[str] | None) -> bool:
+    """Whether a name numbers a channel (from 1) that ``numbered`` says is not used."""
+    number = parsed.channel
+    return isinstance(number, int) and number >= 1 and [*(numbered or ())][number - 1 : number] == [UNUSED_CHANNEL]
 
 
 def match_channel(name: str, channels: Sequence[str]) -> str:

@@ -98,10 +98,6 @@ class Stopwatch:
         yield
         self._stages[name] += time.perf_counter() - start
 
-    def add(self, name: str, seconds: float) -> None:
-        """Add seconds that were taken elsewhere to a stage."""
-        self._stages[name] += seconds
-
     def lap(self, name: str) -> None:
         """Count everything so far as one stage."""
         self._stages[name] += time.perf_counter() - self._start

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import httpx
 
 from model.errors import AnchorwellError
-from model.layout import UNUSED_CHANNEL, PlaneKey, parse_file_name, parse_layout, plane_key
+from model.layout import PlaneKey, is_unused, parse_file_name, parse_layout, plane_key
 from service import schemas
 from service.digests import content_digest
 from service.errors import MEDIA_TYPE, PROBLEM_TYPE
@@ -523,15 +523,12 @@ class _Places:
         if self.files is not None:
             return self.files.get(path.name)
         parsed = parse_file_name(path.name)
-        if parsed.thumbnail:
+        if parsed.thumbnail or is_unused(parsed, self.numbered):
             return None
-        if isinstance(parsed.channel, int):
-            if self.numbered is None:
-                raise AnchorwellError(
-                    f"{path.name[:200]!r} numbers its channel: give the names of channels in the order of their numbers"
-                )
-            if self.numbered[parsed.channel - 1 : parsed.channel] == [UNUSED_CHANNEL]:
-                return None
+        if isinstance(parsed.channel, int) and self.numbered is None:
+            raise AnchorwellError(
+                f"{path.name[:200]!r} numbers its channel: give the names of channels in the order of their numbers"
+            )
         return plane_key(parsed, self.channels, self.numbered)
 
 

@@ -26,13 +26,13 @@ from model.errors import (
 from model.images import ImageRecipe, PreparedImage
 from model.layout import (
     MAX_PIXEL_SIZE_UM,
-    UNUSED_CHANNEL,
     Layout,
     PlaneKey,
     SiteKey,
     duplicate_image,
     duplicate_plane,
     file_name,
+    is_unused,
     layout_of,
     parse_file_name,
     plane_key,
@@ -247,15 +247,11 @@ def _place(
             return Skipped(name, "a thumbnail")
         if layout is not None:
             raise LayoutError("the layout does not name this file")
-        if isinstance(parsed.channel, int) and _is_unused(parsed.channel, numbered):
+        if is_unused(parsed, numbered):
             return Skipped(name, f"channel {parsed.channel} is named unused by the request")
         return plane_key(parsed, channels, numbered)
     except AnchorwellError as error:
         raise error.about(file=name[:200]) from None
-
-
-def _is_unused(number: int, numbered: Sequence[str] | None) -> bool:
-    return numbered is not None and 1 <= number <= len(numbered) and numbered[number - 1] == UNUSED_CHANNEL
 
 
 def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str]) -> dict[SiteKey, Mapping[str, SentFile]]:

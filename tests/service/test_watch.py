@@ -298,6 +298,7 @@ def test_files_that_number_their_channels_are_not_sent_ahead_without_the_channel
         with pytest.raises(AnchorwellError, match="give the names of channels in the order of their numbers"):
             send("P1", numbered)
     named = connected.predict_while_sending("P1", numbered, channels=["RNA", "DNA", "-", "ER"])
+    connected.stage("P1", numbered, channels=("RNA", "DNA", "-", "ER"))
     adapted(client, "P2")
     assert named.wells == connected.predict_while_sending("P2", treated_images(lambda: tmp_path / "drop" / "P1")).wells
 
