@@ -42,3 +42,11 @@ def table(bars: list[Bar]) -> str:
         interval = "" if bar.interval is None else f"{bar.interval[0]:.3f} to {bar.interval[1]:.3f}"
         lines.append(f"| {bar.name} | {bar.value:.3f} {bar.unit} | {interval} | {' '.join(bounds)} | {words[bar.holds]} |")
     return "\n".join(lines)
+
+
+def conclude(bars: list[Bar], path: Path) -> None:
+    """Write and print the bars, and end with 1 where one does not hold."""
+    write_bars(bars, path)
+    print(table(bars))
+    if any(bar.holds is False for bar in bars):
+        raise SystemExit(1)

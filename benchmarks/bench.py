@@ -7,7 +7,7 @@ Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images
 import argparse
 from pathlib import Path
 
-from benchmarks.bars import table, write_bars
+from benchmarks.bars import conclude
 from benchmarks.bench_engine import Machine, engine_bars
 from benchmarks.bench_images import image_bars
 from benchmarks.bench_plates import plate_bars
@@ -31,10 +31,7 @@ def main() -> None:
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
     }
     bars = [bar for name in arguments.parts.split(",") for bar in parts[name]()]
-    write_bars(bars, Path("build/bench.json"))
-    print(table(bars))
-    if any(bar.holds is False for bar in bars):
-        raise SystemExit(1)
+    conclude(bars, Path("build/bench.json"))
 
 
 if __name__ == "__main__":

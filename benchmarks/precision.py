@@ -23,7 +23,7 @@ import onnxruntime
 import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.bars import Bar, table, write_bars
+from benchmarks.bars import Bar, conclude
 from benchmarks.science import GRID, KEPT, KEPT_NETWORKS, OUT, PLAN, fetched
 from model.bundle import CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, MEASURE, OUTPUTS, Measured
 from model.network import Ensemble
@@ -198,10 +198,7 @@ def main() -> None:
         example = plates[0].served(plates[0].context_rows(8), run.recipe)
         with tempfile.TemporaryDirectory() as graphs:
             bars += bars_of(name, network(name, asked.seed, Path(graphs), example), plates)
-    write_bars(bars, Path("build/precision.json"))
-    print(table(bars))
-    if any(bar.holds is False for bar in bars):
-        raise SystemExit(1)
+    conclude(bars, Path("build/precision.json"))
 
 
 if __name__ == "__main__":

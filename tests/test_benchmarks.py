@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks import real_images, train_profile
-from benchmarks.bars import Bar, table, write_bars
+from benchmarks.bars import Bar, conclude, table, write_bars
 from benchmarks.first_light import LABS, bars, by_split, headline, measures, resampled
 from examples.small import fetched_plates
 from model.images import ImageRecipe
@@ -73,6 +73,14 @@ def test_bars_are_written_with_their_bounds_and_say_whether_they_hold(tmp_path: 
     ]
     lines = table(rows).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["FAILS", "holds", ""]
+
+
+def test_a_run_ends_badly_where_a_bar_does_not_hold_once_all_are_written(tmp_path: Path) -> None:
+    conclude([Bar("b", 0.9, "", at_least=0.8), Bar("c", 3.0, "")], tmp_path / "good.json")
+    with pytest.raises(SystemExit) as ended:
+        conclude([Bar("b", 0.9, "", at_least=0.8), Bar("a", 2.0, "s", at_most=1.0)], tmp_path / "bad.json")
+    assert ended.value.code == 1
+    assert len(json.loads((tmp_path / "bad.json").read_text())) == 2
 
 
 def drawn_fields() -> dict[tuple[str, int], NDArray[np.float32]]:
