@@ -27,7 +27,6 @@ import torch
 
 from benchmarks import network
 from benchmarks.bars import Bar
-from benchmarks.bench_engine import Classify, classifying
 from benchmarks.bench_images import plane_bytes
 from benchmarks.interleaved import Rounds, interleaved
 from benchmarks.network import Float
@@ -123,7 +122,7 @@ def served(
 
 @dataclass(frozen=True, eq=False)
 class Bare:
-    """Read, decode, prepare, classify and store in one process: threads decode, one classifies on the service's runtime."""
+    """Read, decode, prepare, classify and store in one process: a thread takes a site through, on the service's engine."""
 
     bundle: Bundle
     statistics: BatchNormStatistics
@@ -131,31 +130,25 @@ class Bare:
     out: Path
 
     @cached_property
-    def _classify(self) -> Classify:
-        engine = BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads))
-        return classifying(engine, self.statistics)
+    def _engine(self) -> BundleEngine:
+        return BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads))
 
     def __call__(self, plate: Plate, wells: tuple[str, ...] | None = None) -> None:
         """Classify a plate's treated wells, or some wells, and write their logits."""
         decode = SiteDecoder(self.bundle.manifest.recipe, ImageLimits())
 
-        def prepared(item: tuple[tuple[str, int], tuple[Path, ...]]) -> Float:
+        def classified(item: tuple[tuple[str, int], tuple[Path, ...]]) -> Float:
             (well, site), paths = item
             files = {
                 channel: FileSlice(path, 0, path.stat().st_size, path.name)
                 for channel, path in zip(network.CHANNELS, paths, strict=True)
             }
-            return finish_site(decode(SiteKey(well, site), files, None).image, self.bundle.manifest.recipe, None)
+            image = finish_site(decode(SiteKey(well, site), files, None).image, self.bundle.manifest.recipe, None)
+            logits: Float = self._engine.classify(image[np.newaxis], self.statistics).logits[0, 0]
+            return logits
 
-        logits = []
-        with ThreadPoolExecutor(self.threads) as pool:
-            waiting: list[Float] = []
-            for image in pool.map(prepared, plate.of(wells or plate.treated).items()):
-                waiting.append(image)
-                if len(waiting) == SITES:
-                    logits.append(self._classify(np.stack(waiting)))
-                    waiting = []
-        np.save(self.out, np.concatenate(logits))
+        with ThreadPoolExecutor(self.threads + self._engine.sites_at_once) as pool:
+            np.save(self.out, np.stack(list(pool.map(classified, plate.of(wells or plate.treated).items()))))
 
 
 def torch_alone(folder: Path, plate: Plate, threads: int) -> float:

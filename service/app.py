@@ -169,7 +169,7 @@ def compose(
     used_decoder = decoder or own_decoder
     assert used_decoder is not None
     view = BundleView(bundle, used_engine.precision, most_sites)
-    preparer = _preparer(settings, bundle, used_decoder)
+    preparer = _preparer(settings, bundle, used_decoder, used_engine)
     batches = Batches(view, used_engine, used_storage, preparer, settings.keep_control_images)
     kept = Kept(view, used_storage)
     receiver = _receiver(settings, bundle, used_storage, used_decoder)
@@ -235,11 +235,11 @@ def _max_context_sites(settings: Settings, engine: BundleEngine) -> int:
     return min(fit, most)
 
 
-def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder) -> Preparer:
+def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder, engine: Engine) -> Preparer:
     return Preparer(
         bundle.manifest.recipe,
         decoder,
-        ahead=2 * cpu_count(settings.threads),
+        ahead=cpu_count(settings.threads) + engine.sites_at_once,
         max_input_bytes=settings.max_request_input_bytes,
     )
 

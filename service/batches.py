@@ -4,7 +4,7 @@ Knows nothing of HTTP, onnxruntime or a database; decides nothing that ``model``
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,12 +64,11 @@ from service.store import (
     new_blob,
     new_shard,
 )
-from service.uploads import Keeper, PreparedSite, Preparer, RefusedSite, Upload
+from service.uploads import Keeper, PreparedSite, Preparer, RefusedSite, SeenSite, Upload
 
 ADAPTED = "batch.adapted"
 CLASSIFIED = "batch.classified"
 PREPARED = "controls.prepared"
-SITES_PER_CALL = 64
 NOT_FRESH = (
     "the store cannot be reached: these are the statistics that this process knows, and controls that others sent since are "
     "not in them; the answers are not kept"
@@ -96,11 +95,15 @@ class Stopwatch:
         """Add the time spent inside to a stage."""
         start = time.perf_counter()
         yield
-        self._stages[name] += time.perf_counter() - start
+        self.add(name, time.perf_counter() - start)
 
     def lap(self, name: str) -> None:
         """Count everything so far as one stage."""
-        self._stages[name] += time.perf_counter() - self._start
+        self.add(name, time.perf_counter() - self._start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add time to a stage."""
+        self._stages[name] += seconds
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage so far, and in total."""
@@ -119,6 +122,15 @@ class Frame:
     adaptation: Adaptation | None
     scale: BatchScale | None = None
     fresh: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifiedSite(SeenSite):
+    """What the network said of a site: logits (members, classes), embedding (dim,), and how long it took."""
+
+    logits: Float
+    embedding: Float
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,23 +219,22 @@ class Batches:
             BatchNotFoundError: the batch was deleted meanwhile, whether or not it was made anew.
         """
         store = self.storage.of(deed.tenant)
-        self.preparer.require_room(max(Counter(site.well for site in upload.sites).values()))
         batch, frame = self._frame(store, deed, batch_id, upload, watch, context)
         pixel_size_um = agreed_pixel_size(batch, upload.pixel_size_um)
         require_plate(batch, upload.plate)
         wells: list[schemas.WellPrediction] = []
         embeddings: list[Float] = []
-        seen: list[PreparedSite] = []
-        with self.preparer.prepared(upload, pixel_size_um) as prepared:
-            for well, sites, refused in _by_well(prepared):
-                with watch.stage("classify"):
-                    answer, embedding = self._answer(well, sites, frame)
+        seen: list[ClassifiedSite] = []
+        with self.preparer.prepared(upload, pixel_size_um, lambda site: self._classified(site, frame)) as classified:
+            for well, sites, refused in _by_well(classified):
+                answer, embedding = self._answer(well, sites, frame.adaptation)
                 control = well in batch.control_wells
                 classes = self.bundle.manifest.classes
                 wells.append(well_prediction(answer, classes, refused, frame.adaptation, control=control))
                 embeddings.append(embedding)
-                seen += [_without_image(site) for site in sites]
+                seen += sites
                 deed.progress(len(wells), len(upload.wells))
+        watch.add("classify", sum(site.seconds for site in seen))
         told = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
         answers = kept_answers(told, embeddings) if frame.adaptation is not None else []
 
@@ -252,7 +263,7 @@ class Batches:
     # --- steps of adapt ----------------------------------------------------------------------------------------------
 
     def _prepared_controls(self, upload: Upload, pixel_size_um: float | None, keep: Keeper | None) -> Iterator[PreparedSite]:
-        with self.preparer.prepared(upload, pixel_size_um, keep) as prepared:
+        with self.preparer.prepared(upload, pixel_size_um, lambda site: site, keep) as prepared:
             for site in prepared:
                 if isinstance(site, RefusedSite):
                     raise site.error
@@ -476,29 +487,24 @@ class Batches:
             detail = f"{error.detail}; or ask for ?context=blended, on these and the mean of the training plates"
             raise TooFewControlsError(detail, **error.members).about(batch_id=batch.batch_id) from None
 
-    def _answer(self, well: str, sites: Sequence[PreparedSite], frame: Frame) -> tuple[WellAnswer, Float]:
+    def _classified(self, site: PreparedSite, frame: Frame) -> ClassifiedSite:
+        """Classify one site, whatever else is sent."""
+        images = self._finished([site.key], [site.image], frame.scale)
+        logits, embeddings, seconds = self.engine.classify(images, frame.statistics)
+        if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
+            error = NonFiniteImageError("the network's answer is not finite: an image is out of scale")
+            raise error.about(well=site.key.well, site=site.key.site)
+        return ClassifiedSite(site.key, site.planes, site.saturation, logits[0], embeddings[0], seconds)
+
+    def _answer(self, well: str, sites: Sequence[ClassifiedSite], adaptation: Adaptation | None) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest
-        images = self._finished([site.key for site in sites], [site.image for site in sites], frame.scale)
-        try:
-            logits, embeddings = self._classify(images, frame.statistics)
-        except NonFiniteImageError as error:
-            raise error.about(well=well) from None
-        adaptation = frame.adaptation
+        logits, embeddings = (
+            np.stack(both) for both in zip(*((site.logits, site.embedding) for site in sites), strict=True)
+        )
         controls = None if adaptation is None else ControlCentre(adaptation.control_centre, len(adaptation.control_wells))
         reference = self.bundle.embedding_reference
         answer = classify_well(well, logits, embeddings, manifest.classes, manifest.temperature, reference, controls)
         return answer, embeddings.mean(axis=0)
-
-    def _classify(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        """Classify one well's sites: its calls' shapes depend on nothing else."""
-        parts = [
-            self.engine.classify(images[start : start + SITES_PER_CALL], statistics)
-            for start in range(0, len(images), SITES_PER_CALL)
-        ]
-        logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
-        if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
-            raise NonFiniteImageError("the network's answer is not finite: an image is out of scale")
-        return logits, embeddings
 
     def _current_answers(self, store: BatchStore, now: BatchRecord, adaptation: Adaptation) -> frozenset[str] | None:
         """Wells that were answered on newer statistics than this adaptation's; None when there are none newer."""
@@ -582,7 +588,7 @@ class Batches:
         pixel_size_um: float | None,
         wells: Sequence[schemas.WellPrediction],
         upload: Upload,
-        seen: Iterable[PreparedSite],
+        seen: Iterable[SeenSite],
         watch: Stopwatch,
     ) -> schemas.Prediction:
         unusable = self.view.unusable_sites(batch, self.view.usable(batch)) if frame.adaptation else 0
@@ -613,7 +619,7 @@ def _superseded(prediction: schemas.Prediction) -> schemas.Prediction:
     return prediction.model_copy(update={"notices": (*prediction.notices, SUPERSEDED)})
 
 
-def _planes_of(sites: Iterable[PreparedSite]) -> dict[str, object]:
+def _planes_of(sites: Iterable[SeenSite]) -> dict[str, object]:
     return {"sha256": sorted(digest for site in sites for digest in site.planes.values())}
 
 
@@ -633,15 +639,15 @@ def _name_of(scale: BatchScale | None) -> str | None:
 
 
 def _by_well(
-    prepared: Iterator[PreparedSite | RefusedSite],
-) -> Iterator[tuple[str, list[PreparedSite], list[RefusedSite]]]:
+    classified: Iterator[ClassifiedSite | RefusedSite],
+) -> Iterator[tuple[str, list[ClassifiedSite], list[RefusedSite]]]:
     """Group sorted sites by well.
 
     Raises:
         ImageError: every site of a well is refused.
     """
-    for well, outcomes in groupby(prepared, key=lambda site: site.key.well):
-        sites: list[PreparedSite] = []
+    for well, outcomes in groupby(classified, key=lambda site: site.key.well):
+        sites: list[ClassifiedSite] = []
         refused: list[RefusedSite] = []
         for outcome in outcomes:
             if isinstance(outcome, RefusedSite):
@@ -651,7 +657,3 @@ def _by_well(
         if not sites:
             raise refused[0].error
         yield well, sites, refused
-
-
-def _without_image(site: PreparedSite) -> PreparedSite:
-    return PreparedSite(site.key, site.planes, site.saturation, PreparedImage(np.empty(0, np.float32)))

@@ -1,15 +1,17 @@
 """Runs the bundle's two graphs on a runtime.
 
-Knows nothing of wells or batches: a call's images are one stack, and its outputs depend on nothing else.
+Knows nothing of wells or batches. A context is measured in one pass, with every core. On a CPU sites are classified each by
+itself, as many side by side as there are cores: none waits for another, which may be decoding meanwhile.
 """
 
 import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,6 +39,7 @@ from model.statistics import BN_EPSILON, BatchNormStatistics, Prior
 from service.errors import BusyError, MemoryShortError
 from service.graphs import Graph
 from service.observe import UNOBSERVED, Observer
+from service.passes import Passes
 from service.priority import give_way
 from service.runtime import Runtime, Session
 
@@ -44,8 +47,7 @@ Float = NDArray[np.float32]
 FAR = 1e4
 """Square of a mean's distance from where it was taken about, over the variance, beyond which rounding would be seen."""
 QUEUE_TIMEOUT_S = 300.0
-"""Longest wait for the passes before."""
-_EMBEDDED_AT_ONCE = 32
+"""Longest wait for passes: those before, and one's own."""
 _BUFFERS = 1.7
 """What a runtime takes for its buffers, over what the graph needs: they do not fit one another."""
 
@@ -53,10 +55,11 @@ log = logging.getLogger("anchorwell")
 
 
 class Classified(NamedTuple):
-    """Logits (sites, members, classes) and embeddings (sites, dim)."""
+    """Logits (sites, members, classes) and embeddings (sites, dim); how long the passes took, one after the other."""
 
     logits: Float
     embeddings: Float
+    seconds: float = 0.0
 
 
 class Engine(Protocol):
@@ -70,6 +73,11 @@ class Engine(Protocol):
     @property
     def precision(self) -> Precision:
         """Arithmetic of the graphs; part of a statistics id."""
+        ...
+
+    @property
+    def sites_at_once(self) -> int:
+        """How many sites to ask it to classify at once, so that it never waits for the next."""
         ...
 
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
@@ -91,8 +99,18 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A site to classify, by whom and since when."""
+
+    image: Float
+    statistics: BatchNormStatistics
+    context: Context = field(default_factory=copy_context)
+    since: float = field(default_factory=time.perf_counter)
+
+
 class BundleEngine:
-    """An ``Engine`` of a bundle on a runtime; one pass at a time, each with every thread that the runtime has."""
+    """An ``Engine`` of a bundle on a runtime."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle, self._runtime = bundle, runtime
@@ -106,7 +124,9 @@ class BundleEngine:
             self._classify, self._measure = classify.result(), measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
-        self._one_pass = threading.Lock()  # a pass uses every core, and its memory grows with its sites
+        self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
+        shared = {"at_once": runtime.passes_at_once, "most": runtime.sites_a_pass}
+        self._passes = Passes(self._pass, lambda one, other: one.statistics is other.statistics, **shared)
 
     @property
     def provider(self) -> str:
@@ -118,27 +138,40 @@ class BundleEngine:
         """Arithmetic of the graphs."""
         return self._runtime.precision
 
+    @property
+    def sites_at_once(self) -> int:
+        """Twice what is classified at once: as many are ready when that is done."""
+        return 2 * self._runtime.passes_at_once * self._runtime.sites_a_pass
+
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
-        used = self._plain if prior is None else prior
-        with self._turn("measure", len(images)):
-            try:
-                found = _measured(self._measure, images, used)
-                centre = self._nearer(found, used)
-                if centre is not None:
-                    log.info("a context lies so far from the training plates that it is measured again, about its own means")
-                    found = _measured(self._session_about(centre), images, used)
-            except MemoryError:
-                raise MemoryShortError(
-                    f"there is not the memory to measure {len(images)} sites in one pass: send the request again when less "
-                    "is done, or fewer control sites"
-                ) from None
+        used, asked = self._plain if prior is None else prior, time.perf_counter()
+        if not self._measuring.acquire(timeout=QUEUE_TIMEOUT_S):
+            raise _busy()
+        try:
+            begun = time.perf_counter()
+            found = self._measured(images, used)
+        except MemoryError:
+            raise MemoryShortError(
+                f"there is not the memory to measure {len(images)} sites in one pass: send the request again when less "
+                "is done, or fewer control sites"
+            ) from None
+        finally:
+            self._measuring.release()
+        self._tell("measure", len(images), begun - asked, time.perf_counter() - begun)
         return found if self.precision == "fp32" else found._replace(embeddings=self._embedded(images, found))
+
+    def _measured(self, images: Float, prior: Prior) -> Measured:
+        found = _measured(self._measure, images, prior)
+        centre = self._nearer(found, prior)
+        if centre is None:
+            return found
+        log.info("a context lies so far from the training plates that it is measured again, about its own means")
+        return _measured(self._session_about(centre), images, prior)
 
     def _embedded(self, images: Float, measured: Measured) -> Float:
         """Embeddings as wells' are, which are compared with them: of the graph that classifies, in its precision."""
         statistics = BatchNormStatistics(measured.mean, measured.variance, sites=len(images), wells=1)
-        parts = [images[at : at + _EMBEDDED_AT_ONCE] for at in range(0, len(images), _EMBEDDED_AT_ONCE)]
-        return np.concatenate([self.classify(part, statistics).embeddings for part in parts])
+        return self.classify(images, statistics).embeddings
 
     def _session_about(self, centre: Float) -> Session:
         """Make a session that measures about other means, of the weights that were loaded.
@@ -158,40 +191,57 @@ class BundleEngine:
         return measured.astype(np.float32) if far.max() > FAR else None
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> Classified:
-        with self._turn("classify", len(images)):
-            try:
-                return self._classified(images, statistics)
-            except MemoryError:
-                log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
-            half = (len(images) + 1) // 2
-            try:
-                parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if len(part)]
-            except MemoryError:
-                raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
-        return Classified(*(np.concatenate(both) for both in zip(*parts, strict=True)))
-
-    def _classified(self, images: Float, statistics: BatchNormStatistics) -> Classified:
-        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        return Classified(*self._classify.run(OUTPUTS[CLASSIFY], given))
-
-    @contextmanager
-    def _turn(self, graph: str, sites: int) -> Iterator[None]:
-        """Wait for the passes before, and count the time of both.
-
-        Raises:
-            BusyError: they take too long.
-        """
-        asked = time.perf_counter()
-        if not self._one_pass.acquire(timeout=QUEUE_TIMEOUT_S):
-            raise BusyError(f"other requests' passes took longer than {QUEUE_TIMEOUT_S:g} s")
+        end = time.monotonic() + QUEUE_TIMEOUT_S
+        waiting = [self._passes.put(_Asked(image, statistics)) for image in images]
         try:
-            begun = time.perf_counter()
-            self.observer.stage("queue", begun - asked)
-            yield
-            self.observer.stage("infer", time.perf_counter() - begun)
+            found = [future.result(max(0.0, end - time.monotonic())) for future in waiting]
+        except TimeoutError:
+            raise _busy() from None
         finally:
-            self._one_pass.release()
-        self.observer.sites(graph, sites)
+            for future in waiting:
+                future.cancel()
+        logits, embeddings, seconds = zip(*found, strict=True)
+        return Classified(np.stack(logits), np.stack(embeddings), sum(seconds))
+
+    def _pass(self, asked: Sequence[_Asked]) -> list[Classified]:
+        """Classify sites that have their statistics in common; an answer each."""
+        begun, first = time.perf_counter(), asked[0]
+        images = first.image[np.newaxis] if len(asked) == 1 else np.stack([site.image for site in asked])
+        found = self._classified_or_halved(images, first.statistics)
+        took = time.perf_counter() - begun
+        for place, site in enumerate(asked):
+            told = (took, len(asked)) if place == 0 else (None, 0)
+            site.context.run(self._tell, "classify", told[1], begun - site.since, told[0])
+        return [Classified(*both, took / len(asked)) for both in zip(*found, strict=True)]
+
+    def _classified_or_halved(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        try:
+            return self._classified(images, statistics)
+        except MemoryError:
+            log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
+        half = (len(images) + 1) // 2
+        try:
+            parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if len(part)]
+        except MemoryError:
+            raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
+        logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
+        return logits, embeddings
+
+    def _classified(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
+        return logits, embeddings
+
+    def _tell(self, graph: str, sites: int, waited: float, took: float | None) -> None:
+        """Count a wait, and the pass that ended it, unless that was counted with another site of it."""
+        self.observer.stage("queue", waited)
+        if took is not None:
+            self.observer.stage("infer", took)
+            self.observer.sites(graph, sites)
+
+
+def _busy() -> BusyError:
+    return BusyError(f"other requests' passes took longer than {QUEUE_TIMEOUT_S:g} s")
 
 
 def _measured(session: Session, images: Float, prior: Prior) -> Measured:

@@ -17,7 +17,7 @@ from service import schemas
 from service.engine import Engine
 from service.errors import problem_of
 from service.store import Adaptation, BatchRecord, KeptAnswer
-from service.uploads import PreparedSite, RefusedSite, Skipped, Upload
+from service.uploads import RefusedSite, SeenSite, Skipped, Upload
 
 CONTROLS, PANEL, BLENDED, SOURCE = "controls", "panel", "blended", "source"
 """What an answer's statistics are of."""
@@ -168,9 +168,9 @@ def well_prediction(
     )
 
 
-def saturation_report(sites: Iterable[PreparedSite]) -> tuple[schemas.Saturation, ...]:
+def saturation_report(sites: Iterable[SeenSite]) -> tuple[schemas.Saturation, ...]:
     """Tell, per channel, how many planes are noticeably saturated and which is worst."""
-    shares: dict[str, list[tuple[float, PreparedSite]]] = defaultdict(list)
+    shares: dict[str, list[tuple[float, SeenSite]]] = defaultdict(list)
     for site in sites:
         for channel, share in site.saturation.items():
             if share > REPORTED_SATURATION:

@@ -15,7 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Session(Protocol):
-    """A graph that is ready to run, on one thread at a time."""
+    """A graph that is ready to run: one that measures, in one pass at a time, the other in as many as its runtime says."""
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run it.
@@ -39,8 +39,18 @@ class Runtime(Protocol):
         """Arithmetic of the layers that classify."""
         ...
 
+    @property
+    def passes_at_once(self) -> int:
+        """How many passes of a session that classifies run side by side, for most sites a second."""
+        ...
+
+    @property
+    def sites_a_pass(self) -> int:
+        """How many sites at most go into one of them."""
+        ...
+
     def session(self, graph: Graph, *, measures: bool = False) -> Session:
-        """Make one; one that ``measures`` is in single precision, and gives back its buffers after each run.
+        """Make one; one that ``measures`` runs on every thread, in single precision, and gives back its buffers each time.
 
         Raises:
             BundleError: the graph cannot be loaded.

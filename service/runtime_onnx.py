@@ -15,11 +15,12 @@ from service.graphs import Graph, as_convolution, identity
 
 Float = NDArray[np.float32]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_GPU_SITES = 32
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 class OnnxRuntime:
-    """A ``Runtime`` of onnxruntime."""
+    """A ``Runtime`` of onnxruntime: a GPU classifies many sites in one pass, each core of a CPU one."""
 
     precision: Precision = "fp32"
 
@@ -35,10 +36,20 @@ class OnnxRuntime:
         """Where graphs run."""
         return CPU if self._providers == [CPU] else CUDA
 
+    @property
+    def passes_at_once(self) -> int:
+        """One on each thread, or on the GPU."""
+        return self._threads if self.provider == CPU else 1
+
+    @property
+    def sites_a_pass(self) -> int:
+        """One, or a GPU's minibatch."""
+        return 1 if self.provider == CPU else _GPU_SITES
+
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._threads if measures else 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.folder))
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -98,7 +109,7 @@ def _cuda() -> list[Any]:
 
 @cache
 def _share_buffers() -> None:
-    """Let all sessions of this process, which run one at a time, have their buffers from one place."""
+    """Let all sessions of this process have their buffers from one place."""
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )

@@ -150,9 +150,7 @@ class Settings(StorageSettings):
         1 << 30, gt=0, description="bytes of single planes received at once, in memory; further ones get a 503"
     )
     upload_idle_timeout_s: float = Field(30.0, gt=0, description="longest time in which nothing of an upload arrives")
-    max_request_input_bytes: int = Field(
-        2 << 30, gt=0, description="largest network input of one request's controls, or of one well's sites"
-    )
+    max_request_input_bytes: int = Field(2 << 30, gt=0, description="largest network input of one request's controls")
     decode_timeout_s: float = Field(120.0, gt=0, description="longest time that one site may take to decode")
     max_image_pixels: int = Field(64_000_000, gt=0, description="most pixels that one plane may declare")
     max_saturated_share: float = Field(

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from model.errors import (
     AnchorwellError,
@@ -109,15 +109,18 @@ class Upload:
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedSite:
-    """One prepared site, with each plane's sha256 and saturated share.
-
-    ``files`` are what whoever was to keep its files made of them.
-    """
+class SeenSite:
+    """One site that was decoded, with each plane's sha256 and saturated share."""
 
     key: SiteKey
     planes: Mapping[str, str]
     saturation: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSite(SeenSite):
+    """One prepared site; ``files`` are what whoever was to keep its files made of them."""
+
     image: PreparedImage
     files: Mapping[str, KeptFile] = field(default_factory=dict)
 
@@ -282,6 +285,7 @@ def complete_sites(planes: Mapping[PlaneKey, SentFile], channels: Sequence[str])
 
 Keeper = Callable[[Mapping[str, FileSlice]], Mapping[str, KeptFile]]
 """Is given a site's files by channel; says where they are kept."""
+Site = TypeVar("Site", bound=SeenSite)
 
 
 @dataclass(frozen=True)
@@ -295,22 +299,31 @@ class Preparer:
 
     @contextmanager
     def prepared(
-        self, upload: Upload, pixel_size_um: float | None, keep: Keeper | None = None
-    ) -> Iterator[Iterator[PreparedSite | RefusedSite]]:
-        """Give the upload's sites in sorted order; those with an error of ``QUALITY_ERRORS`` as ``RefusedSite``.
+        self,
+        upload: Upload,
+        pixel_size_um: float | None,
+        then: Callable[[PreparedSite], Site],
+        keep: Keeper | None = None,
+    ) -> Iterator[Iterator[Site | RefusedSite]]:
+        """Give what ``then`` makes of each of the upload's sites, in sorted order; of an error of ``QUALITY_ERRORS``, that.
 
-        ``keep`` is given the files of each site that is not refused.
+        ``keep`` is given the files of each site that is not refused. Both work on several sites at once.
 
         Raises:
             ImageError: any other fault of a file; it names file, well, site and channel.
             DuplicateImageError: one file is sent as two planes.
         """
-        with ThreadPoolExecutor(self.ahead, thread_name_prefix="prepare", initializer=give_way) as pool:
-            waiting: deque[Future[PreparedSite | RefusedSite]] = deque()
 
-            def ahead() -> Iterator[PreparedSite | RefusedSite]:
+        def made(key: SiteKey, files: Mapping[str, SentFile]) -> Site | RefusedSite:
+            site = self._prepare(key, files, pixel_size_um, keep)
+            return site if isinstance(site, RefusedSite) else then(site)
+
+        with ThreadPoolExecutor(self.ahead, thread_name_prefix="prepare", initializer=give_way) as pool:
+            waiting: deque[Future[Site | RefusedSite]] = deque()
+
+            def ahead() -> Iterator[Site | RefusedSite]:
                 for key, files in upload.sites.items():
-                    waiting.append(pool.submit(copy_context().run, self._prepare, key, files, pixel_size_um, keep))
+                    waiting.append(pool.submit(copy_context().run, made, key, files))
                     if len(waiting) > self.ahead:
                         yield waiting.popleft().result()
                 while waiting:
@@ -335,8 +348,8 @@ class Preparer:
         """
         if sites > self.max_sites:
             raise UploadTooLargeError(
-                f"{sites:,} sites are more than are held at once; at most {self.max_sites:,} fit in one request's controls, "
-                "or in one well: send fewer a request",
+                f"{sites:,} sites are more than are held at once; at most {self.max_sites:,} fit in one request's controls: "
+                "send fewer a request",
                 max_sites=self.max_sites,
             )
 
@@ -360,7 +373,7 @@ class Preparer:
         return PreparedSite(key, decoded.planes, decoded.saturation, decoded.image, kept)
 
 
-def _different(outcomes: Iterator[PreparedSite | RefusedSite]) -> Iterator[PreparedSite | RefusedSite]:
+def _different(outcomes: Iterator[Site | RefusedSite]) -> Iterator[Site | RefusedSite]:
     """Pass sites on.
 
     Raises:
@@ -368,7 +381,7 @@ def _different(outcomes: Iterator[PreparedSite | RefusedSite]) -> Iterator[Prepa
     """
     seen: dict[str, PlaneKey] = {}
     for outcome in outcomes:
-        for channel, sha256 in outcome.planes.items() if isinstance(outcome, PreparedSite) else ():
+        for channel, sha256 in () if isinstance(outcome, RefusedSite) else outcome.planes.items():
             plane = PlaneKey(outcome.key.well, outcome.key.site, channel)
             if sha256 in seen:
                 raise duplicate_image(seen[sha256], plane)

@@ -34,6 +34,7 @@ class FakeEngine:
 
     provider = "CPUExecutionProvider"
     precision = "fp32"
+    sites_at_once = 2
 
     def __init__(self, members: int = 1) -> None:
         self.passes = 0

@@ -2,6 +2,9 @@
 
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from numpy.testing import assert_allclose
 from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior, blended
-from service.engine import BundleEngine, Classified, replay
+from service.engine import BundleEngine, Classified, _Asked, replay
 from service.errors import BusyError, MemoryShortError, StartError
 from service.graphs import Graph
 from service.runtime import open_runtime
@@ -88,7 +91,7 @@ def test_statistics_and_answers_are_the_same_bits_every_time(engine, tiny):
     first_mean, first_variance, _ = engine.measure(context)
     statistics = BatchNormStatistics(first_mean, first_variance, sites=24, wells=6)
     assert first_mean.shape == first_variance.shape == (tiny.manifest.features,)
-    logits, embeddings = engine.classify(well, statistics)
+    logits, embeddings, _ = engine.classify(well, statistics)
     assert (logits.shape, embeddings.shape) == ((9, 1, 3), (9, tiny.manifest.embedding_dim))
     for shift in range(3):
         moved = np.frombuffer(b"\0" * 4 * shift + context.tobytes(), np.float32, offset=4 * shift).reshape(context.shape)
@@ -143,7 +146,7 @@ def test_a_far_context_is_not_measured_with_weights_that_are_not_those_that_were
 class Coarse:
     """A runtime of less precision: what classifies is off by a hundredth."""
 
-    provider, precision = "CPUExecutionProvider", "bf16"
+    provider, precision, passes_at_once, sites_a_pass = "CPUExecutionProvider", "bf16", 1, 1
 
     def __init__(self):
         self.real = OnnxRuntime("cpu", 1)
@@ -223,13 +226,14 @@ def test_bf16_answers_nearly_as_fp32_does(tiny):
     assert 1e-4 < np.abs(found - expected).max() < 0.2 * expected.std()
 
 
-class NoMemory:
-    """A runtime whose sessions have the memory for so many sites."""
+class Gpu:
+    """A runtime of large passes, as a GPU's, whose sessions have the memory for so many sites; ``busy`` holds them up."""
 
-    provider, precision = "CPUExecutionProvider", "fp32"
+    provider, precision, passes_at_once = "CPUExecutionProvider", "fp32", 1
 
-    def __init__(self, sites):
-        self.sites, self.asked = sites, []
+    def __init__(self, memory=100, sites_a_pass=8):
+        self.memory, self.sites_a_pass, self.asked = memory, sites_a_pass, []
+        self.busy = threading.Lock()
         self.real = OnnxRuntime("cpu", 1)
 
     def session(self, graph, *, measures=False):
@@ -238,34 +242,83 @@ class NoMemory:
         class Session:
             def run(self, outputs, given):
                 runtime.asked.append(len(given["images"]))
-                if runtime.asked[-1] > runtime.sites:
-                    raise MemoryError
-                return real.run(outputs, given)
+                with runtime.busy:
+                    if runtime.asked[-1] > runtime.memory:
+                        raise MemoryError
+                    return real.run(outputs, given)
 
         return Session()
 
 
+def test_sites_gather_while_a_gpu_is_busy_with_those_of_the_same_statistics(tiny):
+    gpu, expected = Gpu(), plain_engine(tiny)
+    engine, (one, other) = BundleEngine(tiny, gpu), (statistics_of(seed)(tiny) for seed in (1, 2))
+    asked = [(images(1, seed), other if seed == 3 else one) for seed in range(12)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        with gpu.busy:
+            found = [pool.submit(engine.classify, *asked[0])]
+            wait_until(lambda: gpu.asked)
+            for number, item in enumerate(asked[1:], start=1):
+                found.append(pool.submit(engine.classify, *item))
+                wait_until(lambda number=number: len(engine._passes._waiting) == number)
+        for (image, statistics), answer in zip(asked, found, strict=True):
+            assert_allclose(answer.result().logits, expected.classify(image, statistics).logits, atol=1e-4)
+    assert gpu.asked == [1, 8, 1, 2], "the first at once; eight of one batch; one of another; the rest"
+
+
+def wait_until(reached):
+    end = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("used", [OnnxRuntime("cpu", 3), OpenVinoRuntime("fp32", 3)])
+def test_each_core_classifies_by_itself(used, tiny):
+    assert (used.passes_at_once, used.sites_a_pass) == (3, 1)
+    engine, statistics, given = BundleEngine(tiny, used), statistics_of(1)(tiny), images(7)
+    together = engine.classify(given, statistics)
+    for place in range(7):
+        alone = engine.classify(given[place : place + 1], statistics)
+        assert alone.logits.tobytes() == together.logits[place : place + 1].tobytes()
+        assert alone.embeddings.tobytes() == together.embeddings[place : place + 1].tobytes()
+
+
 def test_sites_for_which_there_is_no_memory_are_classified_in_halves_once(tiny, caplog):
     statistics, expected = statistics_of(1)(tiny), plain_engine(tiny)
-    runtime = NoMemory(5)
-    engine = BundleEngine(tiny, runtime)
-    found = engine.classify(images(9), statistics)
-    assert runtime.asked == [9, 5, 4]
-    assert "not the memory to classify 9 sites at once" in caplog.text
-    assert_allclose(found.logits, expected.classify(images(9), statistics).logits, atol=1e-4)
-    with pytest.raises(MemoryShortError, match="classify 6 sites"):
-        engine.classify(images(12), statistics)
+    gpu = Gpu(memory=5)
+    engine = BundleEngine(tiny, gpu)
+    with gpu.busy:
+        blocked = engine._passes.put(_Asked(images(1)[0], statistics))
+        wait_until(lambda: gpu.asked)
+        eight = [engine._passes.put(_Asked(image, statistics)) for image in images(8)]
+    blocked.result()
+    found = [future.result().logits for future in eight]
+    assert gpu.asked == [1, 8, 4, 4]
+    assert "not the memory to classify 8 sites at once" in caplog.text
+    assert_allclose(found, expected.classify(images(8), statistics).logits, atol=1e-4)
+    gpu.memory = 0
+    with pytest.raises(MemoryShortError, match="classify 1 sites"):
+        engine.classify(images(1), statistics)
+    gpu.memory = 5
     with pytest.raises(MemoryShortError, match="measure 6 sites in one pass"):
         engine.measure(images(6))
     engine.measure(images(5))
 
 
-def test_who_waits_too_long_for_the_passes_before_is_told_to_come_back(tiny, monkeypatch):
+def test_who_waits_too_long_for_passes_is_told_to_come_back_and_is_not_waited_for(tiny, monkeypatch):
     monkeypatch.setattr("service.engine.QUEUE_TIMEOUT_S", 0.05)
-    engine, statistics = plain_engine(tiny), statistics_of(1)(tiny)
-    with engine._one_pass, pytest.raises(BusyError, match=r"passes took longer than 0\.05 s"):
-        engine.classify(images(1), statistics)
+    gpu, statistics = Gpu(), statistics_of(1)(tiny)
+    engine = BundleEngine(tiny, gpu)
+    with gpu.busy:
+        for _ in range(2):
+            with pytest.raises(BusyError, match=r"passes took longer than 0\.05 s"):
+                engine.classify(images(3), statistics)
     assert engine.classify(images(1), statistics).logits.shape == (1, 1, 3)
+    assert sum(gpu.asked) <= 1 + 3 + 1, "what nobody waits for is not classified"
+    with engine._measuring, pytest.raises(BusyError, match=r"passes took longer"):
+        engine.measure(images(1))
+    engine.measure(images(1))
 
 
 def _scaled(measured, factors):
