@@ -22,7 +22,7 @@ import httpx
 from model.errors import AnchorwellError
 from model.layout import PlaneKey, is_unused, parse_file_name, parse_layout, plane_key
 from service import schemas
-from service.digests import content_digest
+from service.digests import digest_header
 from service.errors import MEDIA_TYPE, PROBLEM_TYPE
 
 T = TypeVar("T")
@@ -202,9 +202,9 @@ class AnchorwellClient:
                 "to that plate's batch"
             )
 
-    def _put_plane(self, batch_id: str, key: PlaneKey, data: bytes, *, replace: bool) -> None:
+    def _put_plane(self, batch_id: str, key: PlaneKey, data: bytes, digest: bytes, *, replace: bool) -> None:
         path = f"/batches/{_quoted(batch_id)}/images/{key.well}/{key.site}/{_quoted(key.channel)}"
-        headers, params = {"Content-Digest": content_digest(data)}, {"replace": "true"} if replace else {}
+        headers, params = {"Content-Digest": digest_header(digest)}, {"replace": "true"} if replace else {}
         self._send("PUT", path, lambda: {"content": data, "headers": headers, "params": params})
 
     def _images_there(self, batch_id: str) -> tuple[schemas.KeptImage, ...]:
@@ -536,7 +536,7 @@ class _Places:
 class _Sender:
     """Sends planes ahead, several at once, but those that are there already."""
 
-    put: Callable[[PlaneKey, bytes], None]
+    put: Callable[[PlaneKey, bytes, bytes], None]
     places: _Places
     there: Mapping[tuple[str, int, str], str]
     sent: _Sent
@@ -550,8 +550,9 @@ class _Sender:
         key = self.places(path)
         if key is not None:
             data = path.read_bytes()
-            if self.there.get((key.well, key.site, key.channel)) != sha256(data).hexdigest():
-                self.put(key, data)
+            digest = sha256(data)
+            if self.there.get((key.well, key.site, key.channel)) != digest.hexdigest():
+                self.put(key, data, digest.digest())
         self.sent.add(path)
 
 

@@ -12,7 +12,12 @@ _SHA_256 = re.compile(r"(?:^|,)\s*sha-256\s*=\s*:([A-Za-z0-9+/=]*):\s*(?:;[^,]*)
 
 def content_digest(body: bytes) -> str:
     """Return the Content-Digest of a body."""
-    return f"sha-256=:{b64encode(sha256(body).digest()).decode()}:"
+    return digest_header(sha256(body).digest())
+
+
+def digest_header(digest: bytes) -> str:
+    """Return the Content-Digest of a body by its sha256."""
+    return f"sha-256=:{b64encode(digest).decode()}:"
 
 
 def require_digest(body: bytes, header: str) -> str:

@@ -27,8 +27,8 @@ from service.store import (
     RevisionConflictError,
     StagedPlane,
     new_blob,
-    new_shard,
     platemap_bytes,
+    shard_of,
     sites_of,
 )
 
@@ -256,7 +256,7 @@ class Kept:
         """
         store = self.storage.of(deed.tenant)
         answer = schemas.KeptImage(**vars(key), sha256=digest, state="staged")
-        plane = StagedPlane(key, digest, len(data), new_blob(data, new_shard(), digest), self.now().isoformat())
+        plane = StagedPlane(key, digest, len(data), new_blob(data, shard_of(batch_id), digest), self.now().isoformat())
 
         def story(batch: BatchRecord) -> tuple[bool, schemas.KeptImage]:
             was = store.staged_plane(batch_id, key)

@@ -117,12 +117,13 @@ async def received_body(request: Request, limit: int, idle_timeout_s: float) -> 
         UploadTooLargeError, UploadTimeoutError: as they say.
     """
     _check_declared_length(request, limit)
-    body = bytearray()
+    chunks, received = [], 0
     async for chunk in _chunks(request, idle_timeout_s):
-        body += chunk
-        if len(body) > limit:
+        received += len(chunk)
+        if received > limit:
             raise _too_large(limit)
-    return bytes(body)
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""uvicorn's HTTP protocol, with a bound on what stands before a request's body."""
+"""uvicorn's HTTP protocol, with a bound on what stands before a request's body, and large bodies in large pieces."""
+
+import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 << 10
+PIECE_BYTES = 512 << 10
+PIECE_S = 0.05
+"""A body is handed on when so much of it has arrived, or for so long nothing was: to wake who reads it is dear."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -10,6 +15,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     _in_headers = True
     _header_bytes = 0
+    _handing_on: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         self._header_bytes += len(data)
@@ -23,6 +29,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
+        if cycle.response_complete or len(cycle.body) + len(body) >= PIECE_BYTES:
+            self._hand_on()
+            super().on_body(body)
+            return
+        cycle.body += body
+        if self._handing_on is None:
+            self._handing_on = self.loop.call_later(PIECE_S, self._hand_on)
+
+    def _hand_on(self) -> None:
+        """Let who waits for the body look at what is there."""
+        if self._handing_on is not None:
+            self._handing_on.cancel()
+            self._handing_on = None
+        self.cycle.message_event.set()
+
     def on_message_complete(self) -> None:
         self._in_headers, self._header_bytes = True, 0  # what follows in the same data is counted with what comes next
         super().on_message_complete()
+        self._hand_on()

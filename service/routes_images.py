@@ -68,8 +68,12 @@ async def send_image(
     declared = request.headers.get("content-length", "")
     with served.staging_bytes.taken(deed.tenant, int(declared) if declared.isdecimal() else served.max_plane_bytes):
         body = await received_body(request, served.max_plane_bytes, served.receiver.limits.idle_timeout_s)
-        digest = await run_in_threadpool(require_digest, body, content_digest)
-        new, image = await run_in_threadpool(served.kept.stage, deed, batch_id, key, body, digest, replace=replace)
+
+        def stage() -> tuple[bool, schemas.KeptImage]:
+            digest = require_digest(body, content_digest)
+            return served.kept.stage(deed, batch_id, key, body, digest, replace=replace)
+
+        new, image = await run_in_threadpool(stage)
     response.status_code = 201 if new else 200
     return image
 

@@ -678,6 +678,11 @@ def new_shard() -> str:
     return token_hex(2)[:3]
 
 
+def shard_of(batch_id: str) -> str:
+    """The folder of the planes that a batch is sent ahead, in many requests."""
+    return sha256(batch_id.encode()).hexdigest()[:3]
+
+
 def new_blob(data: bytes, shard: str, digest: str | None = None) -> str:
     """Draw a name for bytes: their sha256, which may be known, and what no other name has."""
     return f"{shard}/{digest or sha256(data).hexdigest()}-{token_hex(8)}"

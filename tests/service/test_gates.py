@@ -14,7 +14,7 @@ from service.access import Keys, Scope
 from service.errors import BusyError, ForeignSiteError
 from service.gates import Neighbours, Slots, Turns
 from service.multipart import SPOOL_PREFIX, spooled, sweep_spool
-from service.protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+from service.protocol import MAX_HEADER_BYTES, PIECE_BYTES, BoundedHttpProtocol
 from tests.service.conftest import free_port, running, wait_until
 from tests.service.plates import FakeEngine, well_files
 
@@ -127,14 +127,19 @@ def test_a_key_may_be_used_under_any_name_from_any_site(client, storage):
 
 @pytest.fixture(scope="module")
 def echo_port():
-    """A server with the service's protocol that answers with the size of a body."""
+    """A server with the service's protocol that answers with the size of a body, and into how many pieces it came apart.
 
-    async def app(_scope, receive, send):
-        size, more = 0, True
+    Of a body for ``/first`` it waits for the first piece alone.
+    """
+
+    async def app(scope, receive, send):
+        sizes, more = [], True
         while more:
             message = await receive()
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+            sizes += [len(message["body"])] if message.get("body") else []
+            more = message.get("more_body", False) and not (sizes and scope["path"] == "/first")
+        told = [(b"x-size", str(sum(sizes)).encode()), (b"x-pieces", str(len(sizes)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": told})
         await send({"type": "http.response.body", "body": b""})
 
     port = free_port()
@@ -183,6 +188,20 @@ def test_bodies_of_any_size_and_requests_one_after_another_pass(echo_port):
     last = post.replace(b"host: x\r\n", b"host: x\r\nconnection: close\r\n")
     received = answers(echo_port, post + post, post[:300_000], post[300_000:] + last)
     assert received.count(b"x-size: 700000") == 4
+
+
+def test_a_large_body_is_handed_on_in_large_pieces(echo_port):
+    body = b"y" * (20 * PIECE_BYTES)
+    head = f"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+    told = dict(line.split(b": ") for line in answers(echo_port, head + body).split(b"\r\n") if b": " in line)
+    assert int(told[b"x-size"]) == len(body)
+    assert 10 <= int(told[b"x-pieces"]) <= 25
+
+
+def test_what_arrives_of_a_body_is_handed_on_although_no_more_does(echo_port):
+    with socket.create_connection(("127.0.0.1", echo_port), timeout=10) as connection:
+        connection.sendall(b"POST /first HTTP/1.1\r\nhost: x\r\ncontent-length: 700000\r\n\r\nabc")
+        assert b"x-size: 3" in connection.recv(1 << 16)
 
 
 def test_an_upload_that_only_drips_gives_its_slot_back(settings, storage, monkeypatch):
@@ -247,7 +266,7 @@ def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, st
     with running(settings, engine, storage) as client:
         assert client.post(CONTROLS, files=FILES).status_code == 201
         engine.classify = counted
-        files = well_files(["E05"])
+        files = well_files(["E05"], (1,))
         statuses = []
         threads = [
             threading.Thread(target=lambda: statuses.append(client.post("/batches/P1/predict", files=files).status_code))
