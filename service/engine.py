@@ -157,7 +157,8 @@ class BundleEngine:
             ) from None
         finally:
             self._measuring.release()
-        self._tell("measure", len(images), begun - asked, time.perf_counter() - begun)
+        self.observer.stage("queue", begun - asked)
+        self._count("measure", len(images), time.perf_counter() - begun)
         return found if self.precision == "fp32" else found._replace(embeddings=self._embedded(images, found))
 
     def _measured(self, images: Float, prior: Prior) -> Measured:
@@ -209,9 +210,9 @@ class BundleEngine:
         images = first.image[np.newaxis] if len(asked) == 1 else np.stack([site.image for site in asked])
         found = self._classified_or_halved(images, first.statistics)
         took = time.perf_counter() - begun
-        for place, site in enumerate(asked):
-            told = (took, len(asked)) if place == 0 else (None, 0)
-            site.context.run(self._tell, "classify", told[1], begun - site.since, told[0])
+        for site in asked:
+            site.context.run(self.observer.stage, "queue", begun - site.since)
+        first.context.run(self._count, "classify", len(asked), took)
         return [Classified(*both, took / len(asked)) for both in zip(*found, strict=True)]
 
     def _classified_or_halved(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
@@ -232,12 +233,9 @@ class BundleEngine:
         logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
         return logits, embeddings
 
-    def _tell(self, graph: str, sites: int, waited: float, took: float | None) -> None:
-        """Count a wait, and the pass that ended it, unless that was counted with another site of it."""
-        self.observer.stage("queue", waited)
-        if took is not None:
-            self.observer.stage("infer", took)
-            self.observer.sites(graph, sites)
+    def _count(self, graph: str, sites: int, took: float) -> None:
+        self.observer.stage("infer", took)
+        self.observer.sites(graph, sites)
 
 
 def _busy() -> BusyError:

@@ -105,7 +105,7 @@ class Measured(Provenance):
     )
     saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
-    seconds: Mapping[str, float] = Field(description="seconds by stage")
+    seconds: Mapping[str, float] = Field(description="seconds by stage; of passes that run side by side, their sum")
 
 
 class ControlsReport(Measured):
