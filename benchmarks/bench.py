@@ -1,7 +1,7 @@
 """Speed: ratios measured in one run on this machine, every way in turn with its peers; build/bench.json and a table.
 
-Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images,service,plates] [--rounds 9]``; on a GPU
-``--parts engine --device cuda``, which needs no network.
+Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images,service,peers,plates] [--rounds 9]``; on a
+GPU ``--parts engine --device cuda``, which needs no network.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.bars import conclude
 from benchmarks.bench_engine import Machine, engine_bars
 from benchmarks.bench_images import image_bars
+from benchmarks.bench_peers import peer_bars
 from benchmarks.bench_plates import plate_bars
 from benchmarks.bench_service import service_bars
 
@@ -19,7 +20,7 @@ FOLDER = Path("build/bench")
 def main() -> None:
     """Measure the parts that are asked for, write and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="engine,images,service,plates")
+    parser.add_argument("--parts", default="engine,images,service,peers,plates")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
@@ -27,6 +28,7 @@ def main() -> None:
     parts = {
         "engine": lambda: engine_bars(FOLDER, Machine(arguments.device, arguments.threads), arguments.rounds),
         "images": lambda: image_bars(arguments.rounds),
+        "peers": lambda: peer_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
         "plates": lambda: plate_bars(FOLDER, arguments.threads),
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
     }
