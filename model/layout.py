@@ -428,6 +428,11 @@ MAX_MAP_COLUMN_NAME = 200
 MAX_MAP_HEADER_BYTES = 4_000
 """Bytes of all the names of a plate map's columns, as JSON: they are told again with every answered well."""
 MAX_MAP_CELL = 2_000
+INDEX_KEYS = tuple(f"Metadata_{name}" for name in ("Source", "Batch", "Plate", "Well", "Site"))
+"""Columns that name a row of an index, which is a site: its lab, batch, plate, well and number."""
+INDEX_PLATE, INDEX_WELL, INDEX_SITE = INDEX_KEYS[2:]
+INDEX_ROLE, INDEX_SIZE, INDEX_PATH = "role", "pixel_size_um", "Path_"
+"""Columns that say what a site is for, and its images' size; what the column of a channel's paths begins with."""
 WELL_COLUMNS = ("well", "metadata_well", "well_position")
 _ROLE_COLUMNS = ("role", "control_type", "metadata_control_type", "pert_type", "metadata_pert_type")
 _NEGATIVE = frozenset({"control", "negcon", "negative", "negative_control", "dmso"})

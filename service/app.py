@@ -1,10 +1,11 @@
 """The one composition root: settings in, an ASGI app or a worker out. Nothing is created at import."""
 
+import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from model.errors import BundleError
 from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
+from service.blobs import FileBlobs, open_object_blobs
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
 from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, replay
 from service.errors import StartError, install_handlers
@@ -37,6 +39,7 @@ from service.requests import Admission, Requests
 from service.retention import Retention
 from service.routes import Served
 from service.runtime import open_runtime
+from service.screen import Screener
 from service.settings import Settings
 from service.storage import Storage
 from service.telemetry import Metrics, TimedRecords
@@ -194,6 +197,25 @@ def compose(
     retention = Retention(used_storage, jobs, settings.rules)
     own_storage = used_storage if storage is None else None
     return Composition(settings, served, queue, retention, metrics, own_storage, own_decoder)
+
+
+@contextmanager
+def screening(settings: Settings, out: str) -> Iterator[Screener]:
+    """Compose what answers plates into a directory or below an s3:// URL; its own store lies in the data directory.
+
+    Raises:
+        BundleError, StartError: as ``create_app`` does; or the engine does not agree with the golden images.
+    """
+    composition = compose(settings)
+    try:
+        asyncio.run(composition.begin())
+        served = composition.served
+        if served.readiness.reason is not None:
+            raise StartError(f"the screen cannot begin: {served.readiness.reason}")
+        blobs = open_object_blobs(out) if "://" in out else FileBlobs(Path(out))
+        yield Screener(served.batches, served.kept, blobs, _spool(settings), served.max_plane_bytes)
+    finally:
+        composition.end()
 
 
 def open_engine(settings: Settings) -> BundleEngine:

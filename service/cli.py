@@ -23,7 +23,7 @@ from rich.table import Table
 
 from model.errors import AnchorwellError
 from model.layout import Role, parse_layout, parse_platemap, parse_well
-from service import cli_operate, schemas
+from service import cli_operate, cli_screen, schemas
 from service.client import (
     AnchorwellClient,
     Context,
@@ -59,6 +59,7 @@ app = typer.Typer(
 app.add_typer(cli_operate.keys)
 app.add_typer(cli_operate.audits)
 app.command("restore")(cli_operate.restore)
+app.command("screen")(cli_screen.screen)
 out = Console()
 err = Console(stderr=True)
 

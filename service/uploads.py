@@ -357,7 +357,12 @@ class Preparer:
         self, key: SiteKey, files: Mapping[str, SentFile], pixel_size_um: float | None, keep: Keeper | None
     ) -> PreparedSite | RefusedSite:
         with ExitStack() as stack:
-            slices = {channel: stack.enter_context(file.on_disk()) for channel, file in files.items()}
+            slices = {}
+            for channel, file in files.items():
+                try:
+                    slices[channel] = stack.enter_context(file.on_disk())
+                except ReferenceUnreadableError as error:
+                    raise error.about(well=key.well, site=key.site, channel=channel) from None
             try:
                 decoded = self.decoder.site(key, slices, pixel_size_um).result()
             except ImageError as error:
@@ -365,8 +370,8 @@ class Preparer:
                     return RefusedSite(key, error)
                 raise
             kept = {} if keep is None else keep(slices)
-        for channel, file in kept.items():
-            if content_of(blob_sha256(file.blob), file.page) != decoded.planes[channel]:
+        for channel, held in kept.items():
+            if content_of(blob_sha256(held.blob), held.page) != decoded.planes[channel]:
                 raise ReferenceUnreadableError(f"{files[channel].name[:200]!r} was changed while it was read").about(
                     well=key.well, site=key.site, channel=channel
                 )

@@ -17,13 +17,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import AnchorwellError, LayoutError, PlateError
-from model.layout import Role, parse_platemap, parse_site, parse_well, read_platemap
+from model.layout import (
+    INDEX_KEYS,
+    INDEX_PATH,
+    INDEX_ROLE,
+    INDEX_SIZE,
+    Role,
+    parse_platemap,
+    parse_site,
+    parse_well,
+    read_platemap,
+)
 from training.load_data import PLATE, SITE, WELL, checked_sites, in_um, pixel_sizes, told_sizes, with_places
 from training.tables import ROW, Problems, Table, among, read_table
 
-KEYS = ["Metadata_Source", "Metadata_Batch", PLATE, WELL, SITE]
-COLUMNS = [*KEYS, "label", "role", "pixel_size_um"]
-_PATH = "Path_"
+KEYS = list(INDEX_KEYS)
+COLUMNS = [*KEYS, "label", INDEX_ROLE, INDEX_SIZE]
 _BATCH_ROWS = 20_000
 _PLACES_TOLD = 4
 
@@ -34,7 +43,7 @@ def channels_of(index: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _channels(columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.removeprefix(_PATH) for name in columns if name.startswith(_PATH))
+    return tuple(name.removeprefix(INDEX_PATH) for name in columns if name.startswith(INDEX_PATH))
 
 
 def require_channels(channels: Sequence[str]) -> None:
@@ -51,7 +60,7 @@ def require_channels(channels: Sequence[str]) -> None:
 
 def path_column(channel: str) -> str:
     """Name the column that holds a channel's paths."""
-    return f"{_PATH}{channel}"
+    return f"{INDEX_PATH}{channel}"
 
 
 # --- a folder tree ---------------------------------------------------------------------------------------------------
@@ -224,7 +233,7 @@ def _require_own_paths(index: pd.DataFrame) -> None:
         plate, path = again[[PLATE, "value"]].iloc[0]
         same = again[(again[PLATE] == plate) & (again["value"] == path)].head(_PLACES_TOLD)
         places = " and ".join(
-            f"well {well} site {site} channel {str(column).removeprefix(_PATH)}"
+            f"well {well} site {site} channel {str(column).removeprefix(INDEX_PATH)}"
             for well, site, column in same[[WELL, SITE, "variable"]].to_numpy().tolist()
         )
         raise LayoutError(f"plate {plate}: {path} is given for {places}: a plane has a file of its own")

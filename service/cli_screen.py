@@ -1,0 +1,92 @@
+"""``anchorwell screen``: plates of an index in, answers out, without a server."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from service.errors import InvalidRequestError
+from service.index import ScreenIndex
+from service.screen import SUMMARY, Outcome, answered, counts, part_of, summary
+from service.settings import Settings
+from service.telemetry import configure_logs
+
+SOME_REFUSED = 3
+"""Exit code of a screen that is done, but for plates that could not be answered."""
+out = Console()
+err = Console(stderr=True)
+
+
+def screen(
+    index: Annotated[
+        Path, typer.Argument(help="Parquet or CSV, a row a site, as anchorwell-train index writes it", exists=True)
+    ],
+    bundle: Annotated[Path | None, typer.Option(help="the bundle that answers (ANCHORWELL_BUNDLE)")] = None,
+    to: Annotated[str, typer.Option("--out", help="directory, or s3://bucket/prefix, of a folder a plate")] = "answers",
+    part: Annotated[str, typer.Option(help="2/10: of ten processes that share the screen, the second's plates")] = "1/1",
+    plates_at_once: Annotated[int, typer.Option(min=1, help="plates that are worked on at once")] = 2,
+    scratch: Annotated[Path | None, typer.Option(help="directory for some plates' controls for as long as it takes")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
+) -> None:
+    """Answer whole screens: adapt each plate on its controls, classify its other wells, write a Parquet file a plate.
+
+    Asked again it goes on: what is answered already by the same bundle is kept. Exits with 3 when plates were refused; what
+    is wrong with them stands in their folders, in error.json, and in screen.json.
+    """
+    number, parts = _part(part)
+    known = ScreenIndex.open(index)
+    mine = range(number - 1, len(known.names), parts)
+    configure_logs("text", err)
+    with TemporaryDirectory(prefix="anchorwell-screen-", dir=scratch) as folder:
+        given = {"bundle": bundle, "device": device}
+        own = {"data": Path(folder) / "lab", "redis": None, "objects": None, "workers": 0, "keep_control_images": False}
+        settings = Settings(**own, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        from service.app import screening  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+        outcomes: list[Outcome] = []
+        with screening(settings, to) as screener, _bar(len(mine)) as bar:
+            task = bar.add_task("plates", total=len(mine))
+            for outcome in answered(screener.answer, part_of(known.plates(), number, parts), plates_at_once):
+                outcomes.append(outcome)
+                bar.advance(task)
+                _tell(outcome)
+            screener.out.put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", summary(known, outcomes))
+    _conclude(outcomes, to)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise InvalidRequestError(f"--part {text[:40]!r} is not like 2/10, the second of ten")
+    return int(number), int(parts)
+
+
+def _bar(plates: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err, disable=not err.is_terminal or not plates)
+
+
+def _tell(outcome: Outcome) -> None:
+    if outcome.state == "refused":
+        err.print(f"[red]refused[/]  {escape(outcome.plate)}: {escape(outcome.detail)}", soft_wrap=True, highlight=False)
+    for well, reason in (outcome.left_out or {}).items():
+        err.print(f"[yellow]left out[/] {escape(outcome.plate)} {well}: {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+def _conclude(outcomes: list[Outcome], to: str) -> None:
+    found, wells = counts(outcomes), sum(outcome.wells for outcome in outcomes)
+    told = f"{found['answered']} plates answered ({wells:,} wells), {found['kept']} were there already, "
+    out.print(f"{told}{found['refused']} refused: {to}", highlight=False, markup=False, soft_wrap=True)
+    if found["refused"]:
+        sys.exit(SOME_REFUSED)

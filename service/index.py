@@ -1,0 +1,190 @@
+"""The index of a screen: Parquet or CSV, one row a site, read plate by plate.
+
+Columns, as ``anchorwell-train index`` writes them: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``,
+``Metadata_Well``, ``Metadata_Site``, ``role`` (control | treated), perhaps ``pixel_size_um``, and ``Path_<channel>`` per
+channel: an s3:// URL, or a path, relative to the index's folder or absolute. Other columns ride along into the answers. A
+plate's rows lie together. What is wrong with one plate is told when that plate is read, and of no other.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from csv import reader as csv_reader
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import groupby
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from model.errors import LayoutError
+from model.layout import (
+    INDEX_KEYS,
+    INDEX_PATH,
+    INDEX_PLATE,
+    INDEX_ROLE,
+    INDEX_SITE,
+    INDEX_SIZE,
+    INDEX_WELL,
+    PlaneKey,
+    PlateMap,
+    Role,
+    duplicate_plane,
+    parse_site,
+    parse_well,
+    rounded_pixel_size_um,
+)
+from model.statistics import canonical_json
+
+_ROWS_AT_ONCE = 20_000
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class IndexedPlate:
+    """One plate's rows, as they stand in the index; looked at when they are asked for."""
+
+    name: str
+    rows: Sequence[Row]
+    folder: Path
+    apart: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Tells these rows from others."""
+        return sha256(canonical_json([{name: str(value) for name, value in row.items()} for row in self.rows])).hexdigest()
+
+    def planes(self, channels: Sequence[str], role: Role) -> dict[PlaneKey, str]:
+        """Where the planes of a role's wells lie, an address or an absolute path each; those without a path are left out.
+
+        Raises:
+            LayoutError, WellNameError: a row says what no plate has. DuplicatePlaneError: one says it again.
+        """
+        found: dict[PlaneKey, str] = {}
+        for row in self.rows:
+            if _role(row) is not role:
+                continue
+            well, site = parse_well(str(row[INDEX_WELL])), parse_site(str(row[INDEX_SITE]))
+            for channel in channels:
+                path, key = row.get(f"{INDEX_PATH}{channel}"), PlaneKey(well, site, channel)
+                if key in found:
+                    raise duplicate_plane(key, found[key], str(path))
+                if path:
+                    found[key] = path if "://" in path else str(self.folder / path)
+        return found
+
+    @property
+    def pixel_size_um(self) -> float | None:
+        """Of its images; None where the index does not say.
+
+        Raises:
+            LayoutError: it says several, or what is no length.
+        """
+        told = {float(value) for row in self.rows if (value := row.get(INDEX_SIZE)) not in (None, "")}
+        sizes = {size for size in told if isfinite(size)}
+        if len(sizes) > 1:
+            raise LayoutError(f"plate {self.name} has several pixel sizes: {', '.join(map(str, sorted(sizes)[:4]))}")
+        return rounded_pixel_size_um(sizes.pop()) if sizes else None
+
+    @property
+    def platemap(self) -> PlateMap:
+        """What the index says of wells: the columns whose cells are the same at all sites of each.
+
+        Raises:
+            LayoutError, WellNameError: a well has several roles, or is none.
+        """
+        wells: dict[str, list[Row]] = {}
+        for row in self.rows:
+            wells.setdefault(parse_well(str(row[INDEX_WELL])), []).append(row)
+        roles = {well: {_role(row) for row in rows} for well, rows in wells.items()}
+        several = sorted(well for well, found in roles.items() if len(found) > 1)
+        if several:
+            raise LayoutError(f"wells of plate {self.name} are both control and treated: {', '.join(several[:8])}")
+        names = [name for name in self.rows[0] if name not in (INDEX_PLATE, INDEX_WELL) and not name.startswith(INDEX_PATH)]
+        columns = [name for name in names if all(len({row[name] for row in rows}) == 1 for rows in wells.values())]
+        cells = {well: tuple(_cell(rows[0][name]) for name in columns) for well, rows in wells.items()}
+        return PlateMap(("well", *columns), {well: (well, *row) for well, row in cells.items()}, {
+            well: next(iter(found)) for well, found in roles.items()
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScreenIndex:
+    """An index on disk."""
+
+    path: Path
+    names: tuple[str, ...]
+    """Every plate, once, in the order of the rows."""
+    apart: frozenset[str]
+    """Those whose rows do not lie together."""
+
+    @classmethod
+    def open(cls, path: Path) -> "ScreenIndex":
+        """Look at an index's columns, and at the names of its plates.
+
+        Raises:
+            LayoutError: it is none.
+        """
+        columns = next(_batches(path)).schema.names
+        missing = [name for name in (*INDEX_KEYS, INDEX_ROLE) if name not in columns]
+        if missing or not any(name.startswith(INDEX_PATH) for name in columns):
+            raise LayoutError(f"the index {path} lacks the columns {', '.join(missing) or 'Path_<channel>'}")
+        runs = [name for name, _ in groupby(name for batch in _batches(path, [INDEX_PLATE]) for name in _plates(batch))]
+        return cls(path, tuple(dict.fromkeys(runs)), frozenset(name for name, times in Counter(runs).items() if times > 1))
+
+    def plates(self) -> Iterator[IndexedPlate]:
+        """Every plate, one after the other; of one whose rows lie apart, the first of them."""
+        seen: set[str] = set()
+        folder = self.path.parent.resolve()
+        rows = (row for batch in _batches(self.path) for row in batch.to_pylist())
+        for name, found in groupby(rows, key=lambda row: str(row[INDEX_PLATE])):
+            if name not in seen:
+                seen.add(name)
+                yield IndexedPlate(name, list(found), folder, apart=name in self.apart)
+
+
+def _plates(batch: pa.RecordBatch) -> Iterator[str]:
+    return (str(name) for name in batch.column(0).to_pylist())
+
+
+def _batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Give an index's rows, many at once.
+
+    Raises:
+        LayoutError: it cannot be read, or has none.
+    """
+    rows = 0
+    try:
+        for batch in _read(path, columns):
+            rows += len(batch)
+            yield batch
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LayoutError(f"the index {path} cannot be read: {str(error)[:200]}") from None
+    if not rows:
+        raise LayoutError(f"the index {path} has no rows")
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(_ROWS_AT_ONCE, columns=columns)
+        return
+    with path.open(encoding="utf-8-sig", newline="") as text:
+        names = next(csv_reader(text), [])
+    kinds = csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), include_columns=columns, strings_can_be_null=False
+    )
+    yield from csv.open_csv(path, convert_options=kinds)
+
+
+def _role(row: Row) -> Role:
+    try:
+        return Role(row[INDEX_ROLE])
+    except ValueError:
+        raise LayoutError(f"the role is control or treated, not {row[INDEX_ROLE]!r}: well {row[INDEX_WELL]}") from None
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,270 @@
+"""Whole screens without a server: an index of plates in, a Parquet file of answers a plate out.
+
+A plate is the unit of work: it is adapted to its own controls and classified by the two stories, over a store that goes with
+it, so that it is answered as a service would. What is done already, of the same rows by the same bundle, is not done again;
+a plate that cannot be answered is told of in its place, and the others go on.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+
+from model.errors import AnchorwellError, ImageError, LayoutError, MissingChannelError, TooFewControlsError
+from model.layout import PlaneKey, Role
+from service import exports, schemas
+from service.batches import Batches, Stopwatch
+from service.blobs import Blobs
+from service.decoding import FileSlice
+from service.deeds import Deed
+from service.errors import BlobMissingError, ReferenceUnreadableError, StoreLostError, StoreUnavailableError, problem_body
+from service.index import IndexedPlate, ScreenIndex
+from service.kept import Kept
+from service.references import ReferencedFile, References
+from service.reports import VERSION
+from service.uploads import SentFile, Upload, complete_sites
+
+TENANT = "screen"
+ANSWERS, REPORT, ERROR, SUMMARY = "answers.parquet", "report.json", "error.json", "screen.json"
+WELLS_AT_ONCE = 48
+"""So many are answered together: when an image of one of them cannot be read, the others are answered again."""
+
+State = Literal["answered", "kept", "refused"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a plate: answered now, or kept from a run before, or refused, and why; wells that were left out."""
+
+    plate: str
+    state: State
+    wells: int = 0
+    left_out: Mapping[str, str] | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A plane's file on this machine."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return str(self.path)
+
+    @property
+    def content(self) -> str:
+        """Its path: what lies there is known when it is read."""
+        return str(self.path)
+
+    @contextmanager
+    def on_disk(self) -> Iterator[FileSlice]:
+        """Give the file as it lies."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise ReferenceUnreadableError(f"{self.name[:200]!r} cannot be read: {error.strerror}") from None
+        yield FileSlice(self.path, 0, size, self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Screener:
+    """Answers plates one by one, over a store of their own, and puts the answers where they belong."""
+
+    batches: Batches
+    kept: Kept
+    out: Blobs
+    spool: Path
+    max_file_bytes: int
+
+    def answer(self, plate: IndexedPlate) -> Outcome:
+        """Answer a plate, or say why not; that stands in its folder, too.
+
+        Raises:
+            StoreUnavailableError: nothing can be kept.
+        """
+        folder = folder_of(plate.name)
+        if self._is_done(folder, plate):
+            return Outcome(plate.name, "kept")
+        try:
+            report, table = self._answered(plate)
+        except (StoreUnavailableError, StoreLostError):
+            raise
+        except AnchorwellError as error:
+            told = {"plate": plate.name, **_identity(plate, self.batches), **problem_body(error)}
+            self.out.put(f"{folder}/{ERROR}", _json(told))
+            return Outcome(plate.name, "refused", detail=str(told["detail"]))
+        self.out.put(f"{folder}/{ANSWERS}", table)
+        self.out.put(f"{folder}/{REPORT}", _json(report))
+        self.out.delete([f"{folder}/{ERROR}"])
+        return Outcome(plate.name, "answered", len(report["wells"]), report["wells_left_out"])
+
+    def _is_done(self, folder: str, plate: IndexedPlate) -> bool:
+        """Whether a run before answered the same rows by the same bundle."""
+        try:
+            before = json.loads(self.out.get(f"{folder}/{REPORT}"))
+        except (BlobMissingError, ValueError):
+            return False
+        return isinstance(before, dict) and _identity(plate, self.batches).items() <= before.items()
+
+    def _answered(self, plate: IndexedPlate) -> tuple[dict[str, Any], bytes]:
+        """Adapt a plate on its controls, and classify the rest.
+
+        Raises:
+            PlateError, ContextError, ImageError: it cannot be.
+        """
+        if plate.apart:
+            raise LayoutError(f"the rows of plate {plate.name} lie apart in the index: sort it by plate")
+        deed, batch_id, watch = Deed(TENANT, "screen"), quote(plate.name, safe=""), Stopwatch()
+        left_out: dict[str, str] = {}
+        store = self.kept.storage.of(TENANT)
+        try:
+            self.kept.send_platemap(deed, batch_id, plate.platemap)
+            controls = self._upload(plate, Role.CONTROL, left_out)
+            report = self._without_broken(
+                controls, left_out, lambda upload: self.batches.adapt(deed, batch_id, upload, watch)
+            )
+            if report is None or not report.adapted:
+                raise self._too_few(report, left_out)
+            answers = [
+                self._without_broken(part, left_out, lambda upload: self.batches.classify(deed, batch_id, upload, watch))
+                for part in _parts(self._upload(plate, Role.TREATED, left_out))
+            ]
+            found, columns = self.kept.predictions(TENANT, batch_id)
+            table = exports.table(found, columns, self.batches.bundle.manifest.classes)
+            return self._report(
+                plate, report, [a for a in answers if a is not None], left_out, watch
+            ), exports.parquet_bytes(table)
+        finally:
+            batch = store.batch(batch_id)
+            if batch is not None:
+                store.delete(batch, deed.done("batch.deleted", batch_id, {}))
+
+    def _too_few(self, report: schemas.ControlsReport | None, left_out: Mapping[str, str]) -> TooFewControlsError:
+        have = 0 if report is None else report.control_wells
+        need = self.batches.bundle.manifest.minimum_control_wells
+        why = "".join(f"; {well}: {reason}" for well, reason in list(left_out.items())[:4])
+        return TooFewControlsError(f"the plate has {have} control wells that can be used, the bundle needs {need}{why}")
+
+    def _upload(self, plate: IndexedPlate, role: Role, left_out: dict[str, str]) -> Upload:
+        """Gather a role's complete wells; those that are not are left out, and told."""
+        channels = self.batches.bundle.manifest.channels
+        wells: dict[str, dict[PlaneKey, SentFile]] = {}
+        for key, address in plate.planes(channels, role).items():
+            wells.setdefault(key.well, {})[key] = self._file(address)
+        sites = {}
+        for well, planes in sorted(wells.items()):
+            try:
+                sites.update(complete_sites(planes, channels))
+            except MissingChannelError as error:
+                left_out[well] = error.detail
+        return Upload(sites, pixel_size_um=plate.pixel_size_um, plate=plate.name)
+
+    def _file(self, address: str) -> SentFile:
+        if "://" not in address:
+            return LocalFile(Path(address))
+        parts = urlsplit(address)
+        root = f"{parts.scheme}://{parts.netloc}/"
+        return ReferencedFile(References({TENANT: [root]}, self.spool, self.max_file_bytes), TENANT, address)
+
+    def _without_broken(self, upload: Upload, left_out: dict[str, str], ask: Callable[[Upload], Any]) -> Any:
+        """Ask for wells; those of which an image cannot be used are left out. None when no well is left."""
+        while upload.sites:
+            try:
+                return ask(upload)
+            except ImageError as error:
+                well = error.members.get("well")
+                if well not in upload.wells:
+                    raise
+                left_out[str(well)] = error.detail
+                upload = replace(upload, sites={key: files for key, files in upload.sites.items() if key.well != well})
+        return None
+
+    def _report(
+        self,
+        plate: IndexedPlate,
+        controls: schemas.ControlsReport,
+        answers: Sequence[schemas.Prediction],
+        left_out: Mapping[str, str],
+        watch: Stopwatch,
+    ) -> dict[str, Any]:
+        told = controls.model_dump(
+            mode="json", include=set(schemas.Measured.model_fields) - {"batch_id", "seconds", "skipped"}
+        )
+        notices = dict.fromkeys((*controls.notices, *(notice for answer in answers for notice in answer.notices)))
+        return {
+            **told,
+            "plate": plate.name,
+            **_identity(plate, self.batches),
+            "notices": list(notices),
+            "wells": [well.well for answer in answers for well in answer.wells],
+            "wells_left_out": dict(sorted(left_out.items())),
+            "seconds": watch.seconds(),
+        }
+
+
+def _identity(plate: IndexedPlate, batches: Batches) -> dict[str, str]:
+    """What answers depend on."""
+    engine = batches.engine
+    return {"rows": plate.digest, "bundle": batches.bundle.digest, "precision": engine.precision, "version": VERSION}
+
+
+def _parts(upload: Upload) -> Iterator[Upload]:
+    wells = sorted(upload.wells)
+    for start in range(0, len(wells), WELLS_AT_ONCE):
+        some = set(wells[start : start + WELLS_AT_ONCE])
+        yield replace(upload, sites={key: files for key, files in upload.sites.items() if key.well in some})
+
+
+def folder_of(plate: str) -> str:
+    """Name a plate's folder as readers of partitioned tables know it."""
+    return f"plate={quote(plate, safe='')}"
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, default=str).encode()
+
+
+# --- many plates ------------------------------------------------------------------------------------------------------
+
+
+def part_of(plates: Iterable[IndexedPlate], part: int, parts: int) -> Iterator[IndexedPlate]:
+    """Every plate whose turn it is: of ``parts`` that share a screen, number ``part``, from 1."""
+    return (plate for number, plate in enumerate(plates) if number % parts == part - 1)
+
+
+def answered(answer: Callable[[IndexedPlate], Outcome], plates: Iterable[IndexedPlate], at_once: int) -> Iterator[Outcome]:
+    """Answer plates, some at once, so that cores have something to do while one begins or ends; as they are done."""
+    with ThreadPoolExecutor(at_once, thread_name_prefix="plate") as pool:
+        running: set[Future[Outcome]] = set()
+        try:
+            for plate in plates:
+                running.add(pool.submit(answer, plate))
+                if len(running) > at_once:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def counts(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many plates came out how."""
+    states: Sequence[State] = ("answered", "kept", "refused")
+    return {state: sum(outcome.state == state for outcome in outcomes) for state in states}
+
+
+def summary(index: ScreenIndex, outcomes: Sequence[Outcome]) -> bytes:
+    """Tell what became of all plates."""
+    refused = {outcome.plate: outcome.detail for outcome in outcomes if outcome.state == "refused"}
+    wells = {outcome.plate: dict(outcome.left_out) for outcome in outcomes if outcome.left_out}
+    return _json({"index": str(index.path), **counts(outcomes), "refused_plates": refused, "wells_left_out": wells})
