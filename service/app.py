@@ -19,7 +19,7 @@ from model.errors import BundleError
 from service import routes, routes_images, routes_jobs
 from service.access import Access, Keys
 from service.batches import Batches
-from service.blobs import FileBlobs, open_object_blobs
+from service.blobs import open_blobs
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
 from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, replay
 from service.errors import StartError, install_handlers
@@ -212,8 +212,7 @@ def screening(settings: Settings, out: str) -> Iterator[Screener]:
         served = composition.served
         if served.readiness.reason is not None:
             raise StartError(f"the screen cannot begin: {served.readiness.reason}")
-        blobs = open_object_blobs(out) if "://" in out else FileBlobs(Path(out))
-        yield Screener(served.batches, served.kept, blobs, _spool(settings), served.max_plane_bytes)
+        yield Screener(served.batches, served.kept, open_blobs(out), _spool(settings), served.max_plane_bytes)
     finally:
         composition.end()
 

@@ -232,6 +232,21 @@ def memory_blobs() -> ObjectBlobs:
     return ObjectBlobs(MemoryStore())
 
 
+def open_blobs(where: str) -> Blobs:
+    """Open a directory, made where it is missing, or object storage by its URL.
+
+    Raises:
+        StartError: it cannot be used.
+    """
+    if "://" in where:
+        return open_object_blobs(where)
+    try:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        return FileBlobs(Path(where))
+    except (OSError, StoreUnavailableError) as error:
+        raise StartError(f"the directory {where} cannot be used: {error}") from None
+
+
 def open_object_blobs(url: str, **options: Any) -> ObjectBlobs:
     """Open object storage; credentials come from the environment, as for any S3 client.
 

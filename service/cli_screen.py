@@ -1,6 +1,8 @@
 """``anchorwell screen``: plates of an index in, answers out, without a server."""
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -10,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.errors import InvalidRequestError
-from service.index import ScreenIndex
-from service.screen import SUMMARY, Outcome, answered, counts, part_of, summary
+from service.blobs import open_blobs
+from service.errors import InvalidRequestError, StartError
+from service.index import IndexedPlate, ScreenIndex
+from service.screen import SUMMARY, Outcome, Place, answered, counts, part_of, summary
 from service.settings import Settings
 from service.telemetry import configure_logs
 
@@ -32,6 +35,10 @@ def screen(
     plates_at_once: Annotated[int, typer.Option(min=1, help="plates that are worked on at once")] = 2,
     scratch: Annotated[Path | None, typer.Option(help="directory for some plates' controls for as long as it takes")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that answers, such as head:6379")] = None,
+    ray_actors: Annotated[int, typer.Option(min=1, help="processes on the cluster that each answer plates")] = 1,
+    ray_cores: Annotated[int, typer.Option(min=1, help="cores of each of them")] = 2,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of them")] = 0.0,
 ) -> None:
     """Answer whole screens: adapt each plate on its controls, classify its other wells, write a Parquet file a plate.
 
@@ -40,23 +47,57 @@ def screen(
     """
     number, parts = _part(part)
     known = ScreenIndex.open(index)
-    mine = range(number - 1, len(known.names), parts)
+    mine = known.names[number - 1 :: parts]
     configure_logs("text", err)
     with TemporaryDirectory(prefix="anchorwell-screen-", dir=scratch) as folder:
         given = {"bundle": bundle, "device": device}
         own = {"data": Path(folder) / "lab", "redis": None, "objects": None, "workers": 0, "keep_control_images": False}
         settings = Settings(**own, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-        from service.app import screening  # noqa: PLC0415 (the client's commands need no onnxruntime)
-
-        outcomes: list[Outcome] = []
-        with screening(settings, to) as screener, _bar(len(mine)) as bar:
-            task = bar.add_task("plates", total=len(mine))
-            for outcome in answered(screener.answer, part_of(known.plates(), number, parts), plates_at_once):
-                outcomes.append(outcome)
-                bar.advance(task)
-                _tell(outcome)
-            screener.out.put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", summary(known, outcomes))
+        with ExitStack() as stack:
+            if ray is None:
+                done = _here(stack, settings, to, part_of(known.plates(), number, parts), plates_at_once)
+            else:
+                done = _on_ray(Place(ray, ray_actors, ray_cores, ray_gpus), known, mine, settings, to)
+            outcomes = _followed(done, len(mine))
+        told = summary(known, outcomes)
+        open_blobs(to).put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", told)
     _conclude(outcomes, to)
+
+
+def _here(stack: ExitStack, settings: Settings, to: str, plates: Iterator[IndexedPlate], at_once: int) -> Iterator[Outcome]:
+    from service.app import screening  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+    return answered(stack.enter_context(screening(settings, to)).answer, plates, at_once)
+
+
+def _on_ray(place: Place, known: ScreenIndex, plates: Sequence[str], settings: Settings, to: str) -> Iterator[Outcome]:
+    """Answer on a cluster; paths are the same on all of its machines.
+
+    Raises:
+        StartError: Ray is not installed, or no cluster answers.
+    """
+    try:
+        from service.screen_ray import answered_on  # noqa: PLC0415 (it is an extra)
+    except ImportError:
+        raise StartError("--ray needs Ray: install the extra 'ray'") from None
+    where = to if "://" in to else str(Path(to).resolve())
+    shared = settings.model_copy(update={"bundle": settings.bundle.resolve()})
+    try:
+        yield from answered_on(place, known, plates, shared, where)
+    except ConnectionError as error:
+        raise StartError(f"no Ray cluster answers at {place.address}: {str(error)[:200]}") from None
+
+
+def _followed(done: Iterator[Outcome], plates: int) -> list[Outcome]:
+    """Tell what becomes of plates while they come."""
+    outcomes = []
+    with _bar(plates) as bar:
+        task = bar.add_task("plates", total=plates)
+        for outcome in done:
+            outcomes.append(outcome)
+            bar.advance(task)
+            _tell(outcome)
+    return outcomes
 
 
 def _part(text: str) -> tuple[int, int]:

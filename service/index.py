@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
 from model.errors import LayoutError
@@ -144,20 +145,35 @@ class ScreenIndex:
                 seen.add(name)
                 yield IndexedPlate(name, list(found), folder, apart=name in self.apart)
 
+    def plate(self, name: str) -> IndexedPlate:
+        """One plate by its name; of one whose rows lie apart, all of them.
+
+        Raises:
+            LayoutError: there is none.
+        """
+        rows = [
+            row for batch in _batches(self.path, plate=name) for row in batch.to_pylist() if str(row[INDEX_PLATE]) == name
+        ]
+        return IndexedPlate(name, rows, self.path.parent.resolve(), apart=name in self.apart)
+
+
+def _of_plate(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+    return batch.filter(pc.equal(pc.cast(batch.column(INDEX_PLATE), pa.string()), name))
+
 
 def _plates(batch: pa.RecordBatch) -> Iterator[str]:
     return (str(name) for name in batch.column(0).to_pylist())
 
 
-def _batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Give an index's rows, many at once.
+def _batches(path: Path, columns: Sequence[str] | None = None, plate: str | None = None) -> Iterator[pa.RecordBatch]:
+    """Give an index's rows, many at once; of ``plate``, at least its own.
 
     Raises:
         LayoutError: it cannot be read, or has none.
     """
     rows = 0
     try:
-        for batch in _read(path, columns):
+        for batch in _read(path, columns, plate):
             rows += len(batch)
             yield batch
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -166,10 +182,10 @@ def _batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Re
         raise LayoutError(f"the index {path} has no rows")
 
 
-def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+def _read(path: Path, columns: Sequence[str] | None, plate: str | None) -> Iterator[pa.RecordBatch]:
     if path.suffix == ".parquet":
         with parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(_ROWS_AT_ONCE, columns=columns)
+            yield from file.iter_batches(_ROWS_AT_ONCE, row_groups=_groups_with(file, plate), columns=columns)
         return
     with path.open(encoding="utf-8-sig", newline="") as text:
         names = next(csv_reader(text), [])
@@ -177,6 +193,17 @@ def _read(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]
         column_types=dict.fromkeys(names, pa.string()), include_columns=columns, strings_can_be_null=False
     )
     yield from csv.open_csv(path, convert_options=kinds)
+
+
+def _groups_with(file: parquet.ParquetFile, plate: str | None) -> list[int]:
+    """Row groups that may have rows of a plate, as far as the file tells what is in them."""
+    column = file.schema_arrow.get_field_index(INDEX_PLATE)
+    groups = []
+    for number in range(file.num_row_groups):
+        told = file.metadata.row_group(number).column(column).statistics
+        if plate is None or told is None or not isinstance(told.min, str) or told.min <= plate <= told.max:
+            groups.append(number)
+    return groups
 
 
 def _role(row: Row) -> Role:

@@ -48,6 +48,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a Ray cluster is, how many actors work on it, and with how many cores and GPUs each."""
+
+    address: str
+    actors: int
+    cores: int
+    gpus: float
+
+
+@dataclass(frozen=True)
 class LocalFile:
     """A plane's file on this machine."""
 

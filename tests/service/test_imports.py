@@ -47,6 +47,7 @@ def test_the_model_imports_neither_of_its_users(package):
         ("onnx", SERVICE, {"graphs.py"}),
         ("redis", SERVICE, {"records_redis.py"}),
         ("sqlite3", SERVICE, {"records_sqlite.py"}),
+        ("ray", SERVICE, {"screen_ray.py"}),
         ("pebble", SERVICE, {"decoding.py"}),
         ("huey", SERVICE, {"queue.py"}),
         ("httpx", SERVICE, {"client.py", "references.py", "webhooks.py"}),
