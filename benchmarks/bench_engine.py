@@ -34,6 +34,7 @@ from service.runtime_onnx import OnnxRuntime
 from training.cost import Workload, flops
 
 WELL_SITES, WELLS, CONTEXT_SITES = 9, 2, 64
+GPU_WELLS, GPU_SITES = 16, (1, 9, 64)
 SAME_LOGITS, SAME_IN_BF16 = 1e-2, 0.5
 MATRIX_SIDE = 2048
 Classify = Callable[[Float], Float]
@@ -45,6 +46,11 @@ class Machine:
 
     device: Device = "cpu"
     threads: int = 2
+
+    @property
+    def wells(self) -> int:
+        """How many are classified together."""
+        return GPU_WELLS if self.device == "cuda" else WELLS
 
     @property
     def torch(self) -> str:
@@ -60,7 +66,9 @@ class Machine:
         """What the service could run a bundle on here; ``ours`` is what it chooses."""
         found = {"ours": open_runtime(self.device, "fp32", self.threads)}
         if self.device == "cuda":
-            return found
+            return found | {
+                f"ours_{sites}_a_pass": OnnxRuntime("cuda", self.threads, gpu_sites=sites) for sites in GPU_SITES
+            }
         found["onnxruntime"] = OnnxRuntime("cpu", self.threads)
         with suppress(StartError):
             found["ours_bf16"] = open_runtime("cpu", "bf16", self.threads)
@@ -71,7 +79,7 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     """Time every way and hold the ratios against their bounds."""
     torch.set_num_threads(machine.threads)
     bundle = network.bundle(folder)
-    wells = [network.images(WELL_SITES, seed) for seed in range(WELLS)]
+    wells = [network.images(WELL_SITES, seed) for seed in range(machine.wells)]
     context = network.images(CONTEXT_SITES, seed=9)
     engines = {name: BundleEngine(bundle, runtime) for name, runtime in machine.runtimes().items()}
     mean, variance, _ = engines["ours"].measure(context)
@@ -181,7 +189,7 @@ def _torch_logits(module: Callable[[torch.Tensor], torch.Tensor], images: Float,
 def _matrices(machine: Machine) -> Way:
     """Products of large matrices: how long the multiplications of the wells would take at their speed."""
     left, right = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=machine.torch) for _ in range(2))
-    needed = WELLS * WELL_SITES * flops(Workload(network.SPEC, network.SIZE, 1, 1, 1, 1))["forward"]
+    needed = machine.wells * WELL_SITES * flops(Workload(network.SPEC, network.SIZE, 1, 1, 1, 1))["forward"]
     share = needed / (2 * MATRIX_SIDE**3)
 
     def multiply() -> float:

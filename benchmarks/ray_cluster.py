@@ -104,7 +104,7 @@ def bars(folder: Path, plates: int) -> list[Bar]:
         Bar("plates_answered", told["answered"] + told["kept"], "", at_least=plates),
         Bar(
             "largest_difference_from_one_process",
-            largest_difference(folder / "one", folder / "two", names),
+            difference,
             "",
             at_most=1e-5,
         ),

@@ -15,7 +15,8 @@ from service.graphs import Graph, as_convolution, identity
 
 Float = NDArray[np.float32]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_GPU_SITES = 32
+GPU_SITES = 32
+"""Most sites of a GPU's pass; to be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``."""
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
@@ -24,12 +25,15 @@ class OnnxRuntime:
 
     precision: Precision = "fp32"
 
-    def __init__(self, device: Literal["cpu", "cuda"], threads: int, *, members: int = 1) -> None:
+    def __init__(
+        self, device: Literal["cpu", "cuda"], threads: int, *, members: int = 1, gpu_sites: int = GPU_SITES
+    ) -> None:
         onnxruntime.disable_telemetry_events()
         _share_buffers()
         self._providers: list[Any] = [CPU] if device == "cpu" else _cuda()
         self._threads = threads
         self._members = members
+        self._gpu_sites = gpu_sites
 
     @property
     def provider(self) -> str:
@@ -44,7 +48,7 @@ class OnnxRuntime:
     @property
     def sites_a_pass(self) -> int:
         """One, or a GPU's minibatch."""
-        return 1 if self.provider == CPU else _GPU_SITES
+        return 1 if self.provider == CPU else self._gpu_sites
 
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""
