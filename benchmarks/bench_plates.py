@@ -1,10 +1,13 @@
 """A whole plate of 384 wells: what it takes for each well beside fewer, and what memory the service takes for it.
 
+What it costs is counted in core seconds, for how long it takes depends on what else the machine does; that is told beside.
+
 Its controls are more than fit into the memory that measuring may take, so that the setting has to hold.
 Planes are of sixty sites, kept small by a camera of few grey levels, so that the plate lies in the page cache, which is
 warm; each file ends with bytes of its own, for none may be another's duplicate. By reference, LZW, nine sites a well.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -19,6 +22,7 @@ from benchmarks import network
 from benchmarks.bars import Bar
 from benchmarks.bench_images import plane, tiff_bytes
 from benchmarks.bench_service import Plate, served, write_plate
+from benchmarks.interleaved import Seconds
 from benchmarks.servers import Service
 
 CONTROL_WELLS, DISTINCT = 14, 60
@@ -44,30 +48,50 @@ def plate_bars(folder: Path, threads: int) -> list[Bar]:
 
 
 def _measured(service: Service, client: httpx.Client, whole: Plate) -> list[Bar]:
-    def post(batch: str, what: str, wells: tuple[str, ...]) -> float:
-        begun = time.perf_counter()
+    def post(batch: str, what: str, wells: tuple[str, ...]) -> tuple[float, float]:
+        """Ask; return core seconds and seconds for each well."""
+        spent, begun = core_seconds(service), time.perf_counter()
         client.post(f"{service.url}/batches/{batch}/{what}", json=whole.references(wells)).raise_for_status()
-        return time.perf_counter() - begun
+        return (core_seconds(service) - spent) / len(wells), (time.perf_counter() - begun) / len(wells)
 
     post("small", "controls", whole.controls[:4])
     post("small", "predict", whole.treated[:4])
     own = resident_bytes(service)
     with peak(service) as measuring:
         post("whole", "controls", whole.controls)
-    seconds: dict[int, list[float]] = {size: [] for size in SIZES}
+    taken: dict[int, list[tuple[float, float]]] = {size: [] for size in SIZES}
     with peak(service) as classifying:
         for size in (24, 96, 24, 384, 24, 96, 24):
             wells = (*whole.treated, *whole.controls)[:size]
-            seconds[size].append(post("whole", "predict", wells) / size)
-    each = {size: float(np.median(taken)) for size, taken in seconds.items()}
-    spread = {size: (min(taken) / each[24], max(taken) / each[24]) for size, taken in seconds.items()}
+            taken[size].append(post("whole", "predict", wells))
+    cores, seconds = ({size: np.array([both[part] for both in taken[size]]) for size in SIZES} for part in (0, 1))
     return [
         Bar("memory_of_its_own", own / 1e9, "GB"),
         Bar("memory_measuring", (max(measuring) - own) / 1e9, "GB", at_most=MEASURE_BYTES / 1e9),
         Bar("memory_classifying_a_plate", (max(classifying) - own) / 1e9, "GB", at_most=1.5),
-        *(Bar(f"seconds_a_well_{size}_over_24", each[size] / each[24], "", 0.95, 1.05, spread[size]) for size in SIZES[1:]),
-        *(Bar(f"seconds_a_well_of_{size}", each[size], "s") for size in SIZES),
+        *(_beside(f"core_seconds_a_well_{size}_over_24", cores[size], cores[24], (0.95, 1.05)) for size in SIZES[1:]),
+        *(_beside(f"seconds_a_well_{size}_over_24", seconds[size], seconds[24], (None, None)) for size in SIZES[1:]),
+        *(Bar(f"core_seconds_a_well_of_{size}", float(np.median(cores[size])), "s") for size in SIZES),
+        *(Bar(f"seconds_a_well_of_{size}", float(np.median(seconds[size])), "s") for size in SIZES),
     ]
+
+
+def _beside(name: str, of: Seconds, fewest: Seconds, bounds: tuple[float | None, float | None]) -> Bar:
+    each = float(np.median(fewest))
+    return Bar(name, float(np.median(of)) / each, "", *bounds, (float(of.min()) / each, float(of.max()) / each))
+
+
+def core_seconds(service: Service) -> float:
+    """What the service and its decoders computed so far."""
+    return sum(_core_seconds(process) for process in service.processes())
+
+
+def _core_seconds(process: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
