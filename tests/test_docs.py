@@ -30,6 +30,11 @@ TOLD = {
         "context blended",
     ),
     "training.md": ("12 plates", "12 plates written", "null: majority", "report: ", "ONNX against torch"),
+    "screens.md": (
+        "2 plates answered (16 wells), 0 were there already, 0 refused: answers",
+        "1 plates answered (8 wells), 0 were there already, 0 refused: answers-in-parts",
+        "2 plates answered (16 wells), 0 were there already, 0 refused: answers-by-ray",
+    ),
     "lims.md": (
         "cs-arm-bn",
         '"state":"staged"',
