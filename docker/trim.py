@@ -1,10 +1,11 @@
 """Takes out of an image's environment what the service never loads, and tells what fills the rest.
 
-Run in the build stage: ``python docker/trim.py /opt/anchorwell``. What is taken out is named here; a service that misses
-any of it does not become ready, for it decodes nothing and replays no golden image.
+Run in the build stage: ``python docker/trim.py /opt/anchorwell``. What is taken out is named here; that what is left still
+does its work is tried at once.
 """
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,12 @@ UNUSED = (
     "setuptools-*",
     "**/tests",
 )
+TRIED = """
+import imagecodecs, onnx, pyarrow.csv, pyarrow.parquet, service.app, service.cli
+for codec in ("lzw", "zlib", "deflate", "zstd"):
+    encoded = getattr(imagecodecs, codec + "_encode")(b"anchorwell" * 9)
+    assert getattr(imagecodecs, codec + "_decode")(encoded, out=90)[:90] == b"anchorwell" * 9, codec
+"""
 _MB = 1e6
 _TOLD = 20
 
@@ -65,6 +72,7 @@ def main() -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    subprocess.run([f"{sys.argv[1]}/bin/python", "-c", TRIED], check=True)  # noqa: S603 (our own)
     after = size(packages)
     print(f"{after / _MB:.0f} MB of {before / _MB:.0f} are left; the largest:")
     for bytes_, name in sorted(((size(path), path.name) for path in packages.iterdir()), reverse=True)[:_TOLD]:

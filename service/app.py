@@ -212,7 +212,9 @@ def screening(settings: Settings, out: str) -> Iterator[Screener]:
         served = composition.served
         if served.readiness.reason is not None:
             raise StartError(f"the screen cannot begin: {served.readiness.reason}")
-        yield Screener(served.batches, served.kept, open_blobs(out), _spool(settings), served.max_plane_bytes)
+        yield Screener(
+            served.batches, served.kept, open_blobs(out), _spool(settings), served.max_plane_bytes, settings.image_limits
+        )
     finally:
         composition.end()
 

@@ -1,11 +1,11 @@
 """``anchorwell screen``: plates of an index in, answers out, without a server."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -50,9 +50,7 @@ def screen(
     mine = known.names[number - 1 :: parts]
     configure_logs("text", err)
     with TemporaryDirectory(prefix="anchorwell-screen-", dir=scratch) as folder:
-        given = {"bundle": bundle, "device": device}
-        own = {"data": Path(folder) / "lab", "redis": None, "objects": None, "workers": 0, "keep_control_images": False}
-        settings = Settings(**own, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        settings = _settings({"bundle": bundle, "device": device}, Path(folder) / "lab")
         with ExitStack() as stack:
             if ray is None:
                 done = _here(stack, settings, to, part_of(known.plates(), number, parts), plates_at_once)
@@ -62,6 +60,13 @@ def screen(
         told = summary(known, outcomes)
         open_blobs(to).put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", told)
     _conclude(outcomes, to)
+
+
+def _settings(given: Mapping[str, Any], data: Path) -> Settings:
+    """Settings of a service that is reached by nobody, keeps nothing, and has a store of its own."""
+    own: dict[str, Any] = {"data": data, "redis": None, "objects": None, "tenants": {}, "keep_control_images": False}
+    own |= {"host": "127.0.0.1", "metrics_port": None, "workers": 0}
+    return Settings(**own, **{name: value for name, value in given.items() if value is not None})
 
 
 def _here(stack: ExitStack, settings: Settings, to: str, plates: Iterator[IndexedPlate], at_once: int) -> Iterator[Outcome]:
@@ -127,7 +132,7 @@ def _tell(outcome: Outcome) -> None:
 
 def _conclude(outcomes: list[Outcome], to: str) -> None:
     found, wells = counts(outcomes), sum(outcome.wells for outcome in outcomes)
-    told = f"{found['answered']} plates answered ({wells:,} wells), {found['kept']} were there already, "
-    out.print(f"{told}{found['refused']} refused: {to}", highlight=False, markup=False, soft_wrap=True)
+    told = f"{found['answered']} plates answered, {found['kept']} were there already, {found['refused']} refused"
+    out.print(f"{told}; {wells:,} wells: {to}", highlight=False, markup=False, soft_wrap=True)
     if found["refused"]:
         sys.exit(SOME_REFUSED)

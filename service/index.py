@@ -12,7 +12,6 @@ from csv import reader as csv_reader
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from model.layout import (
     INDEX_SITE,
     INDEX_SIZE,
     INDEX_WELL,
+    MAX_PIXEL_SIZE_UM,
     PlaneKey,
     PlateMap,
     Role,
@@ -54,26 +54,59 @@ class IndexedPlate:
 
     @property
     def digest(self) -> str:
-        """Tells these rows from others."""
-        return sha256(canonical_json([{name: str(value) for name, value in row.items()} for row in self.rows])).hexdigest()
+        """Tells these rows, and the files of this machine that they name, from others: by their places, sizes and times."""
+        told = [{name: self._told(name, value) for name, value in row.items()} for row in self.rows]
+        return sha256(canonical_json(told)).hexdigest()
 
-    def planes(self, channels: Sequence[str], role: Role) -> dict[PlaneKey, str]:
-        """Where the planes of a role's wells lie, an address or an absolute path each; those without a path are left out.
+    def _told(self, column: str, value: object) -> str:
+        if not column.startswith(INDEX_PATH) or not _cell(value):
+            return _cell(value)
+        address = self._address(value)
+        try:
+            found = None if "://" in address else Path(address).stat()
+        except (OSError, ValueError):
+            return f"{address} is not there"
+        return address if found is None else f"{address} {found.st_size} {found.st_mtime_ns}"
+
+    def _address(self, value: object) -> str:
+        return _cell(value) if "://" in _cell(value) else str(self.folder / _cell(value))
+
+    def require_whole(self) -> None:
+        """Check what is true of all of a plate's rows.
+
+        Raises:
+            LayoutError: they lie apart, are of several batches, or name a file twice.
+        """
+        if self.apart:
+            raise LayoutError(
+                f"the rows of plate {self.name} lie apart in the index, or two plates have that name: sort it by plate, and "
+                "give each a name of its own"
+            )
+        batches = {tuple(_cell(row[name]) for name in INDEX_KEYS[:2]) for row in self.rows}
+        if len(batches) > 1:
+            told = ", ".join(" ".join(names) for names in sorted(batches)[:4])
+            raise LayoutError(f"plates of one name in several batches: {self.name} in {told}; give them names of their own")
+        named = Counter(_cell(row[column]) for row in self.rows for column in row if column.startswith(INDEX_PATH))
+        again = sorted(path for path, times in named.items() if path and times > 1)
+        if again:
+            raise LayoutError(f"plate {self.name}: {again[0]} is given for two planes: a plane has a file of its own")
+
+    def planes(self, channels: Sequence[str], role: Role) -> dict[PlaneKey, str | None]:
+        """Where the planes of a role's wells lie: an address, or an absolute path, each; None where the index has none.
 
         Raises:
             LayoutError, WellNameError: a row says what no plate has. DuplicatePlaneError: one says it again.
         """
-        found: dict[PlaneKey, str] = {}
+        found: dict[PlaneKey, str | None] = {}
         for row in self.rows:
             if _role(row) is not role:
                 continue
-            well, site = parse_well(str(row[INDEX_WELL])), parse_site(str(row[INDEX_SITE]))
+            well, site = parse_well(_cell(row[INDEX_WELL])), parse_site(_cell(row[INDEX_SITE]))
             for channel in channels:
                 path, key = row.get(f"{INDEX_PATH}{channel}"), PlaneKey(well, site, channel)
                 if key in found:
-                    raise duplicate_plane(key, found[key], str(path))
-                if path:
-                    found[key] = path if "://" in path else str(self.folder / path)
+                    raise duplicate_plane(key, _cell(found[key]), _cell(path))
+                found[key] = self._address(path) if _cell(path) else None
         return found
 
     @property
@@ -83,11 +116,14 @@ class IndexedPlate:
         Raises:
             LayoutError: it says several, or what is no length.
         """
-        told = {float(value) for row in self.rows if (value := row.get(INDEX_SIZE)) not in (None, "")}
-        sizes = {size for size in told if isfinite(size)}
-        if len(sizes) > 1:
-            raise LayoutError(f"plate {self.name} has several pixel sizes: {', '.join(map(str, sorted(sizes)[:4]))}")
-        return rounded_pixel_size_um(sizes.pop()) if sizes else None
+        told = {_cell(row.get(INDEX_SIZE)) for row in self.rows} - {"", "nan"}
+        try:
+            sizes = {rounded_pixel_size_um(float(text)) for text in told}
+        except ValueError:
+            sizes = {float("nan")}
+        if not all(0 < size <= MAX_PIXEL_SIZE_UM for size in sizes) or len(sizes) > 1:
+            raise LayoutError(f"plate {self.name} has no one pixel size in µm, but {', '.join(sorted(told)[:4])}")
+        return sizes.pop() if sizes else None
 
     @property
     def platemap(self) -> PlateMap:
@@ -98,13 +134,13 @@ class IndexedPlate:
         """
         wells: dict[str, list[Row]] = {}
         for row in self.rows:
-            wells.setdefault(parse_well(str(row[INDEX_WELL])), []).append(row)
+            wells.setdefault(parse_well(_cell(row[INDEX_WELL])), []).append(row)
         roles = {well: {_role(row) for row in rows} for well, rows in wells.items()}
         several = sorted(well for well, found in roles.items() if len(found) > 1)
         if several:
             raise LayoutError(f"wells of plate {self.name} are both control and treated: {', '.join(several[:8])}")
         names = [name for name in self.rows[0] if name not in (INDEX_PLATE, INDEX_WELL) and not name.startswith(INDEX_PATH)]
-        columns = [name for name in names if all(len({row[name] for row in rows}) == 1 for rows in wells.values())]
+        columns = [name for name in names if all(len({_cell(row[name]) for row in rows}) == 1 for rows in wells.values())]
         cells = {well: tuple(_cell(rows[0][name]) for name in columns) for well, rows in wells.items()}
         return PlateMap(("well", *columns), {well: (well, *row) for well, row in cells.items()}, {
             well: next(iter(found)) for well, found in roles.items()
@@ -133,6 +169,8 @@ class ScreenIndex:
         if missing or not any(name.startswith(INDEX_PATH) for name in columns):
             raise LayoutError(f"the index {path} lacks the columns {', '.join(missing) or 'Path_<channel>'}")
         runs = [name for name, _ in groupby(name for batch in _batches(path, [INDEX_PLATE]) for name in _plates(batch))]
+        if "" in runs:
+            raise LayoutError(f"the index {path} has rows without a {INDEX_PLATE}")
         return cls(path, tuple(dict.fromkeys(runs)), frozenset(name for name, times in Counter(runs).items() if times > 1))
 
     def plates(self) -> Iterator[IndexedPlate]:
@@ -140,7 +178,7 @@ class ScreenIndex:
         seen: set[str] = set()
         folder = self.path.parent.resolve()
         rows = (row for batch in _batches(self.path) for row in batch.to_pylist())
-        for name, found in groupby(rows, key=lambda row: str(row[INDEX_PLATE])):
+        for name, found in groupby(rows, key=lambda row: _cell(row[INDEX_PLATE])):
             if name not in seen:
                 seen.add(name)
                 yield IndexedPlate(name, list(found), folder, apart=name in self.apart)
@@ -162,7 +200,7 @@ def _of_plate(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
 
 
 def _plates(batch: pa.RecordBatch) -> Iterator[str]:
-    return (str(name) for name in batch.column(0).to_pylist())
+    return (_cell(name) for name in batch.column(0).to_pylist())
 
 
 def _batches(path: Path, columns: Sequence[str] | None = None, plate: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -197,20 +235,21 @@ def _read(path: Path, columns: Sequence[str] | None, plate: str | None) -> Itera
 
 def _groups_with(file: parquet.ParquetFile, plate: str | None) -> list[int]:
     """Row groups that may have rows of a plate, as far as the file tells what is in them."""
-    column = file.schema_arrow.get_field_index(INDEX_PLATE)
     groups = []
     for number in range(file.num_row_groups):
-        told = file.metadata.row_group(number).column(column).statistics
+        group = file.metadata.row_group(number)
+        columns = (group.column(place) for place in range(group.num_columns))
+        told = next((column.statistics for column in columns if column.path_in_schema == INDEX_PLATE), None)
         if plate is None or told is None or not isinstance(told.min, str) or told.min <= plate <= told.max:
             groups.append(number)
     return groups
 
 
 def _role(row: Row) -> Role:
-    try:
-        return Role(row[INDEX_ROLE])
-    except ValueError:
-        raise LayoutError(f"the role is control or treated, not {row[INDEX_ROLE]!r}: well {row[INDEX_WELL]}") from None
+    found = next((role for role in (Role.CONTROL, Role.TREATED) if role.value == row[INDEX_ROLE]), None)
+    if found is None:
+        raise LayoutError(f"the role is control or treated, not {row[INDEX_ROLE]!r}: well {row[INDEX_WELL]}")
+    return found
 
 
 def _cell(value: object) -> str:

@@ -44,7 +44,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._handing_on is not None:
             self._handing_on.cancel()
             self._handing_on = None
-        self.cycle.message_event.set()
+        if self.cycle is not None:  # as for a request that wants another protocol
+            self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         self._in_headers, self._header_bytes = True, 0  # what follows in the same data is counted with what comes next

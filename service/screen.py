@@ -6,16 +6,19 @@ a plate that cannot be answered is told of in its place, and the others go on.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from model.errors import AnchorwellError, ImageError, LayoutError, MissingChannelError, TooFewControlsError
-from model.layout import PlaneKey, Role
+from model.errors import AnchorwellError, ImageError, LayoutError, TooFewControlsError
+from model.images import ImageLimits
+from model.layout import Role, SiteKey
 from service import exports, schemas
 from service.batches import Batches, Stopwatch
 from service.blobs import Blobs
@@ -26,14 +29,18 @@ from service.index import IndexedPlate, ScreenIndex
 from service.kept import Kept
 from service.references import ReferencedFile, References
 from service.reports import VERSION
-from service.uploads import SentFile, Upload, complete_sites
+from service.uploads import SentFile, Upload
 
 TENANT = "screen"
 ANSWERS, REPORT, ERROR, SUMMARY = "answers.parquet", "report.json", "error.json", "screen.json"
 WELLS_AT_ONCE = 48
 """So many are answered together: when an image of one of them cannot be read, the others are answered again."""
 
+_LONGEST = 200
 State = Literal["answered", "kept", "refused"]
+
+
+log = logging.getLogger("anchorwell")
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,9 @@ class LocalFile:
         """Give the file as it lies."""
         try:
             size = self.path.stat().st_size
-        except OSError as error:
-            raise ReferenceUnreadableError(f"{self.name[:200]!r} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ReferenceUnreadableError(f"{self.name[:200]!r} cannot be read: {reason}") from None
         yield FileSlice(self.path, 0, size, self.name)
 
 
@@ -92,6 +100,7 @@ class Screener:
     out: Blobs
     spool: Path
     max_file_bytes: int
+    limits: ImageLimits
 
     def answer(self, plate: IndexedPlate) -> Outcome:
         """Answer a plate, or say why not; that stands in its folder, too.
@@ -100,28 +109,47 @@ class Screener:
             StoreUnavailableError: nothing can be kept.
         """
         folder = folder_of(plate.name)
-        if self._is_done(folder, plate):
-            return Outcome(plate.name, "kept")
+        before = self._before(folder, plate)
+        if before is not None:
+            self.out.delete([f"{folder}/{ERROR}"])
+            return Outcome(plate.name, "kept", len(before["wells"]), before["wells_left_out"])
         try:
             report, table = self._answered(plate)
         except (StoreUnavailableError, StoreLostError):
             raise
-        except AnchorwellError as error:
-            told = {"plate": plate.name, **_identity(plate, self.batches), **problem_body(error)}
+        except Exception as error:  # whatever it is, the other plates go on
+            if not isinstance(error, AnchorwellError):
+                log.exception("plate %s cannot be answered", plate.name)
+            told = {"plate": plate.name, **problem_body(error)}
+            self.out.delete([f"{folder}/{REPORT}", f"{folder}/{ANSWERS}"])  # those of other rows, or of another bundle
             self.out.put(f"{folder}/{ERROR}", _json(told))
             return Outcome(plate.name, "refused", detail=str(told["detail"]))
+        self.out.delete([f"{folder}/{REPORT}"])
         self.out.put(f"{folder}/{ANSWERS}", table)
         self.out.put(f"{folder}/{REPORT}", _json(report))
         self.out.delete([f"{folder}/{ERROR}"])
         return Outcome(plate.name, "answered", len(report["wells"]), report["wells_left_out"])
 
-    def _is_done(self, folder: str, plate: IndexedPlate) -> bool:
-        """Whether a run before answered the same rows by the same bundle."""
+    def _before(self, folder: str, plate: IndexedPlate) -> Mapping[str, Any] | None:
+        """Return the report of a run before that answered the same rows and files, by the same bundle, as it is now."""
         try:
-            before = json.loads(self.out.get(f"{folder}/{REPORT}"))
-        except (BlobMissingError, ValueError):
-            return False
-        return isinstance(before, dict) and _identity(plate, self.batches).items() <= before.items()
+            report = json.loads(self.out.get(f"{folder}/{REPORT}"))
+            whole = sha256(self.out.get(f"{folder}/{ANSWERS}")).hexdigest() == report["answers_sha256"]
+        except (BlobMissingError, ValueError, KeyError, TypeError):
+            return None
+        return report if whole and self._identity(plate).items() <= report.items() else None
+
+    def _identity(self, plate: IndexedPlate) -> dict[str, Any]:
+        """What answers depend on."""
+        view = self.batches.view
+        return {
+            "rows": plate.digest,
+            "bundle": view.bundle.digest,
+            "precision": view.precision,
+            "version": VERSION,
+            "max_context_sites": view.max_context_sites,
+            "limits": asdict(self.limits),
+        }
 
     def _answered(self, plate: IndexedPlate) -> tuple[dict[str, Any], bytes]:
         """Adapt a plate on its controls, and classify the rest.
@@ -129,8 +157,8 @@ class Screener:
         Raises:
             PlateError, ContextError, ImageError: it cannot be.
         """
-        if plate.apart:
-            raise LayoutError(f"the rows of plate {plate.name} lie apart in the index: sort it by plate")
+        identity = self._identity(plate)  # before its files are read, for one may change meanwhile
+        plate.require_whole()
         deed, batch_id, watch = Deed(TENANT, "screen"), quote(plate.name, safe=""), Stopwatch()
         left_out: dict[str, str] = {}
         store = self.kept.storage.of(TENANT)
@@ -147,10 +175,10 @@ class Screener:
                 for part in _parts(self._upload(plate, Role.TREATED, left_out))
             ]
             found, columns = self.kept.predictions(TENANT, batch_id)
-            table = exports.table(found, columns, self.batches.bundle.manifest.classes)
-            return self._report(
-                plate, report, [a for a in answers if a is not None], left_out, watch
-            ), exports.parquet_bytes(table)
+            table = exports.parquet_bytes(exports.table(found, columns, self.batches.bundle.manifest.classes))
+            identity["answers_sha256"] = sha256(table).hexdigest()
+            told = [answer for answer in answers if answer is not None]
+            return self._report(plate, report, told, left_out, watch) | identity, table
         finally:
             batch = store.batch(batch_id)
             if batch is not None:
@@ -164,22 +192,21 @@ class Screener:
 
     def _upload(self, plate: IndexedPlate, role: Role, left_out: dict[str, str]) -> Upload:
         """Gather a role's complete wells; those that are not are left out, and told."""
-        channels = self.batches.bundle.manifest.channels
-        wells: dict[str, dict[PlaneKey, SentFile]] = {}
-        for key, address in plate.planes(channels, role).items():
-            wells.setdefault(key.well, {})[key] = self._file(address)
-        sites = {}
-        for well, planes in sorted(wells.items()):
-            try:
-                sites.update(complete_sites(planes, channels))
-            except MissingChannelError as error:
-                left_out[well] = error.detail
-        return Upload(sites, pixel_size_um=plate.pixel_size_um, plate=plate.name)
+        sites: dict[SiteKey, dict[str, SentFile]] = {}
+        for key, address in sorted(plate.planes(self.batches.bundle.manifest.channels, role).items()):
+            if address is None:
+                left_out.setdefault(key.well, f"site {key.site} has no image of {key.channel}")
+            else:
+                sites.setdefault(key.site_key, {})[key.channel] = self._file(address)
+        complete = {site: files for site, files in sites.items() if site.well not in left_out}
+        return Upload(complete, pixel_size_um=plate.pixel_size_um, plate=plate.name)
 
     def _file(self, address: str) -> SentFile:
         if "://" not in address:
             return LocalFile(Path(address))
         parts = urlsplit(address)
+        if parts.scheme != "s3":
+            raise LayoutError(f"{address[:200]!r} is neither an s3:// URL nor a path")
         root = f"{parts.scheme}://{parts.netloc}/"
         return ReferencedFile(References({TENANT: [root]}, self.spool, self.max_file_bytes), TENANT, address)
 
@@ -211,18 +238,11 @@ class Screener:
         return {
             **told,
             "plate": plate.name,
-            **_identity(plate, self.batches),
             "notices": list(notices),
             "wells": [well.well for answer in answers for well in answer.wells],
             "wells_left_out": dict(sorted(left_out.items())),
             "seconds": watch.seconds(),
         }
-
-
-def _identity(plate: IndexedPlate, batches: Batches) -> dict[str, str]:
-    """What answers depend on."""
-    engine = batches.engine
-    return {"rows": plate.digest, "bundle": batches.bundle.digest, "precision": engine.precision, "version": VERSION}
 
 
 def _parts(upload: Upload) -> Iterator[Upload]:
@@ -233,8 +253,10 @@ def _parts(upload: Upload) -> Iterator[Upload]:
 
 
 def folder_of(plate: str) -> str:
-    """Name a plate's folder as readers of partitioned tables know it."""
-    return f"plate={quote(plate, safe='')}"
+    """Name a plate's folder as readers of partitioned tables know it; a name that is too long for one ends in its digest."""
+    name = quote(plate, safe="")
+    cut = f"{name[:_LONGEST]}-{sha256(plate.encode()).hexdigest()[:16]}"
+    return f"plate={name if len(name) <= _LONGEST else cut}"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -47,12 +47,15 @@ def answered_on(
     Raises:
         ConnectionError: no cluster answers at the address.
     """
+    if not plates:
+        return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data itself does
     ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"plate": name} for name in plates], override_num_blocks=len(plates))
-    given = {"index": str(index.path.resolve()), "settings": settings.model_dump(mode="json", exclude={"data"}), "out": out}
+    own = settings.model_copy(update={"threads": settings.threads or cluster.cores})
+    given = {"index": str(index.path.absolute()), "settings": own.model_dump(mode="json", exclude={"data"}), "out": out}
     answers = rows.map(
         PlateActor,  # type: ignore[arg-type]
         fn_constructor_kwargs=given,

@@ -31,9 +31,9 @@ TOLD = {
     ),
     "training.md": ("12 plates", "12 plates written", "null: majority", "report: ", "ONNX against torch"),
     "screens.md": (
-        "2 plates answered (16 wells), 0 were there already, 0 refused: answers",
-        "1 plates answered (8 wells), 0 were there already, 0 refused: answers-in-parts",
-        "2 plates answered (16 wells), 0 were there already, 0 refused: answers-by-ray",
+        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers",
+        "1 plates answered, 0 were there already, 0 refused; 8 wells: answers-in-parts",
+        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers-by-ray",
     ),
     "lims.md": (
         "cs-arm-bn",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def screening(settings, out, engine=None):
     composition = compose(settings, engine=engine or FakeEngine(), decoder=inline_decoder(settings))
     served = composition.served
     spool = settings.data / "spool"
-    yield Screener(served.batches, served.kept, FileBlobs(out), spool, served.max_plane_bytes)
+    yield Screener(served.batches, served.kept, FileBlobs(out), spool, served.max_plane_bytes, settings.image_limits)
     composition.end()
 
 
@@ -180,14 +181,14 @@ def test_a_bad_plate_is_told_of_and_the_others_go_on_and_it_is_tried_again(rows,
 def test_a_well_that_cannot_be_answered_is_left_out_and_told(rows, settings, tmp_path):
     broken, lacking = tmp_path / rows[9]["Path_DNA"], rows[11]
     broken.write_bytes(b"II*\0 not an image")
-    lacking["Path_ER"] = None
+    lacking |= dict.fromkeys((f"Path_{channel}" for channel in CHANNELS), None)
     out = tmp_path / "answers"
     outcome = screened(settings, out, ScreenIndex.open(written(tmp_path, rows)))["P1"]
     assert (outcome.state, outcome.wells, sorted(outcome.left_out)) == ("answered", 1, ["E05", "F06"])
     report = json.loads((out / "plate=P1" / "report.json").read_text())
     assert report["wells"] == ["G07"]
     assert "E05" in report["wells_left_out"]
-    assert "ER" in report["wells_left_out"]["F06"]
+    assert "site 2 has no image of" in report["wells_left_out"]["F06"]
 
 
 def test_a_file_that_is_not_there_refuses_its_plate_for_it_may_be_there_next_time(rows, settings, tmp_path):
@@ -198,17 +199,79 @@ def test_a_file_that_is_not_there_refuses_its_plate_for_it_may_be_there_next_tim
     assert outcomes["P3"].state == "answered"
 
 
+def test_what_was_answered_before_does_not_stand_beside_a_refusal(rows, settings, tmp_path):
+    out, index = tmp_path / "answers", ScreenIndex.open(written(tmp_path, rows))
+    screened(settings, out, index)
+    (tmp_path / rows[9]["Path_DNA"]).unlink()
+    again = screened(settings, out, index)
+    assert {plate: outcome.state for plate, outcome in again.items()} == {"P1": "refused", "P 2/b": "kept", "P3": "kept"}
+    assert [path.name for path in (out / "plate=P1").iterdir()] == ["error.json"]
+
+
+def test_a_file_that_was_cut_short_and_is_whole_now_is_answered_anew(rows, settings, tmp_path):
+    out, index, broken = tmp_path / "answers", ScreenIndex.open(written(tmp_path, rows)), tmp_path / rows[9]["Path_DNA"]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    first, second = (screened(settings, out, index)["P1"] for _ in range(2))
+    assert (first.state, second.state) == ("answered", "kept")
+    assert first.left_out == second.left_out != {}, "told again of what is kept, too"
+    broken.write_bytes(whole)
+    third = screened(settings, out, index)["P1"]
+    assert (third.state, third.wells, third.left_out) == ("answered", 3, {})
+
+
+def test_answers_that_are_not_those_of_their_report_are_answered_anew(rows, settings, tmp_path):
+    out, index = tmp_path / "answers", ScreenIndex.open(written(tmp_path, rows))
+    screened(settings, out, index)
+    (out / "plate=P1" / "answers.parquet").write_bytes((out / "plate=P3" / "answers.parquet").read_bytes())
+    (out / "plate=P3" / "answers.parquet").unlink()
+    again = screened(settings, out, index)
+    assert {plate: outcome.state for plate, outcome in again.items()} == {
+        "P1": "answered", "P 2/b": "kept", "P3": "answered"
+    }  # fmt: skip
+
+
+def test_two_plates_of_one_name_are_not_taken_for_one(tmp_path, settings):
+    rows = rows_of(tmp_path, "P1")
+    for row in rows[7:]:
+        row["Metadata_Batch"] = "b2"
+    outcome = screened(settings, tmp_path / "answers", ScreenIndex.open(written(tmp_path, rows)))["P1"]
+    assert outcome.state == "refused"
+    assert "several batches" in outcome.detail
+
+
+def test_a_fault_that_nobody_thought_of_refuses_its_plate_alone(rows, settings, tmp_path):
+    with screening(settings, tmp_path / "answers") as screener:
+        first, *others = ScreenIndex.open(written(tmp_path, rows)).plates()
+        outcomes = [screener.answer(plate) for plate in (replace(first, rows=[{**first.rows[0], "role": []}]), *others)]
+    assert [outcome.state for outcome in outcomes] == ["refused", "answered", "answered"]
+
+
+def test_names_that_are_too_long_for_a_folder_are_cut(rows, tmp_path, settings):
+    names = ["プ" * 90 + end for end in ("a", "b")]
+    for row in rows:
+        row["Metadata_Plate"] = {"P1": names[0], "P3": names[1]}.get(row["Metadata_Plate"], row["Metadata_Plate"])
+    outcomes = screened(settings, tmp_path / "answers", ScreenIndex.open(written(tmp_path, rows)))
+    assert {outcome.state for outcome in outcomes.values()} == {"answered"}
+    assert len({folder_of(name) for name in names}) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"role": "blank"}, "not 'blank'"),
+        ({"role": "panel"}, "not 'panel'"),
+        ({"pixel_size_um": "0,656"}, "no one pixel size"),
+        ({"Path_DNA": "gs://bucket/key"}, "neither an s3:// URL nor a path"),
         ({"Metadata_Well": "ZZ99"}, "ZZ99"),
         ({"Metadata_Site": 2}, "two files|Two files|claim|site 2"),
+        ({"Path_DNA": "P1_B01_1_DNA.tif"}, "given for two planes"),
         ({"role": "treated"}, "both control and treated"),
     ],
 )
 def test_a_row_that_says_what_no_plate_has_refuses_its_plate(change, says, rows, settings, tmp_path):
-    rows[0].update(change)
+    for row in rows if "pixel_size_um" in change else rows[:1]:
+        row.update(change)
     with screening(settings, tmp_path / "answers") as screener:
         first = next(ScreenIndex.open(written(tmp_path, rows)).plates())
         outcome = screener.answer(first)
@@ -266,10 +329,10 @@ def test_the_command_answers_simulated_plates_and_says_what_became_of_them(tmp_p
     ran = screen_command(*options)
     assert ran.returncode == 0, ran.stderr
     treated = index[index["role"] == "treated"]["Metadata_Well"]
-    assert f"2 plates answered ({len(treated)} wells), 0 were there already, 0 refused" in ran.stdout
+    assert f"2 plates answered, 0 were there already, 0 refused; {len(treated)} wells" in ran.stdout
     table = parquet.read_table(next((tmp_path / "out").glob("plate=*/answers.parquet")))
     assert np.isclose(sum(table[name].to_numpy() for name in table.column_names if name.startswith("p_")), 1).all()
     ran = screen_command(*options, "--part", "2/2")
-    assert "0 plates answered (0 wells), 1 were there already" in ran.stdout
+    assert "0 plates answered, 1 were there already, 0 refused; " in ran.stdout
     ran = screen_command(*options, "--part", "3/2")
     assert (ran.returncode, "not like 2/10" in ran.stderr) == (1, True)
