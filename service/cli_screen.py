@@ -126,6 +126,8 @@ def _bar(plates: int) -> Progress:
 def _tell(outcome: Outcome) -> None:
     if outcome.state == "refused":
         err.print(f"[red]refused[/]  {escape(outcome.plate)}: {escape(outcome.detail)}", soft_wrap=True, highlight=False)
+    for notice in outcome.notices:
+        err.print(f"[yellow]note[/]     {escape(outcome.plate)}: {escape(notice)}", soft_wrap=True, highlight=False)
     for well, reason in (outcome.left_out or {}).items():
         err.print(f"[yellow]left out[/] {escape(outcome.plate)} {well}: {escape(reason)}", soft_wrap=True, highlight=False)
 

@@ -45,13 +45,17 @@ log = logging.getLogger("anchorwell")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a plate: answered now, or kept from a run before, or refused, and why; wells that were left out."""
+    """What became of a plate: answered now, or kept from a run before, or refused, and why.
+
+    ``left_out`` wells have no answer; ``notices`` are to be read before the answers.
+    """
 
     plate: str
     state: State
     wells: int = 0
     left_out: Mapping[str, str] | None = None
     detail: str = ""
+    notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Screener:
         before = self._before(folder, plate)
         if before is not None:
             self.out.delete([f"{folder}/{ERROR}"])
-            return Outcome(plate.name, "kept", len(before["wells"]), before["wells_left_out"])
+            return _outcome(plate, "kept", before)
         try:
             report, table = self._answered(plate)
         except (StoreUnavailableError, StoreLostError):
@@ -128,7 +132,7 @@ class Screener:
         self.out.put(f"{folder}/{ANSWERS}", table)
         self.out.put(f"{folder}/{REPORT}", _json(report))
         self.out.delete([f"{folder}/{ERROR}"])
-        return Outcome(plate.name, "answered", len(report["wells"]), report["wells_left_out"])
+        return _outcome(plate, "answered", report)
 
     def _before(self, folder: str, plate: IndexedPlate) -> Mapping[str, Any] | None:
         """Return the report of a run before that answered the same rows and files, by the same bundle, as it is now."""
@@ -245,6 +249,11 @@ class Screener:
         }
 
 
+def _outcome(plate: IndexedPlate, state: State, report: Mapping[str, Any]) -> Outcome:
+    told = tuple(report["notices"])
+    return Outcome(plate.name, state, len(report["wells"]), report["wells_left_out"], notices=told)
+
+
 def _parts(upload: Upload) -> Iterator[Upload]:
     wells = sorted(upload.wells)
     for start in range(0, len(wells), WELLS_AT_ONCE):
@@ -299,4 +308,6 @@ def summary(index: ScreenIndex, outcomes: Sequence[Outcome]) -> bytes:
     """Tell what became of all plates."""
     refused = {outcome.plate: outcome.detail for outcome in outcomes if outcome.state == "refused"}
     wells = {outcome.plate: dict(outcome.left_out) for outcome in outcomes if outcome.left_out}
-    return _json({"index": str(index.path), **counts(outcomes), "refused_plates": refused, "wells_left_out": wells})
+    notices = {outcome.plate: list(outcome.notices) for outcome in outcomes if outcome.notices}
+    told = {"refused_plates": refused, "wells_left_out": wells, "notices": notices}
+    return _json({"index": str(index.path), **counts(outcomes), **told})

@@ -19,7 +19,7 @@ from model.layout import Role
 from service.app import compose
 from service.blobs import FileBlobs
 from service.index import ScreenIndex
-from service.screen import Outcome, Screener, answered, folder_of, part_of
+from service.screen import Outcome, Screener, answered, folder_of, part_of, summary
 from tests.service.conftest import inline_decoder, running
 from tests.service.plates import CHANNELS, FakeEngine, fake_bundle, plane, tiff
 
@@ -300,6 +300,31 @@ def test_what_ends_a_run_is_raised_and_begins_nothing_more(rows, tmp_path):
 def test_outcomes_come_as_they_are_done(rows, tmp_path):
     found = answered(lambda plate: Outcome(plate.name, "kept"), ScreenIndex.open(written(tmp_path, rows)).plates(), 2)
     assert sorted(outcome.plate for outcome in found) == ["P 2/b", "P1", "P3"]
+
+
+def test_a_plate_that_is_unlike_training_is_told_of_each_time(rows, settings, tmp_path):
+    for row in rows[:8]:
+        for channel in CHANNELS:
+            dark = plane((row["Path_DNA"], channel), brightness=0.02)
+            (tmp_path / row[f"Path_{channel}"]).write_bytes(tiff(dark))
+    index, out = ScreenIndex.open(written(tmp_path, rows)), tmp_path / "answers"
+    first, second = (screened(settings, out, index)["P1"] for _ in range(2))
+    report = json.loads((out / "plate=P1" / "report.json").read_text())
+    assert report["out_of_range"]
+    assert list(first.notices) == list(second.notices) == report["notices"] != []
+
+
+def test_the_summary_tells_what_is_to_be_read_before_the_answers(rows, tmp_path):
+    index = ScreenIndex.open(written(tmp_path, rows))
+    outcomes = [
+        Outcome("P1", "answered", 3, {"E05": "blank"}, notices=("far from training",)),
+        Outcome("P 2/b", "refused", detail="no controls"),
+        Outcome("P3", "kept", 3, {}),
+    ]
+    told = json.loads(summary(index, outcomes))
+    assert (told["answered"], told["kept"], told["refused"]) == (1, 1, 1)
+    assert told["notices"] == {"P1": ["far from training"]}
+    assert (told["wells_left_out"], told["refused_plates"]) == ({"P1": {"E05": "blank"}}, {"P 2/b": "no controls"})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
