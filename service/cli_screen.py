@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.blobs import open_blobs
 from service.errors import InvalidRequestError, StartError
 from service.index import IndexedPlate, ScreenIndex
-from service.screen import SUMMARY, Outcome, Place, answered, counts, part_of, summary
+from service.screen import SUMMARY, Outcome, RayCluster, answered, counts, part_of, summary
 from service.settings import Settings
 from service.telemetry import configure_logs
 
@@ -55,7 +55,7 @@ def screen(
             if ray is None:
                 done = _here(stack, settings, to, part_of(known.plates(), number, parts), plates_at_once)
             else:
-                done = _on_ray(Place(ray, ray_actors, ray_cores, ray_gpus), known, mine, settings, to)
+                done = _on_ray(RayCluster(ray, ray_actors, ray_cores, ray_gpus), known, mine, settings, to)
             outcomes = _followed(done, len(mine))
         told = summary(known, outcomes)
         open_blobs(to).put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", told)
@@ -75,7 +75,9 @@ def _here(stack: ExitStack, settings: Settings, to: str, plates: Iterator[Indexe
     return answered(stack.enter_context(screening(settings, to)).answer, plates, at_once)
 
 
-def _on_ray(place: Place, known: ScreenIndex, plates: Sequence[str], settings: Settings, to: str) -> Iterator[Outcome]:
+def _on_ray(
+    cluster: RayCluster, known: ScreenIndex, plates: Sequence[str], settings: Settings, to: str
+) -> Iterator[Outcome]:
     """Answer on a cluster; paths are the same on all of its machines.
 
     Raises:
@@ -88,9 +90,9 @@ def _on_ray(place: Place, known: ScreenIndex, plates: Sequence[str], settings: S
     where = to if "://" in to else str(Path(to).resolve())
     shared = settings.model_copy(update={"bundle": settings.bundle.resolve()})
     try:
-        yield from answered_on(place, known, plates, shared, where)
+        yield from answered_on(cluster, known, plates, shared, where)
     except ConnectionError as error:
-        raise StartError(f"no Ray cluster answers at {place.address}: {str(error)[:200]}") from None
+        raise StartError(f"no Ray cluster answers at {cluster.address}: {str(error)[:200]}") from None
 
 
 def _followed(done: Iterator[Outcome], plates: int) -> list[Outcome]:

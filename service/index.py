@@ -189,9 +189,7 @@ class ScreenIndex:
         Raises:
             LayoutError: there is none.
         """
-        rows = [
-            row for batch in _batches(self.path, plate=name) for row in batch.to_pylist() if str(row[INDEX_PLATE]) == name
-        ]
+        rows = [row for batch in _batches(self.path, plate=name) for row in _of_plate(batch, name).to_pylist()]
         return IndexedPlate(name, rows, self.path.parent.resolve(), apart=name in self.apart)
 
 

@@ -39,7 +39,6 @@ WELLS_AT_ONCE = 48
 _LONGEST = 200
 State = Literal["answered", "kept", "refused"]
 
-
 log = logging.getLogger("anchorwell")
 
 
@@ -59,7 +58,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Place:
+class RayCluster:
     """Where a Ray cluster is, how many actors work on it, and with how many cores and GPUs each."""
 
     address: str
@@ -113,12 +112,13 @@ class Screener:
             StoreUnavailableError: nothing can be kept.
         """
         folder = folder_of(plate.name)
-        before = self._before(folder, plate)
+        identity = self._identity(plate)  # before its files are read, for one may change meanwhile
+        before = self._before(folder, identity)
         if before is not None:
             self.out.delete([f"{folder}/{ERROR}"])
             return _outcome(plate, "kept", before)
         try:
-            report, table = self._answered(plate)
+            report, table = self._answered(plate, identity)
         except (StoreUnavailableError, StoreLostError):
             raise
         except Exception as error:  # whatever it is, the other plates go on
@@ -134,14 +134,14 @@ class Screener:
         self.out.delete([f"{folder}/{ERROR}"])
         return _outcome(plate, "answered", report)
 
-    def _before(self, folder: str, plate: IndexedPlate) -> Mapping[str, Any] | None:
+    def _before(self, folder: str, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the report of a run before that answered the same rows and files, by the same bundle, as it is now."""
         try:
             report = json.loads(self.out.get(f"{folder}/{REPORT}"))
             whole = sha256(self.out.get(f"{folder}/{ANSWERS}")).hexdigest() == report["answers_sha256"]
         except (BlobMissingError, ValueError, KeyError, TypeError):
             return None
-        return report if whole and self._identity(plate).items() <= report.items() else None
+        return report if whole and identity.items() <= report.items() else None
 
     def _identity(self, plate: IndexedPlate) -> dict[str, Any]:
         """What answers depend on."""
@@ -155,13 +155,12 @@ class Screener:
             "limits": asdict(self.limits),
         }
 
-    def _answered(self, plate: IndexedPlate) -> tuple[dict[str, Any], bytes]:
+    def _answered(self, plate: IndexedPlate, identity: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
         """Adapt a plate on its controls, and classify the rest.
 
         Raises:
             PlateError, ContextError, ImageError: it cannot be.
         """
-        identity = self._identity(plate)  # before its files are read, for one may change meanwhile
         plate.require_whole()
         deed, batch_id, watch = Deed(TENANT, "screen"), quote(plate.name, safe=""), Stopwatch()
         left_out: dict[str, str] = {}
@@ -180,9 +179,9 @@ class Screener:
             ]
             found, columns = self.kept.predictions(TENANT, batch_id)
             table = exports.parquet_bytes(exports.table(found, columns, self.batches.bundle.manifest.classes))
-            identity["answers_sha256"] = sha256(table).hexdigest()
+            digest = {"answers_sha256": sha256(table).hexdigest()}
             told = [answer for answer in answers if answer is not None]
-            return self._report(plate, report, told, left_out, watch) | identity, table
+            return {**self._report(plate, report, told, left_out, watch), **identity, **digest}, table
         finally:
             batch = store.batch(batch_id)
             if batch is not None:

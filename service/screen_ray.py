@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from service.index import ScreenIndex
-from service.screen import Outcome, Place
+from service.screen import Outcome, RayCluster
 from service.settings import Settings
 
 
@@ -40,7 +40,7 @@ class PlateActor:
 
 
 def answered_on(
-    cluster: Place, index: ScreenIndex, plates: Sequence[str], settings: Settings, out: str
+    cluster: RayCluster, index: ScreenIndex, plates: Sequence[str], settings: Settings, out: str
 ) -> Iterator[Outcome]:
     """Answer plates on a cluster, as they are done.
 
