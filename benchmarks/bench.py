@@ -1,13 +1,15 @@
 """Speed: ratios measured in one run on this machine, every way in turn with its peers; build/bench.json and a table.
 
 Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images,service,peers,plates] [--rounds 9]``; on a
-GPU ``--parts engine --device cuda``, which needs no network.
+GPU ``--parts engine --device cuda``, which needs no network. Figures of parts that are not run stay as they were.
 """
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.bars import conclude
+from benchmarks.bars import Bar, conclude
 from benchmarks.bench_engine import Machine, engine_bars
 from benchmarks.bench_images import image_bars
 from benchmarks.bench_peers import peer_bars
@@ -32,8 +34,14 @@ def main() -> None:
         "plates": lambda: plate_bars(FOLDER, arguments.threads),
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
     }
-    bars = [bar for name in arguments.parts.split(",") for bar in parts[name]()]
+    for name in arguments.parts.split(","):
+        _figures(name).write_text(json.dumps([asdict(bar) for bar in parts[name]()], indent=1) + "\n")
+    bars = [Bar(**row) for name in parts if _figures(name).is_file() for row in json.loads(_figures(name).read_text())]
     conclude(bars, Path("build/bench.json"))
+
+
+def _figures(part: str) -> Path:
+    return FOLDER / f"{part}.json"
 
 
 if __name__ == "__main__":

@@ -73,19 +73,20 @@ def _answers(out: Path, plate: str) -> pd.DataFrame:
     return found.drop(columns="answered_at")
 
 
-def bars(folder: Path, plates: int) -> list[Bar]:
+def bars(folder: Path, plates: int, decoders: int) -> list[Bar]:
     """Screen the plates in one process; then on two nodes, one of which is killed when a third is answered."""
     names = make_index(folder, plates)
     begun = time.monotonic()
     if screen(folder, folder / "one").wait(TIMEOUT_S):
         raise SystemExit("the screen in one process failed")
     alone = time.monotonic() - begun
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    node = cluster.add_node(num_cpus=1)
+    cores = 1 if not decoders else 2
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores})
+    node = cluster.add_node(num_cpus=cores)
     cluster.wait_for_nodes()
     try:
         begun = time.monotonic()
-        options = ("--ray", cluster.address, "--ray-actors", "2", "--ray-cores", "1")
+        options = ("--ray", cluster.address, "--ray-actors", "2", "--ray-cores", "1", "--ray-decoders", str(decoders))
         with screen(folder, folder / "two", *options) as process:
             while answered(folder / "two") < plates // 3 and process.poll() is None:
                 time.sleep(0.1)
@@ -117,10 +118,11 @@ def main() -> None:
     """Screen, and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plates", type=int, default=40)
+    parser.add_argument("--decoders", type=int, default=2, help="actors that only decode")
     parser.add_argument("--out", type=Path, default=Path("build/ray.json"))
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        conclude(bars(Path(folder), arguments.plates), arguments.out)
+        conclude(bars(Path(folder), arguments.plates, arguments.decoders), arguments.out)
 
 
 if __name__ == "__main__":

@@ -30,5 +30,5 @@ ENV PATH=/opt/anchorwell/bin:$PATH \
     ANCHORWELL_PORT=8000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python3", "-c", "import httpx; httpx.get('http://127.0.0.1:8000/health/ready').raise_for_status()"]
+    CMD ["python3", "-c", "import urllib.request as http; http.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
 CMD ["anchorwell", "serve"]

@@ -29,7 +29,7 @@ from service.jobs import Jobs
 from service.kept import BundleView, Kept
 from service.later import Later
 from service.multipart import FormLimits, sweep_spool
-from service.observe import Observer
+from service.observe import UNOBSERVED, Observer
 from service.posts import Receiver
 from service.priority import cpu_count, give_way
 from service.queue import Queue
@@ -150,8 +150,9 @@ def compose(
     storage: Storage | None = None,
     decoder: Decoder | None = None,
     tracing: Tracing = UNTRACED,
+    listens: bool = True,
 ) -> Composition:
-    """Make everything that the settings ask for; raises as ``create_app`` does."""
+    """Make everything that the settings ask for, for a process that listens or not; raises as ``create_app`` does."""
     metrics = Metrics()
     observer = tracing.observing(metrics)
     opened = storage or settings.open_storage()
@@ -160,7 +161,8 @@ def compose(
     )
     for warning in settings.storage_warnings():
         log.warning(warning)
-    settings.check_exposure(keys=any(Keys(used_storage.records).all()))
+    if listens:
+        settings.check_exposure(keys=any(Keys(used_storage.records).all()))
     used_engine = engine or open_engine(settings)
     bundle = used_engine.bundle if isinstance(used_engine, BundleEngine) else Bundle.load(settings.bundle)
     most_sites = bundle.manifest.max_context_sites
@@ -168,7 +170,7 @@ def compose(
         used_engine.observer = observer
         most_sites = _max_context_sites(settings, used_engine)
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
-    own_decoder = _decoder(settings, bundle, observer) if decoder is None else None
+    own_decoder = open_decoder(settings, bundle, observer) if decoder is None else None
     used_decoder = decoder or own_decoder
     assert used_decoder is not None
     view = BundleView(bundle, used_engine.precision, most_sites)
@@ -200,20 +202,28 @@ def compose(
 
 
 @contextmanager
-def screening(settings: Settings, out: str) -> Iterator[Screener]:
+def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> Iterator[Screener]:
     """Compose what answers plates into a directory or below an s3:// URL; its own store lies in the data directory.
+
+    A decoder that is given may be on other machines: what lies in object storage is fetched where it is decoded.
 
     Raises:
         BundleError, StartError: as ``create_app`` does; or the engine does not agree with the golden images.
     """
-    composition = compose(settings)
+    composition = compose(settings, decoder=decoder)
     try:
         asyncio.run(composition.begin())
         served = composition.served
         if served.readiness.reason is not None:
             raise StartError(f"the screen cannot begin: {served.readiness.reason}")
         yield Screener(
-            served.batches, served.kept, open_blobs(out), _spool(settings), served.max_plane_bytes, settings.image_limits
+            served.batches,
+            served.kept,
+            open_blobs(out),
+            _spool(settings),
+            served.max_plane_bytes,
+            settings.image_limits,
+            fetched_by_decoder=decoder is not None,
         )
     finally:
         composition.end()
@@ -262,7 +272,7 @@ def _preparer(settings: Settings, bundle: Bundle, decoder: Decoder, engine: Engi
     return Preparer(
         bundle.manifest.recipe,
         decoder,
-        ahead=cpu_count(settings.threads) + engine.sites_at_once,
+        ahead=decoder.sites_at_once + engine.sites_at_once,
         max_input_bytes=settings.max_request_input_bytes,
     )
 
@@ -292,7 +302,8 @@ def _max_plane_bytes(settings: Settings) -> int:
     return 4 * settings.max_image_pixels + _HEADER_BYTES
 
 
-def _decoder(settings: Settings, bundle: Bundle, observer: Observer) -> WorkerDecoder:
+def open_decoder(settings: Settings, bundle: Bundle, observer: Observer = UNOBSERVED) -> WorkerDecoder:
+    """Make what decodes a bundle's images, on as many workers as the settings have threads."""
     recipe, limits = bundle.manifest.recipe, settings.image_limits
     return WorkerDecoder(
         SiteDecoder(recipe, limits),

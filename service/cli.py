@@ -154,8 +154,8 @@ def worker(
     configure_logs(settings.log_format, err)
     from service.app import compose  # noqa: PLC0415 (as above)
 
-    composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}))
-    stopped = threading.Event()
+    composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}), listens=False)
+    stop_metrics, stopped = composition.serve_metrics(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     asyncio.run(composition.begin())
@@ -163,6 +163,7 @@ def worker(
     if reason is None:
         out.print("Anchorwell works in the background", highlight=False)
         stopped.wait()
+    stop_metrics()
     composition.end()
     if reason is not None:
         raise AnchorwellError(f"the worker cannot begin: {reason}")

@@ -39,6 +39,9 @@ def screen(
     ray_actors: Annotated[int, typer.Option(min=1, help="processes on the cluster that each answer plates")] = 1,
     ray_cores: Annotated[int, typer.Option(min=1, help="cores of each of them")] = 2,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of them")] = 0.0,
+    ray_decoders: Annotated[
+        int, typer.Option(min=0, help="processes of as many cores that decode for them; 0: each decodes by itself")
+    ] = 0,
 ) -> None:
     """Answer whole screens: adapt each plate on its controls, classify its other wells, write a Parquet file a plate.
 
@@ -55,7 +58,7 @@ def screen(
             if ray is None:
                 done = _here(stack, settings, to, part_of(known.plates(), number, parts), plates_at_once)
             else:
-                done = _on_ray(RayCluster(ray, ray_actors, ray_cores, ray_gpus), known, mine, settings, to)
+                done = _on_ray(RayCluster(ray, ray_actors, ray_cores, ray_gpus, ray_decoders), known, mine, settings, to)
             outcomes = _followed(done, len(mine))
         told = summary(known, outcomes)
         open_blobs(to).put(SUMMARY if parts == 1 else f"screen-{number}-of-{parts}.json", told)

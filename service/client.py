@@ -28,9 +28,10 @@ from service.errors import MEDIA_TYPE, PROBLEM_TYPE
 T = TypeVar("T")
 REQUEST_BYTES = 256 << 20
 _ATTEMPTS = 5
+"""How often a request is sent whose connection breaks."""
 _RETRY_S = 1
 _PATIENCE_S = 60
-"""Longest time to come back after; who is told to come back tomorrow is told so."""
+"""Longest time that is waited, in all, by who is told to come back; to come back tomorrow is told."""
 _PARALLEL = 8
 _Progress = Callable[[int, int], None]
 Context = Literal["controls", "blended", "source"]
@@ -124,11 +125,12 @@ class AnchorwellClient:
         form = _form(layout, channels, pixel_size_um)
         query = {"context": context}
         path = f"/batches/{_quoted(batch_id)}/predict"
-        answers = [
-            schemas.Prediction.model_validate_json(self._send_files(path, chunk, form, query, sent).content)
-            for chunk in chunks_of_wells(paths, places, request_bytes)
-        ]
-        return merged(answers)
+
+        def ask(chunk: Sequence[Path]) -> schemas.Prediction:
+            return schemas.Prediction.model_validate_json(self._send_files(path, chunk, form, query, sent).content)
+
+        asks = [partial(ask, chunk) for chunk in chunks_of_wells(paths, places, request_bytes)]
+        return merged(of_one_bundle(asks, [ask() for ask in asks]))
 
     def stage(
         self,
@@ -175,17 +177,18 @@ class AnchorwellClient:
         self._require_plate(batch_id, places.plate)
         size_um = places.agreed_size_um(pixel_size_um)
         send = self._sender(batch_id, places, _Sent(len(paths), progress))
+        asks: list[Callable[[], schemas.Prediction]] = []
         asked: list[Future[schemas.Prediction]] = []
         with ThreadPoolExecutor(1) as pool:
             try:
                 for chunk in chunks_of_wells(paths, places.files, request_bytes):
                     send(chunk)
                     wells = sorted({well for path in chunk if (well := well_of(path, places.files)) is not None})
-                    ask = partial(self.predict_staged, batch_id, wells, pixel_size_um=size_um, context=context)
-                    asked.append(pool.submit(ask))
+                    asks.append(partial(self.predict_staged, batch_id, wells, pixel_size_um=size_um, context=context))
+                    asked.append(pool.submit(asks[-1]))
                     for answered in (answer for answer in asked if answer.done()):
                         answered.result()
-                return merged([answer.result() for answer in asked])
+                return merged(of_one_bundle(asks, [answer.result() for answer in asked]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -291,7 +294,7 @@ class AnchorwellClient:
         Raises:
             ProblemError: it is not; says why.
         """
-        return schemas.Ready.model_validate_json(self._send("GET", "/health/ready", attempts=1).content)
+        return schemas.Ready.model_validate_json(self._send("GET", "/health/ready", patience_s=0).content)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -313,21 +316,23 @@ class AnchorwellClient:
         method: str,
         path: str,
         body: Callable[[], dict[str, Any]] = dict,
-        attempts: int = _ATTEMPTS,
+        patience_s: float = _PATIENCE_S,
         key: str | None = None,
     ) -> httpx.Response:
-        """Send a request; again while the service says that it is busy, or when its connection breaks.
+        """Send a request; again while the service says to come back, or when its connection breaks.
 
         A post goes under an Idempotency-Key, so that one whose answer was lost takes effect once.
         """
-        for attempt in range(1, attempts + 1):
+        broken, waited = 0, 0.0
+        while True:
             options = body()
             if key is not None:
                 options["headers"] = {**options.get("headers", {}), "Idempotency-Key": key}
             try:
                 answer = self._http.request(method, path, **options)
             except httpx.TransportError as error:
-                if attempt == attempts or isinstance(error, httpx.ConnectError):
+                broken += 1
+                if broken == _ATTEMPTS or not patience_s or isinstance(error, httpx.ConnectError):
                     raise ServiceUnreachableError(
                         f"no answer from {self._http.base_url}: {str(error) or type(error).__name__}"
                     ) from error
@@ -335,11 +340,12 @@ class AnchorwellClient:
                 continue
             if answer.is_success:
                 return answer
-            wait_s = answer.headers.get("retry-after", "")
-            if attempt == attempts or not wait_s.isdecimal() or int(wait_s) > _PATIENCE_S:
+            told = answer.headers.get("retry-after", "")
+            wait_s = max(_RETRY_S, int(told)) if told.isdecimal() else patience_s + 1
+            if waited + wait_s > patience_s:
                 raise problem_of_answer(answer)
-            time.sleep(int(wait_s))
-        raise AssertionError("the last attempt returns or raises")
+            time.sleep(wait_s)
+            waited += wait_s
 
 
 # --- whole wells -----------------------------------------------------------------------------------------------------
@@ -384,6 +390,21 @@ def chunks_of_wells(
         size += bytes_of_well
         held = True
     yield chunk
+
+
+def of_one_bundle(
+    asks: Sequence[Callable[[], schemas.Prediction]], answers: Sequence[schemas.Prediction]
+) -> list[schemas.Prediction]:
+    """Ask again for what another bundle answered, until one has answered all: replicas are being given a new one."""
+    found, until = list(answers), time.monotonic() + _PATIENCE_S
+    while len({answer.bundle for answer in found}) > 1 and time.monotonic() < until:
+        time.sleep(_RETRY_S)
+        latest = found[-1].bundle
+        for number, ask in enumerate(asks):
+            if found[number].bundle != latest:
+                found[number] = ask()
+                latest = found[number].bundle
+    return found
 
 
 def merged(answers: Sequence[schemas.Prediction]) -> schemas.Prediction:

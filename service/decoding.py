@@ -75,6 +75,11 @@ class DecodedSite:
 class Decoder(Protocol):
     """Turns a site's files, one per channel, into a prepared site."""
 
+    @property
+    def sites_at_once(self) -> int:
+        """How many sites it works on side by side."""
+        ...
+
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         """Begin to decode a site; the future raises ImageError with members that name well, site, file and channel."""
         ...
@@ -137,6 +142,7 @@ class InlineDecoder:
     """A ``Decoder`` in the process that asks, for tests: without bounds on time and memory."""
 
     decode: SiteDecoder
+    sites_at_once: int = 2
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         done: Future[DecodedSite] = Future()
@@ -166,6 +172,7 @@ class WorkerDecoder:
         timeout_s: float,
         observer: Observer = UNOBSERVED,
     ) -> None:
+        self.sites_at_once = workers
         self._decode = decode
         self._observer = observer
         self._timeout_s = timeout_s

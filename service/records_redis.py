@@ -10,13 +10,17 @@ be lost.
 
 No command is sent twice: a commit whose reply is lost may have taken effect, and is told as unavailable. Whoever repeats the
 request finds what it did, or nothing, and is answered when that is safe.
+
+Behind Sentinels a primary may die and a replica take its place, without what had not come to it. So a commit counts when a
+replica has confirmed it (``WAIT``), and goes to the journal only then. No lock decides who may write: a commit names what it
+expects to find, so that who was overtaken is refused.
 """
 
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
@@ -45,6 +49,9 @@ _COULD_BE_LOST = {
 _ATTEMPTS = 200
 _AWAY_S = 1.0
 _COMPACTED_EVERY_S = 3600
+_REPLICAS = 1
+"""How many replicas have to confirm a commit behind Sentinels, which make the most advanced one the next primary."""
+_CONFIRMED_WITHIN_S = 2.0
 _IN_HAND = 1_000_000
 """More entries than running processes could still be bringing to the journal when Redis is flushed."""
 _LOST, _CONFLICT, _MOVED = -1, -2, -3
@@ -97,6 +104,7 @@ class RedisRecords:
     def __init__(self, url: str, lab: str | None = None, journal: Journal | None = None) -> None:
         self._lab = lab
         self._journal = journal
+        self._has_replicas = _is_behind_sentinels(url)
         self._breaker = _Breaker()
         self._chain = threading.Lock()  # of this process's threads one at a time extends a chain
         self._under_way: dict[int, Future[None]] = {}
@@ -115,8 +123,7 @@ class RedisRecords:
 
     def found(self, lab: str) -> None:
         """Say whose records an empty Redis holds."""
-        with self._told():
-            self._redis.set(_PREFIX + "lab", lab, nx=True)
+        self._confirmed("SET", _PREFIX + "lab", lab, "NX")
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         with self._told():
@@ -164,8 +171,7 @@ class RedisRecords:
         for values in (commit.expected, derived_from):
             arguments += _listed(values)
         arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
-        with self._told():
-            outcome, settled = map(int, self._redis.eval(_COMMIT, 1, _PREFIX, *arguments))
+        outcome, settled = map(int, self._confirmed("EVAL", _COMMIT, 1, _PREFIX, *arguments))
         if outcome == _LOST:
             self._require_lab(None)
         if outcome == _CONFLICT:
@@ -176,6 +182,8 @@ class RedisRecords:
 
     def secure(self) -> None:
         """Bring every commit to the journal that did not get there, because the object storage failed or a process died."""
+        if self._has_replicas:  # whose commits nobody may have waited for: what is confirmed now comes after them
+            self._confirmed("SET", _PREFIX + "secured", 1)
         self._secure()
 
     def compact(self, every_s: int = _COMPACTED_EVERY_S) -> None:
@@ -188,7 +196,7 @@ class RedisRecords:
             )
         self._require_lab(lab)
         if due:
-            self._secure()
+            self.secure()
             self._journal.compact(int(sequence or 0))
 
     def _secure(self, before: float = math.inf) -> None:
@@ -269,8 +277,8 @@ class RedisRecords:
                 self._write(entry.changes, entry.cleared)
                 last = sequence
             self._write(count(self))
-            values = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND, "lab": lab}
-            self._redis.mset({_PREFIX + name: value for name, value in values.items()})
+            values: dict[str, str | int] = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND, "lab": lab}
+            self._confirmed("MSET", *_in_turn(values))
 
     def _write(self, changes: Changes, cleared: Sequence[str] = ()) -> None:
         nothing: list[bytes | str | int] = [0, 0]
@@ -295,6 +303,23 @@ class RedisRecords:
             except redis.ReadOnlyError:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
                 raise
+
+    def _confirmed(self, *command: bytes | str | int) -> Any:
+        """Write, and return what Redis answers when the write will outlive the primary.
+
+        Raises:
+            StoreUnavailableError: it may not; whether it took effect is not known.
+        """
+        with self._told():
+            if not self._has_replicas:
+                return self._redis.execute_command(*command)
+            with self._redis.pipeline(transaction=False) as pipeline:  # on one connection: WAIT is about its writes
+                pipeline.execute_command(*command)
+                pipeline.execute_command("WAIT", _REPLICAS, round(1000 * _CONFIRMED_WITHIN_S))
+                answer, replicas = pipeline.execute()
+        if replicas < _REPLICAS:
+            raise StoreUnavailableError("no replica of Redis confirmed the write in time; whether it will last is not known")
+        return answer
 
     def _transaction(self, *commands: tuple[str | int, ...]) -> list[Any]:
         """Several commands at one moment, each on a key of ours."""
@@ -321,7 +346,7 @@ def connect(url: str, timeout_s: float = 5) -> Any:
         "socket_timeout": timeout_s,
         "retry": Retry(NoBackoff(), 0),
     }
-    if not url.startswith("redis+sentinel://"):
+    if not _is_behind_sentinels(url):
         return redis.Redis.from_url(url, **options)
     parts = urlsplit(url)
     hosts = parts.netloc.rpartition("@")[2].split(",")
@@ -332,6 +357,10 @@ def connect(url: str, timeout_s: float = 5) -> Any:
     database = int(parse_qs(parts.query).get("db", ["0"])[0])
     sentinel: Any = _Sentinels(addresses, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
     return sentinel.master_for(parts.path.strip("/"), _BehindSentinel, db=database, **options, **secret)
+
+
+def _is_behind_sentinels(url: str) -> bool:
+    return url.startswith("redis+sentinel://")
 
 
 class _Sentinels(Sentinel):
@@ -435,6 +464,12 @@ def _listed(values: Any) -> list[bytes | str | int]:
     for key, value in values.items():
         listed += [key, 0, b""] if value is None else [key, 1, value]
     return listed
+
+
+def _in_turn(values: Mapping[str, str | int]) -> Iterator[str | int]:
+    """Key, value, key, value."""
+    for name, value in values.items():
+        yield from (_PREFIX + name, value)
 
 
 def _nothing(key: str) -> bytes | None:

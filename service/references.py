@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -84,6 +85,16 @@ class References:
             self._copy(self.place(tenant, uri), uri, file, limit)
             file.seek(0)
             return file.read()
+
+    def fetched(self, tenant: str, uri: str) -> bytes:
+        """Return a file's bytes, by memory alone.
+
+        Raises:
+            ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
+        """
+        file = BytesIO()
+        self._copy(self.place(tenant, uri), uri, file, self.max_file_bytes)
+        return file.getvalue()
 
     @contextmanager
     def on_disk(self, tenant: str, uri: str) -> Iterator[FileSlice]:
@@ -161,6 +172,32 @@ class ReferencedFile:
         """Give the file as bytes on this machine's disk."""
         with self.references.on_disk(self.tenant, self.uri) as copy:
             yield copy
+
+
+@dataclass(frozen=True)
+class ObjectSlice(FileSlice):
+    """An object that is fetched by whoever reads it, on another machine perhaps."""
+
+    references: References = References({}, Path(), 0)
+    tenant: str = ""
+
+    def read(self) -> bytes:
+        """Return the bytes.
+
+        Raises:
+            ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
+        """
+        return self.references.fetched(self.tenant, self.name)
+
+
+@dataclass(frozen=True)
+class FetchedFile(ReferencedFile):
+    """A plane's file in object storage, by its address, fetched where it is decoded."""
+
+    @contextmanager
+    def on_disk(self) -> Iterator[FileSlice]:
+        """Give what fetches it."""
+        yield ObjectSlice(Path(), 0, 0, self.uri, references=self.references, tenant=self.tenant)
 
 
 @contextmanager

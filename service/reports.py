@@ -101,14 +101,19 @@ def _names_plate(batch_id: str, plate: str) -> bool:
     return re.fullmatch(re.escape(plate) + "([._-].*)?", batch_id, re.IGNORECASE) is not None
 
 
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third", 4: "fourth"}.get(number, f"{number}th")
+
+
 def _context_notices(
     manifest: Manifest, adaptation: Adaptation | None, batch: BatchRecord, unusable_sites: int
 ) -> Iterator[str]:
     recipe = manifest.recipe
     if recipe.pixel_size_um is not None and batch.pixel_size_um is None:
+        taken = "they were taken as they are" if recipe.shrink == 1 else f"every {_ordinal(recipe.shrink)} pixel was taken"
         yield (
-            f"the images' pixel size is not known: they were taken for {recipe.pixel_size_um / recipe.shrink:g} µm per "
-            "pixel; send pixel_size_um, or a LoadData table that has it"
+            f"the images' pixel size is not known: {taken}, as if of {recipe.pixel_size_um / recipe.shrink:g} µm. Images of "
+            "a known size are resampled, and answered otherwise: send pixel_size_um, or a LoadData table that has it"
         )
     if unusable_sites:
         yield (

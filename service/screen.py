@@ -27,7 +27,7 @@ from service.deeds import Deed
 from service.errors import BlobMissingError, ReferenceUnreadableError, StoreLostError, StoreUnavailableError, problem_body
 from service.index import IndexedPlate, ScreenIndex
 from service.kept import Kept
-from service.references import ReferencedFile, References
+from service.references import FetchedFile, ReferencedFile, References
 from service.reports import VERSION
 from service.uploads import SentFile, Upload
 
@@ -59,12 +59,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """Where a Ray cluster is, how many actors work on it, and with how many cores and GPUs each."""
+    """Where a Ray cluster is, how many actors answer plates on it, and with how many cores and GPUs each.
+
+    ``decoders`` are how many further actors, of as many cores, decode for them; without, each decodes by itself.
+    """
 
     address: str
     actors: int
     cores: int
     gpus: float
+    decoders: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Screener:
     spool: Path
     max_file_bytes: int
     limits: ImageLimits
+    fetched_by_decoder: bool = False
 
     def answer(self, plate: IndexedPlate) -> Outcome:
         """Answer a plate, or say why not; that stands in its folder, too.
@@ -210,8 +215,8 @@ class Screener:
         parts = urlsplit(address)
         if parts.scheme != "s3":
             raise LayoutError(f"{address[:200]!r} is neither an s3:// URL nor a path")
-        root = f"{parts.scheme}://{parts.netloc}/"
-        return ReferencedFile(References({TENANT: [root]}, self.spool, self.max_file_bytes), TENANT, address)
+        references = References({TENANT: [f"{parts.scheme}://{parts.netloc}/"]}, self.spool, self.max_file_bytes)
+        return (FetchedFile if self.fetched_by_decoder else ReferencedFile)(references, TENANT, address)
 
     def _without_broken(self, upload: Upload, left_out: dict[str, str], ask: Callable[[Upload], Any]) -> Any:
         """Ask for wells; those of which an image cannot be used are left out. None when no well is left."""

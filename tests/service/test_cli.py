@@ -23,6 +23,7 @@ from service.client import (
     StatisticsChangedError,
     chunks_of_wells,
     merged,
+    of_one_bundle,
 )
 from tests.service.conftest import emptied, free_port, wait_until
 from tests.service.plates import CONTROL_WELLS, well_files
@@ -148,6 +149,18 @@ def test_answers_on_different_statistics_are_not_merged(url, plate):
         first = client.predict("C4", of_wells(plate, ["E05"]))
     with pytest.raises(StatisticsChangedError):
         merged([first, first.model_copy(update={"statistics_id": "another"})])
+
+
+def test_what_another_bundle_answered_is_asked_again(url, plate, monkeypatch):
+    monkeypatch.setattr("service.client._RETRY_S", 0)
+    with AnchorwellClient(url) as client:
+        client.adapt("C6", of_wells(plate, CONTROL_WELLS))
+        new = client.predict("C6", of_wells(plate, ["E05"]))
+    old = new.model_copy(update={"bundle": "old"})
+    later = iter([old, new, new])  # a replica of the old bundle is still there when it is asked again
+    found = of_one_bundle([lambda: next(later)] * 3, [old, new, new])
+    assert [answer.bundle for answer in found] == [new.bundle] * 3
+    assert of_one_bundle([], [new, new]) == [new, new], "which asks for nothing"
 
 
 def test_nobody_there_is_one_readable_error():

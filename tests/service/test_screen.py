@@ -17,11 +17,12 @@ from pyarrow import csv, parquet
 from model.errors import LayoutError
 from model.layout import Role
 from service.app import compose
-from service.blobs import FileBlobs
+from service.blobs import open_blobs
 from service.index import ScreenIndex
 from service.screen import Outcome, Screener, answered, folder_of, part_of, summary
 from tests.service.conftest import inline_decoder, running
 from tests.service.plates import CHANNELS, FakeEngine, fake_bundle, plane, tiff
+from tests.service.s3 import s3
 
 CONTROLS, TREATED = ("A01", "B01", "C01", "D01"), ("E05", "F06", "G07")
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,16 +59,17 @@ def rows(tmp_path):
 
 
 @contextmanager
-def screening(settings, out, engine=None):
+def screening(settings, out, engine=None, *, fetched=False):
     composition = compose(settings, engine=engine or FakeEngine(), decoder=inline_decoder(settings))
     served = composition.served
     spool = settings.data / "spool"
-    yield Screener(served.batches, served.kept, FileBlobs(out), spool, served.max_plane_bytes, settings.image_limits)
+    to, limits = open_blobs(str(out)), (served.max_plane_bytes, settings.image_limits)
+    yield Screener(served.batches, served.kept, to, spool, *limits, fetched_by_decoder=fetched)
     composition.end()
 
 
-def screened(settings, out, index, engine=None):
-    with screening(settings, out, engine) as screener:
+def screened(settings, out, index, engine=None, *, fetched=False):
+    with screening(settings, out, engine, fetched=fetched) as screener:
         outcomes = {outcome.plate: outcome for outcome in answered(screener.answer, index.plates(), 2)}
         assert screener.kept.storage.of("screen").page("", 10) == [], "nothing of a plate is left behind"
     return outcomes
@@ -118,6 +120,28 @@ def test_what_is_no_index_is_told_as_such(content, says, tmp_path):
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_a_screen_from_object_storage_into_object_storage(fetched, rows, settings, tmp_path, monkeypatch):
+    near = screened(settings, tmp_path / "near", ScreenIndex.open(written(tmp_path, rows)))
+    assert {outcome.state for outcome in near.values()} == {"answered"}
+    far = [{**row, **{f"Path_{name}": f"s3://plates/lab/{row[f'Path_{name}']}" for name in CHANNELS}} for row in rows]
+    index = ScreenIndex.open(written(tmp_path, far, "far.parquet"))
+    with s3(monkeypatch) as server:
+        server.objects |= {f"/plates/lab/{path.name}": path.read_bytes() for path in tmp_path.glob("*.tif")}
+        del server.objects["/plates/lab/P3_F06_1_DNA.tif"]
+        for state in ("answered", "kept"):
+            outcomes = screened(settings, "s3://answers/screen", index, fetched=fetched)
+            states = {name: outcome.state for name, outcome in outcomes.items()}
+            assert states == {"P1": state, "P 2/b": state, "P3": "refused"}
+        assert "P3_F06_1_DNA.tif" in outcomes["P3"].detail
+        assert "/answers/screen/plate=P3/error.json" in server.objects
+        for plate in ("P1", "P 2/b"):
+            name = f"{folder_of(plate)}/answers.parquet"
+            tables = [parquet.read_table(pa.BufferReader(data)).drop(["answered_at"]) for data in
+                      (server.objects[f"/answers/screen/{name}"], (tmp_path / "near" / name).read_bytes())]  # fmt: skip
+            assert tables[0].equals(tables[1])
 
 
 def test_every_plate_is_answered_as_a_service_answers_it(rows, settings, tmp_path):

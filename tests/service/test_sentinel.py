@@ -1,6 +1,7 @@
 """Redis behind a Sentinel: records, the queue and rates find the primary, and the next one when it dies."""
 
 import shutil
+import signal
 import subprocess
 import threading
 from contextlib import ExitStack, contextmanager
@@ -10,9 +11,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service import records_redis
 from service.access import Caller, Scope
+from service.blobs import memory_blobs
 from service.errors import StoreUnavailableError, TooManyRequestsError
 from service.gates import Rates
+from service.journal import Journal
 from service.queue import Queue
 from service.records import Commit
 from service.records_redis import RedisRecords, connect
@@ -43,22 +47,38 @@ def sentinel(folder, port, primary_port):
 
 
 class Servers:
-    """A primary, its replica, and the URL of the Sentinel that looks after them."""
+    """A primary, its two replicas, and the URL of the Sentinel that looks after them."""
 
     def __init__(self, folder, stack):
-        self.primary_port, self.replica_port, self.sentinel_port = free_port(), free_port(), free_port()
-        for name in ("primary", "replica", "sentinel"):
+        self.primary_port, self.sentinel_port = free_port(), free_port()
+        for name in ("primary", "replica-0", "replica-1", "sentinel"):
             (folder / name).mkdir()
         common = ("--requirepass", PASSWORD, "--masterauth", PASSWORD, "--repl-diskless-sync-delay", "0")
         of_primary = ("--replicaof", f"127.0.0.1 {self.primary_port}")
         self.primary = stack.enter_context(redis_server(folder / "primary", self.primary_port, *common))
-        stack.enter_context(redis_server(folder / "replica", self.replica_port, *common, *of_primary))
-        self.replica = stack.enter_context(redis.Redis(port=self.replica_port, password=PASSWORD, db=1))
-        wait_until(lambda: self.replica.info("replication")["master_link_status"] == "up")
+        self.replica_processes, self.replicas = [], []
+        for number in range(2):
+            port = free_port()
+            server = redis_server(folder / f"replica-{number}", port, *common, *of_primary)
+            self.replica_processes.append(stack.enter_context(server))
+            self.replicas.append(stack.enter_context(redis.Redis(port=port, password=PASSWORD, db=1)))
+        for replica in self.replicas:
+            wait_until(lambda: replica.info("replication")["master_link_status"] == "up")  # noqa: B023 (waited for at once)
         stack.enter_context(sentinel(folder / "sentinel", self.sentinel_port, self.primary_port))
         self.url = f"redis+sentinel://:{QUOTED}@127.0.0.1:{free_port()},127.0.0.1:{self.sentinel_port}/lab?db=1"
         with redis.Redis(port=self.sentinel_port) as looks_after:
-            wait_until(lambda: looks_after.sentinel_slaves("lab"), timeout_s=60)
+            wait_until(lambda: len(looks_after.sentinel_slaves("lab")) == 2, timeout_s=60)
+
+    def replicas_stand_still(self, *, still):
+        for process in self.replica_processes:
+            process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def replicas_hear_the_primary(self, *, hear):
+        """Whether they follow: without, nothing of what is written reaches them, not even their machines."""
+        for replica in self.replicas:
+            replica.config_set("masterauth", PASSWORD if hear else "another")
+            if not hear:
+                replica.execute_command("CLIENT", "KILL", "TYPE", "master")
 
 
 @pytest.fixture
@@ -130,7 +150,7 @@ def test_records_queue_and_rates_follow_the_primary_without_a_restart(servers, t
     queue.put("job", "before")
     wait_until(lambda: ran == [("job", "before")])
     assert not (tmp_path / "queue.db").exists()
-    wait_until(lambda: servers.replica.get("anchorwell:v3:record:a") == b"1")
+    assert any(replica.get("anchorwell:v3:record:a") == b"1" for replica in servers.replicas), "it waited for one"
 
     servers.primary.kill()
     servers.primary.wait(20)
@@ -145,6 +165,47 @@ def test_records_queue_and_rates_follow_the_primary_without_a_restart(servers, t
         pool = counts._limiter.storage.storage.connection_pool
         pool.disconnect()
         pool.sentinel_manager.close()
+
+
+def test_what_no_replica_confirms_is_neither_acknowledged_nor_kept_in_the_journal(servers, monkeypatch):
+    monkeypatch.setattr(records_redis, "_CONFIRMED_WITHIN_S", 0.3)
+    blobs = memory_blobs()
+    records = RedisRecords(servers.url, None, Journal(blobs))
+    records.commit(Commit({"batch/t/A": b"1"}, scope="batch/t/A"))
+    kept = set(blobs.names(""))
+    servers.replicas_stand_still(still=True)
+    with pytest.raises(StoreUnavailableError, match="no replica of Redis confirmed"):
+        records.commit(Commit({"batch/t/B": b"1"}, scope="batch/t/B"))
+    with pytest.raises(StoreUnavailableError, match="no replica of Redis confirmed"):
+        records.secure()
+    assert set(blobs.names("")) == kept, "an entry of a commit that may be lost would outlive it"
+    servers.replicas_stand_still(still=False)
+    wait_until(lambda: is_secured(records))
+    assert len(set(blobs.names("")) - kept) == 1, "once it is confirmed, it is brought there"
+    records.close()
+
+
+def test_a_commit_that_only_the_primary_had_is_gone_with_it_and_can_be_made_again(servers, monkeypatch):
+    monkeypatch.setattr(records_redis, "_CONFIRMED_WITHIN_S", 0.3)
+    records = RedisRecords(servers.url)
+    records.commit(Commit({"a": b"1"}))
+    servers.replicas_hear_the_primary(hear=False)
+    assert not is_committed(records, "b")
+    assert records.read(["b"]) == [b"1"], "the primary has it"
+    servers.primary.kill()
+    servers.replicas_hear_the_primary(hear=True)
+    wait_until(lambda: is_committed(records, "c"), timeout_s=60)
+    assert records.read(["a", "b", "c"]) == [b"1", None, b"1"]
+    records.commit(Commit({"b": b"2"}, {"b": None}))
+    records.close()
+
+
+def is_secured(records):
+    try:
+        records.secure()
+    except StoreUnavailableError:
+        return False
+    return True
 
 
 def is_refused(rates, name):
