@@ -38,8 +38,8 @@ class Driver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        simulate(PLAN, folder / "plates", workers=2)
-        self.plate: Plate = read_plate(next(path for path in (folder / "plates").iterdir() if path.is_dir()))
+        (name,) = simulate(PLAN, folder / "plates", workers=2).plates
+        self.plate: Plate = read_plate(folder / "plates" / name)
         server = Server(BUNDLE, folder)
         try:
             with AnchorwellClient(server.url) as client:
@@ -116,16 +116,16 @@ class Driver:
             until(lambda: _followers(stack) == 2, 60, "both replicas of Redis follow")
             with AnchorwellClient(stack.url) as client:
                 self.require_right(self.asked(client, "P1"))
-                job = self._by_a_worker(client)
+                job = self._by_a_worker(stack, client)
             bars = [Bar("scale_up_to_ready_s", ready, "s"), job]
             return [*bars, *self._replica_killed(stack), *self._rolled(stack), *self._primary_killed(stack)]
 
-    def _by_a_worker(self, client: AnchorwellClient) -> Bar:
+    def _by_a_worker(self, stack: Stack, client: AnchorwellClient) -> Bar:
         begun = time.monotonic()
         client.stage("P1", self.plate.treated)
         wells = sorted(self.right)
         answer = httpx.post(
-            f"{client.base_url}/batches/P1/predict",
+            f"{stack.url}/batches/P1/predict",
             json={"staged": True, "wells": wells, "pixel_size_um": self.plate.pixel_size_um},
             headers={"Prefer": "respond-async"},
             timeout=30,
@@ -169,8 +169,7 @@ class Driver:
         first = _primary(stack)
         with self._load(stack) as load:
             until(lambda: load.requests >= 8, 60, "the load runs")
-            run("docker", "update", "--restart", "no", stack.ids(first)[0])
-            killed(stack.ids(first)[0])
+            _dies_for_good(stack, first)
             failed_over = until(lambda: _primary(stack) not in (first, None), 60, "a replica is the primary")
             before = load.requests
             until(lambda: load.requests >= before + 16, 120, "the load goes on")
@@ -190,10 +189,10 @@ class Driver:
             for container in cut:
                 run("docker", "network", "disconnect", network, container)
             refused = _problem(lambda: self._once(stack, "W1"))
-            killed(stack.ids(first)[0])
+            _dies_for_good(stack, first)
             for container, ip in cut.items():
                 run("docker", "network", "connect", "--ip", ip, network, container)
-            until(lambda: _primary(stack) is not None, 90, "there is a primary")
+            until(lambda: _primary(stack) in others, 90, "there is a primary")
             until(lambda: _followers(stack) >= 1, 90, "a replica of Redis follows")
             lost = _problem(lambda: client.batch("W1"))
             kept = client.batch("P1").statistics_id
@@ -204,6 +203,7 @@ class Driver:
         print(f"to a primary that nobody follows: {refused}; after the failover: {lost}")
         assert refused is not None
         return [
+            Bar("unacknowledged_and_gone_after_failover", float(lost is not None), ""),
             Bar("refused_while_no_replica_confirms", float(refused.slug == "store-unavailable"), "", at_least=1),
             Bar("statistics_same_when_sent_again", float(again == kept), "", at_least=1),
             Bar("statistics_lost_from_redis_and_measured_again", float(forgotten), "", at_least=1),
@@ -330,7 +330,7 @@ class Driver:
         """A volume that is full: the request is refused with the reason, what was kept stays, and it goes on afterwards."""
         override = self.folder / "small.yml"
         override.write_text(
-            'version: "3.8"\nvolumes:\n  data:\n    driver_opts: {type: tmpfs, device: tmpfs, o: "size=12m,uid=10001"}\n',
+            'version: "3.8"\nvolumes:\n  data:\n    driver_opts: {type: tmpfs, device: tmpfs, o: "size=48m,uid=10001"}\n',
             encoding="utf-8",
         )
         with Stack(files=(override,)) as stack:
@@ -385,8 +385,10 @@ def _of_volume(name: str, command: list[str], **streams: object) -> None:
 def _no_device() -> Bar:
     """The gpu profile on a machine without one: the engine says so at once."""
     stack = Stack("gpu")
+    run("docker", "tag", "anchorwell:cpu", "anchorwell:gpu")  # what is in it does not matter: it is not to be started
     said = stack.compose("up", "--no-build", "--no-deps", "-d", "gpu", check=False)
     stack.down()
+    run("docker", "rmi", "anchorwell:gpu")
     print("profile gpu:", said.strip().splitlines()[-1])
     return Bar("told_clearly: profile gpu without a GPU", float("nvidia" in said), "", at_least=1)
 
@@ -401,7 +403,7 @@ def _other_bundle(folder: Path, **changed: object) -> Path:
 
 @contextmanager
 def _connected(stack: Stack, name: str, port: int = 6379) -> Iterator[redis.Redis]:
-    with redis.Redis(address(stack.ids(name)[0], "redis"), port, socket_timeout=2) as server:
+    with redis.Redis(address(stack.ids(name)[0], "redis"), port, socket_timeout=2, decode_responses=True) as server:
         yield server
 
 
@@ -411,7 +413,7 @@ def _primary(stack: Stack) -> str | None:
         try:
             with _connected(stack, name) as server, _connected(stack, "sentinel-1", 26379) as sentinel:
                 asked = sentinel.sentinel_get_master_addr_by_name("anchorwell")
-                if asked is not None and asked[0] == address(stack.ids(name)[0], "redis") and server.role()[0] == b"master":
+                if asked is not None and asked[0] == address(stack.ids(name)[0], "redis") and server.role()[0] == "master":
                     return name
         except (redis.RedisError, IndexError, RuntimeError):
             continue
@@ -428,12 +430,19 @@ def _followers(stack: Stack) -> int:
                    if key.startswith("slave"))  # fmt: skip
 
 
+def _dies_for_good(stack: Stack, service: str) -> None:
+    """Kill a service's container as a crash does, and keep the engine from starting it again."""
+    (container,) = stack.ids(service)
+    run("docker", "update", "--restart", "no", container)
+    killed(container)
+
+
 def _forgotten(stack: Stack, batch: str) -> bool:
     """Take a batch's statistics out of Redis; whether there were some. Replicas are started anew, for they remember them."""
     name = _primary(stack)
     assert name is not None
     with _connected(stack, name) as server:
-        keys = [key for key in server.scan_iter("anchorwell:*adaptation*") if f"/{batch}/".encode() in key]
+        keys = [key for key in server.scan_iter("anchorwell:*adaptation*") if f"/{batch}/" in key]
         for key in keys:
             server.delete(key)
     for container in stack.ids("replica"):

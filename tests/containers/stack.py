@@ -69,7 +69,7 @@ class Stack:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
-            print(self.compose("logs", "--tail", "30", "--no-color", check=False)[-12_000:])
+            print(self.compose("logs", "--tail", "12", "--no-color", check=False)[-12_000:])
         self.down()
 
     def compose(self, *arguments: str, check: bool = True, **variables: str) -> str:
