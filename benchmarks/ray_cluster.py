@@ -118,7 +118,7 @@ def main() -> None:
     """Screen, and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plates", type=int, default=40)
-    parser.add_argument("--decoders", type=int, default=2, help="actors that only decode")
+    parser.add_argument("--decoders", type=int, default=2, help="sites decoded by other cores for each actor")
     parser.add_argument("--out", type=Path, default=Path("build/ray.json"))
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:

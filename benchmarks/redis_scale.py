@@ -1,4 +1,6 @@
-"""What Redis holds and is asked for a plate, and so for many plates a day: ``build/redis-scale.json`` and a table.
+"""What Redis holds and does for a plate, and so for many plates a day: ``build/redis-scale.json`` and a table.
+
+Commands count those within scripts, too; bytes are those of all keys, as Redis tells them.
 
 Measured on plates of a few wells with nine sites of the published ResNet-50 (``benchmarks.network``), images by reference; a
 plate of 384 wells, and a day of them, is arithmetic upon that. Nothing else may ask this Redis.
@@ -27,25 +29,26 @@ from service.digests import content_digest
 CONTROLS, TREATED = 8, 16
 PLATE = {"controls": 64, "treated": 320}
 SECONDS_A_DAY = 86_400
-OWN = ("info",)
+OWN = ("info", "scan", "memory|usage")
 """Commands of the measurement itself."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What something took of Redis: commands, and bytes that stay."""
+    """What something took of Redis: commands, seconds of a core, and bytes that stay."""
 
     commands: float
+    core_s: float
     bytes_kept: float
 
     def __sub__(self, other: "Taken") -> "Taken":
-        return Taken(self.commands - other.commands, self.bytes_kept - other.bytes_kept)
+        return self + other * -1
 
     def __add__(self, other: "Taken") -> "Taken":
-        return Taken(self.commands + other.commands, self.bytes_kept + other.bytes_kept)
+        return Taken(self.commands + other.commands, self.core_s + other.core_s, self.bytes_kept + other.bytes_kept)
 
     def __mul__(self, factor: float) -> "Taken":
-        return Taken(self.commands * factor, self.bytes_kept * factor)
+        return Taken(self.commands * factor, self.core_s * factor, self.bytes_kept * factor)
 
 
 class Meter:
@@ -54,18 +57,21 @@ class Meter:
     def __init__(self, server: redis_client.Redis) -> None:
         self._server = server
 
-    def now(self) -> Taken:
-        """Since it was started."""
-        asked: dict[str, Any] = self._server.info("commandstats")
-        commands = sum(found["calls"] for name, found in asked.items() if name.removeprefix("cmdstat_") not in OWN)
-        held: dict[str, Any] = self._server.info("memory")
-        return Taken(commands, held["used_memory_dataset"])
-
     def taken_by(self, work: Callable[[], object]) -> Taken:
         """What some work took."""
-        before = self.now()
+        held, before = self._held(), self._done()
         work()
-        return self.now() - before
+        after = self._done()
+        return Taken(after.commands - before.commands, after.core_s - before.core_s, self._held() - held)
+
+    def _done(self) -> Taken:
+        asked: dict[str, Any] = self._server.info("commandstats")
+        commands = sum(found["calls"] for name, found in asked.items() if name.removeprefix("cmdstat_") not in OWN)
+        spent: dict[str, Any] = self._server.info("cpu")
+        return Taken(commands, spent["used_cpu_user"] + spent["used_cpu_sys"], 0)
+
+    def _held(self) -> int:
+        return sum(int(str(self._server.memory_usage(key, samples=0) or 0)) for key in self._server.scan_iter(count=1_000))
 
 
 def measured(folder: Path) -> dict[str, Taken]:
@@ -127,7 +133,7 @@ def of_a_plate(parts: dict[str, Taken], *, sent_ahead: bool) -> Taken:
         + parts["a treated well"] * PLATE["treated"]
     )
     planes = sum(PLATE.values()) * SITES * len(network.CHANNELS)
-    return whole + Taken(parts["a plane sent ahead"].commands * planes, 0) if sent_ahead else whole
+    return whole + parts["a plane sent ahead"] * planes if sent_ahead else whole
 
 
 def main() -> None:
@@ -140,19 +146,21 @@ def main() -> None:
         parts = measured(Path(folder))
     bars = []
     for name, taken in parts.items():
-        bars += [Bar(f"commands: {name}", taken.commands, ""), Bar(f"kept: {name}", taken.bytes_kept / 1e3, "kB")]
+        bars += [
+            Bar(f"commands: {name}", taken.commands, ""),
+            Bar(f"core time: {name}", 1e3 * taken.core_s, "ms"),
+            Bar(f"kept: {name}", taken.bytes_kept / 1e3, "kB"),
+        ]
+    day = arguments.plates_a_day
     for name, sent_ahead in (("by reference", False), ("sent ahead", True)):
         plate = of_a_plate(parts, sent_ahead=sent_ahead)
-        each = arguments.plates_a_day / SECONDS_A_DAY
         bars += [
             Bar(f"commands a plate, {name}", plate.commands, ""),
-            Bar(f"commands a second at {arguments.plates_a_day:,} plates a day, {name}", plate.commands * each, "/s"),
+            Bar(f"commands a second at {day:,} plates a day, {name}", plate.commands * day / SECONDS_A_DAY, "/s"),
+            Bar(f"share of a core at {day:,} plates a day, {name}", plate.core_s * day / SECONDS_A_DAY, ""),
+            Bar(f"kept a plate, {name}", plate.bytes_kept / 1e6, "MB"),
+            Bar(f"kept of a day of {day:,} plates, {name}", plate.bytes_kept * day / 1e9, "GB"),
         ]
-    kept = of_a_plate(parts, sent_ahead=False).bytes_kept
-    bars += [
-        Bar("kept a plate", kept / 1e6, "MB"),
-        Bar(f"kept a day at {arguments.plates_a_day:,} plates", kept * arguments.plates_a_day / 1e9, "GB"),
-    ]
     write_bars(bars, arguments.out)
     print(table(bars))
 

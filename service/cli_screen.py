@@ -40,7 +40,7 @@ def screen(
     ray_cores: Annotated[int, typer.Option(min=1, help="cores of each of them")] = 2,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of them")] = 0.0,
     ray_decoders: Annotated[
-        int, typer.Option(min=0, help="processes of as many cores that decode for them; 0: each decodes by itself")
+        int, typer.Option(min=0, help="sites that other cores decode for each of them at once; 0: each decodes by itself")
     ] = 0,
 ) -> None:
     """Answer whole screens: adapt each plate on its controls, classify its other wells, write a Parquet file a plate.

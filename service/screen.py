@@ -61,7 +61,7 @@ class Outcome:
 class RayCluster:
     """Where a Ray cluster is, how many actors answer plates on it, and with how many cores and GPUs each.
 
-    ``decoders`` are how many further actors, of as many cores, decode for them; without, each decodes by itself.
+    ``decoders`` are how many sites the cluster decodes for each of them at once; without, each decodes by itself.
     """
 
     address: str

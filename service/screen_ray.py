@@ -1,96 +1,106 @@
 """A screen on a Ray cluster: actors on its machines that each answer plates. The only module that knows Ray.
 
-Each actor has an engine, and decodes by itself or has others decode: actors on machines without a GPU. A plate whose actor
+Each actor has an engine, and decodes by itself or has the cluster decode, on machines without a GPU. A plate whose actor
 or machine is lost is answered by another, a site whose decoder is lost is decoded by another; what was written of a plate
 stands only when it is whole. Index, bundle and images lie where every machine sees them.
 """
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cache, partial
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from model.errors import AnchorwellError
+from model.bundle import Bundle
+from model.errors import UndecodableImageError
 from model.layout import SiteKey
-from service.decoding import DecodedSite, Decoder, FileSlice
-from service.errors import ReferenceUnreadableError
+from service.decoding import DecodedSite, Decoder, FileSlice, InlineDecoder, SiteDecoder
 from service.index import ScreenIndex
 from service.screen import Outcome, RayCluster
 from service.settings import Settings
 
+_PATIENCE_S = 20.0
+"""Longest time in which a core of the cluster has to have decoded a site."""
+_ALONE_S = 300.0
 
-class DecodingActor:
-    """Decodes sites for actors that answer plates, in worker processes of its own."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._decoder = _decoder_of(Settings(**settings))
-
-    def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> DecodedSite:
-        """Decode a site.
-
-        Raises:
-            ImageError: it cannot be.
-        """
-        return self._decoder.site(key, files, pixel_size_um).result()
+@ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")
+def _decoded(
+    decode: SiteDecoder, timeout_s: float, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None
+) -> DecodedSite:
+    """Decode a site wherever there is a core to spare; a process that hangs with it ends."""
+    watchdog = threading.Timer(timeout_s, os._exit, (1,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        return decode(key, files, pixel_size_um)
+    finally:
+        watchdog.cancel()
 
 
 class FarDecoder:
-    """A ``Decoder`` on decoding actors, in turn; what none of them is left to do is done in this process."""
+    """A ``Decoder`` that gives sites to the cluster, one a task; those of a machine that is lost are given again.
 
-    def __init__(self, actors: Sequence[Any], sites_at_once: int, own: Callable[[], Decoder]) -> None:
+    Where the cluster has no core to spare, perhaps since a machine was lost, nothing would ever be decoded: then this
+    process decodes by itself for a while.
+    """
+
+    def __init__(self, decode: SiteDecoder, sites_at_once: int, timeout_s: float, own: Decoder) -> None:
         self.sites_at_once = sites_at_once
-        self._turns = cycle(range(len(actors)))
-        self._actors = actors
+        self._decode = decode
+        self._timeout_s = timeout_s
         self._own = own
+        self._alone_until = 0.0
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
+        if time.monotonic() < self._alone_until:
+            return self._own.site(key, files, pixel_size_um)
+        task = _decoded.remote(self._decode, self._timeout_s, key, files, pixel_size_um)
+        ready, _ = ray.wait([task], timeout=_PATIENCE_S)
+        if not ready:
+            self._alone_until = time.monotonic() + _ALONE_S
+            ray.cancel(task, force=True)
+            return self._own.site(key, files, pixel_size_um)
+        return self._told(key, task)
+
+    def _told(self, key: SiteKey, task: Any) -> "Future[DecodedSite]":
+        """Tell a task's end as what it means for the images that it was at."""
         done: Future[DecodedSite] = Future()
         try:
-            done.set_result(self._decoded(key, files, pixel_size_um))
-        except (AnchorwellError, ReferenceUnreadableError) as error:
-            done.set_exception(error)
+            done.set_result(ray.get(task))
+        except RayTaskError as error:
+            done.set_exception(error.cause)
+        except (WorkerCrashedError, OutOfMemoryError):
+            why = f"an image of it crashed the decoder, or takes longer than {self._timeout_s:g} s to decode"
+            done.set_exception(UndecodableImageError(why).about(well=key.well, site=key.site))
         return done
 
     def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
-        return self._own().pages(file)
-
-    def _decoded(self, *site: Any) -> DecodedSite:
-        first = next(self._turns)
-        for actor in (*self._actors[first:], *self._actors[:first]):
-            try:
-                found: DecodedSite = ray.get(actor.site.remote(*site))
-            except RayActorError:
-                continue
-            except RayTaskError as error:
-                raise error.cause from None
-            return found
-        return self._own().site(*site).result()
+        return InlineDecoder(self._decode).pages(file)
 
 
 class PlateActor:
     """Answers the plates that it is given, one by one; lives in a process of its own."""
 
-    def __init__(self, index: str, settings: dict[str, Any], out: str, decoders: Sequence[Any], sites_at_once: int) -> None:
+    def __init__(self, index: str, settings: dict[str, Any], out: str, decoded_at_once: int) -> None:
         from service.app import screening  # noqa: PLC0415 (the driver needs no engine)
 
         self._index = ScreenIndex.open(Path(index))
         self._open = ExitStack()
         folder = Path(self._open.enter_context(TemporaryDirectory(prefix="anchorwell-screen-")))
         own = Settings(**{**settings, "data": folder / "lab"})
-        far = FarDecoder(decoders, sites_at_once, cache(partial(_decoder_of, own))) if decoders else None
+        far = _far_decoder(own, decoded_at_once) if decoded_at_once else None
         self._screener = self._open.enter_context(screening(own, out, far))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -117,14 +127,7 @@ def answered_on(
     own = settings.model_copy(update={"threads": settings.threads or cluster.cores}).model_dump(
         mode="json", exclude={"data"}
     )
-    decoders = [_decoding_actor(cluster, own) for _ in range(cluster.decoders)]
-    given = {
-        "index": str(index.path.absolute()),
-        "settings": own,
-        "out": out,
-        "decoders": decoders,
-        "sites_at_once": math.ceil(cluster.decoders * cluster.cores / cluster.actors),
-    }
+    given = {"index": str(index.path.absolute()), "settings": own, "out": out, "decoded_at_once": cluster.decoders}
     answers = rows.map(
         PlateActor,  # type: ignore[arg-type]
         fn_constructor_kwargs=given,
@@ -139,14 +142,9 @@ def answered_on(
         ray.shutdown()
 
 
-def _decoding_actor(cluster: RayCluster, settings: dict[str, Any]) -> Any:
-    """Begin an actor that decodes, wherever there is room; it is begun anew when it is lost."""
-    room = {"num_cpus": cluster.cores, "scheduling_strategy": "SPREAD", "max_restarts": -1}
-    return ray.remote(DecodingActor).options(**room, max_concurrency=2 * cluster.cores).remote(settings)
-
-
-def _decoder_of(settings: Settings) -> Decoder:
-    from model.bundle import Bundle  # noqa: PLC0415 (as above)
+def _far_decoder(settings: Settings, at_once: int) -> FarDecoder:
     from service.app import open_decoder  # noqa: PLC0415 (as above)
 
-    return open_decoder(settings, Bundle.load(settings.bundle))
+    bundle = Bundle.load(settings.bundle)
+    decode = SiteDecoder(bundle.manifest.recipe, settings.image_limits)
+    return FarDecoder(decode, at_once, settings.decode_timeout_s, open_decoder(settings, bundle))

@@ -218,12 +218,11 @@ class Driver:
             raise ProblemError(answer.json())
 
     def _told(self, name: str, load: Load, stack: Stack) -> list[Bar]:
-        """How a load went; every batch whose controls were acknowledged is there, with the same statistics."""
+        """How a load went; every batch whose controls were acknowledged is there, with all of them."""
         for failure in load.failures[:10]:
             print(f"{name}: {failure}")
         with AnchorwellClient(stack.url) as client:
-            kept = {batch: client.batch(batch).statistics_id for batch in load.kept}
-        lost = sum(kept[batch] != statistics_id for batch, statistics_id in load.kept.items()) if name != "rolled" else 0
+            lost = sum(_control_wells(client, batch) != count for batch, count in load.kept.items())
         return [
             Bar(f"{name}_requests", float(load.requests), ""),
             Bar(f"{name}_failed_after_retries", float(len(load.failures)), "", at_most=0),
@@ -357,6 +356,14 @@ def _problem(ask: Callable[[], object]) -> ProblemError | None:
     except ProblemError as error:
         return error
     return None
+
+
+def _control_wells(client: AnchorwellClient, batch: str) -> int:
+    """How many control wells of a batch are kept; none of one that is lost."""
+    try:
+        return len(client.batch(batch).control_wells)
+    except ProblemError:
+        return 0
 
 
 def _over_base_mb(image: str) -> float:

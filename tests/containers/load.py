@@ -49,7 +49,7 @@ class Load:
     requests: int = 0
     failures: list[str] = field(default_factory=list)
     worst: float = 0.0
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     bundles: set[str] = field(default_factory=set)
     longest_s: float = 0.0
     _over: threading.Event = field(default_factory=threading.Event)
@@ -78,7 +78,7 @@ class Load:
                 if adapted is None:
                     continue
                 with self._lock:
-                    self.kept[batch] = adapted.statistics_id
+                    self.kept[batch] = adapted.control_wells
                 for _ in range(3):
                     answer = self._timed(lambda batch=batch: client.predict(batch, files, pixel_size_um=self.size))
                     if answer is not None:
