@@ -27,9 +27,9 @@ types: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# Programs that some tests run: their own Redis, a trace of system calls, the documentation's curl. Without them they skip.
+# Programs that some tests run: their own Redis, a trace of system calls, the documentation's curl, the proxy. Without them they skip.
 machine:
-	@missing=$$(for name in redis-server strace curl openssl; do command -v $$name >/dev/null || echo $$name; done); \
+	@missing=$$(for name in redis-server strace curl openssl haproxy; do command -v $$name >/dev/null || echo $$name; done); \
 	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; } \
 	  || echo "cannot be installed here, and what needs it will skip:" $$missing

@@ -321,10 +321,13 @@ def test_a_worker_runs_what_a_service_leaves_to_it(tiny_bundle_path, plate, tmp_
         ]
         assert httpx.get(url + place).json()["state"] == "queued"
         command = [ANCHORWELL, "worker", "--bundle", tiny_bundle_path, "--data", data]
-        environment = {**os.environ, "ANCHORWELL_THREADS": "1", "ANCHORWELL_DEVICE": "cpu"}
+        metrics = free_port()
+        given = {"THREADS": "1", "DEVICE": "cpu", "METRICS_PORT": str(metrics), "HOST": "0.0.0.0"}
+        environment = {**os.environ, **{f"ANCHORWELL_{name}": value for name, value in given.items()}}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert "works in the background" in process.stdout.readline()
+            assert "works in the background" in process.stdout.readline(), "it needs no key, for it does not listen"
             wait_until(lambda: httpx.get(url + place).json()["state"] == "done")
+            assert "anchorwell_engine" in httpx.get(f"http://127.0.0.1:{metrics}/metrics").text
             process.terminate()
             assert process.wait(60) == 0
 
