@@ -532,12 +532,22 @@ def _role(well: str, row: Mapping[str, str]) -> Role | None:
         raise LayoutError(
             f"well {well}: pert_type 'control' may be positive; say negcon or poscon in control_type", well=well
         )
+    return parse_role(well, row[column])
+
+
+def parse_role(well: str, text: str) -> Role:
+    """Read a well's role, in any of the words that plate maps have for it; nothing is treated.
+
+    Raises:
+        LayoutError: it is none.
+    """
+    value = text.strip().casefold()
     if value in _NEGATIVE:
         return Role.CONTROL
     if value in _TREATED or value.startswith("poscon"):
         return Role.TREATED
     raise LayoutError(
-        f"well {well} has the role {row[column][:40]!r}, which is neither a negative control (control, negcon, DMSO) nor "
+        f"well {well} has the role {text[:40]!r}, which is neither a negative control (control, negcon, DMSO) nor "
         "treated (treated, trt, poscon); leave unused wells and their images out",
         well=well,
     )

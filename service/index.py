@@ -1,9 +1,10 @@
 """The index of a screen: Parquet or CSV, one row a site, read plate by plate.
 
 Columns, as ``anchorwell-train index`` writes them: ``Metadata_Source``, ``Metadata_Batch``, ``Metadata_Plate``,
-``Metadata_Well``, ``Metadata_Site``, ``role`` (control | treated), perhaps ``pixel_size_um``, and ``Path_<channel>`` per
-channel: an s3:// URL, or a path, relative to the index's folder or absolute. Other columns ride along into the answers. A
-plate's rows lie together. What is wrong with one plate is told when that plate is read, and of no other.
+``Metadata_Well``, ``Metadata_Site``, ``role`` (as a plate map tells it), perhaps ``pixel_size_um``, and
+``Path_<channel>`` per channel: an s3:// URL, or a path, relative to the index's folder or absolute. Other columns ride
+along into the answers. A plate's rows lie together. What is wrong with one plate is told when that plate is read, and of
+no other.
 """
 
 from collections import Counter
@@ -33,6 +34,7 @@ from model.layout import (
     PlateMap,
     Role,
     duplicate_plane,
+    parse_role,
     parse_site,
     parse_well,
     rounded_pixel_size_um,
@@ -167,7 +169,8 @@ class ScreenIndex:
         columns = next(_batches(path)).schema.names
         missing = [name for name in (*INDEX_KEYS, INDEX_ROLE) if name not in columns]
         if missing or not any(name.startswith(INDEX_PATH) for name in columns):
-            raise LayoutError(f"the index {path} lacks the columns {', '.join(missing) or 'Path_<channel>'}")
+            hint = "; its columns are to be separated by commas" if len(columns) == 1 and ";" in columns[0] else ""
+            raise LayoutError(f"the index {path} lacks the columns {', '.join(missing) or 'Path_<channel>'}{hint}")
         runs = [name for name, _ in groupby(name for batch in _batches(path, [INDEX_PLATE]) for name in _plates(batch))]
         if "" in runs:
             raise LayoutError(f"the index {path} has rows without a {INDEX_PLATE}")
@@ -244,10 +247,10 @@ def _groups_with(file: parquet.ParquetFile, plate: str | None) -> list[int]:
 
 
 def _role(row: Row) -> Role:
-    found = next((role for role in (Role.CONTROL, Role.TREATED) if role.value == row[INDEX_ROLE]), None)
-    if found is None:
-        raise LayoutError(f"the role is control or treated, not {row[INDEX_ROLE]!r}: well {row[INDEX_WELL]}")
-    return found
+    well, told = _cell(row[INDEX_WELL]), _cell(row[INDEX_ROLE])
+    if not told.strip():
+        raise LayoutError(f"well {well} has no role: say control or treated")
+    return parse_role(well, told)
 
 
 def _cell(value: object) -> str:

@@ -6,7 +6,7 @@ from email.utils import formatdate
 from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -53,9 +53,11 @@ class Handler(BaseHTTPRequestHandler):
         """DeleteObjects, which some clients send for one object, too."""
         body = self.rfile.read(int(self.headers["content-length"])).decode()
         bucket = urlsplit(self.path).path.strip("/")
-        for part in body.split("<Key>")[1:]:
-            self.server.objects.pop(f"/{bucket}/{part.partition('</Key>')[0]}", None)
-        self.answer(200, b'<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"></DeleteResult>')
+        keys = [part.partition("</Key>")[0] for part in body.split("<Key>")[1:]]
+        for key in keys:
+            self.server.objects.pop(f"/{bucket}/{unescape(key)}", None)
+        told = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)  # as the real one, of what was not there, too
+        self.answer(200, f'<DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{told}</DeleteResult>'.encode())
 
     def listed(self, parts):
         bucket = parts.path.strip("/")

@@ -98,6 +98,15 @@ def test_the_same_rows_in_either_form_are_the_same_plate(rows, tmp_path):
     assert [plate.digest for plate in one.plates()] == [plate.digest for plate in other.plates()]
 
 
+def test_roles_are_read_in_the_words_of_plate_maps(rows, tmp_path):
+    words = {"control": "negcon", "treated": "trt"}
+    told = [{**row, "role": words[row["role"]]} for row in rows]
+    one, other = (next(ScreenIndex.open(written(tmp_path, some, name)).plates()) for some, name in
+                  ((rows, "a.parquet"), (told, "b.parquet")))  # fmt: skip
+    assert other.platemap.roles == one.platemap.roles
+    assert other.planes(CHANNELS, Role.CONTROL) == one.planes(CHANNELS, Role.CONTROL)
+
+
 def test_rows_that_lie_apart_are_told_of_and_their_plate_comes_once(rows, tmp_path):
     index = ScreenIndex.open(written(tmp_path, [*rows[1:], rows[0]]))
     assert index.apart == {"P1"}
@@ -109,6 +118,7 @@ def test_rows_that_lie_apart_are_told_of_and_their_plate_comes_once(rows, tmp_pa
     [
         (b"", "cannot be read|has no rows|lacks"),
         (b"Metadata_Plate,role\nP1,control\n", "lacks the columns Metadata_Source"),
+        (b"Metadata_Plate;role\nP1;control\n", "lacks the columns .*; its columns are to be separated by commas"),
         (b"PAR1 not really", "lacks|cannot be read"),
     ],
 )
@@ -124,6 +134,7 @@ def test_what_is_no_index_is_told_as_such(content, says, tmp_path):
 
 @pytest.mark.parametrize("fetched", [False, True])
 def test_a_screen_from_object_storage_into_object_storage(fetched, rows, settings, tmp_path, monkeypatch):
+    settings = settings.model_copy(update={"keep_control_images": False})  # as the command has it
     near = screened(settings, tmp_path / "near", ScreenIndex.open(written(tmp_path, rows)))
     assert {outcome.state for outcome in near.values()} == {"answered"}
     far = [{**row, **{f"Path_{name}": f"s3://plates/lab/{row[f'Path_{name}']}" for name in CHANNELS}} for row in rows]
@@ -134,7 +145,7 @@ def test_a_screen_from_object_storage_into_object_storage(fetched, rows, setting
         for state in ("answered", "kept"):
             outcomes = screened(settings, "s3://answers/screen", index, fetched=fetched)
             states = {name: outcome.state for name, outcome in outcomes.items()}
-            assert states == {"P1": state, "P 2/b": state, "P3": "refused"}
+            assert states == {"P1": state, "P 2/b": state, "P3": "refused"}, outcomes
         assert "P3_F06_1_DNA.tif" in outcomes["P3"].detail
         assert "/answers/screen/plate=P3/error.json" in server.objects
         for plate in ("P1", "P 2/b"):
@@ -283,8 +294,8 @@ def test_names_that_are_too_long_for_a_folder_are_cut(rows, tmp_path, settings):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"role": "blank"}, "not 'blank'"),
-        ({"role": "panel"}, "not 'panel'"),
+        ({"role": "blank"}, "the role 'blank', which is neither"),
+        ({"role": "panel"}, "the role 'panel', which is neither"),
         ({"pixel_size_um": "0,656"}, "no one pixel size"),
         ({"Path_DNA": "gs://bucket/key"}, "neither an s3:// URL nor a path"),
         ({"Metadata_Well": "ZZ99"}, "ZZ99"),
