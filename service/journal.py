@@ -49,7 +49,7 @@ class JournalEntry:
     """What one commit changed, or several in a row, derived changes included.
 
     ``at`` is when, in seconds since 1970; every commit up to the sequence ``settled`` was in the journal then. ``parts`` is
-    how many objects the commit is in the journal.
+    how many objects the commit is in the journal. The commit before it had the sequence ``after``; without, one less.
     """
 
     scope: str
@@ -58,6 +58,7 @@ class JournalEntry:
     at: int = 0
     settled: int = 0
     parts: int = 1
+    after: int | None = None
 
     @classmethod
     def of(cls, commit: Commit, changes: Changes, at: int) -> "JournalEntry":
@@ -91,7 +92,7 @@ class JournalEntry:
     def to_bytes(self) -> bytes:
         """Serialise as canonical JSON, values in base64."""
         values = {key: None if value is None else b64encode(value).decode() for key, value in self.changes.items()}
-        whole = {"at": self.at, "settled": self.settled, "parts": self.parts}
+        whole = {"at": self.at, "settled": self.settled, "parts": self.parts, "after": self.after}
         fields = {"scope": self.scope, "cleared": list(self.cleared), "changes": values}
         return canonical_json({"version": _VERSION, **fields, **whole})
 
@@ -103,7 +104,7 @@ class JournalEntry:
             raise ValueError(f"a journal entry of version {value['version']}; this release reads {_VERSION}")
         changes = {key: None if text is None else b64decode(text) for key, text in value["changes"].items()}
         whole = {name: value[name] for name in ("at", "settled", "parts")}
-        return cls(value["scope"], changes, tuple(value["cleared"]), **whole)
+        return cls(value["scope"], changes, tuple(value["cleared"]), after=value.get("after"), **whole)
 
     def by_scope(self) -> "list[JournalEntry]":
         """Separate what outlives the scope from the rest; the audit log, which tells of all of it, comes last."""
@@ -182,8 +183,12 @@ class Journal:
         for name in every:
             found[name.sequence].append(name)
         whole = self._whole(every)
-        while (whole + 1) in found and self._read(found[whole + 1][0]).parts == len(found[whole + 1]):
-            whole += 1
+        for sequence in sorted(sequence for sequence in found if sequence > whole):
+            entry = self._read(found[sequence][0])
+            before = sequence - 1 if entry.after is None else entry.after
+            if before > whole or entry.parts != len(found[sequence]):
+                break
+            whole = sequence
         behind = [name for name in every if name.sequence > whole]
         for name in behind:
             self.blobs.put(f"{_SET_ASIDE}/{name}", self.blobs.get(str(name)))

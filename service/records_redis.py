@@ -11,8 +11,9 @@ be lost.
 No command is sent twice: a commit whose reply is lost may have taken effect, and is told as unavailable. Whoever repeats the
 request finds what it did, or nothing, and is answered when that is safe.
 
-Behind Sentinels a primary may die and a replica take its place, without what had not come to it. So a commit counts when a
-replica has confirmed it (``WAIT``), and goes to the journal only then. No lock decides who may write: a commit names what it
+Behind Sentinels a primary may die and a replica take its place, without what had not come to it; which one, they choose by
+what they knew of each a while ago. So a commit counts when every replica that follows has confirmed it (``WAIT``), one at
+least, and goes to the journal only then. No lock decides who may write: a commit names what it
 expects to find, so that who was overtaken is refused.
 """
 
@@ -49,23 +50,26 @@ _COULD_BE_LOST = {
 _ATTEMPTS = 200
 _AWAY_S = 1.0
 _COMPACTED_EVERY_S = 3600
-_REPLICAS = 1
-"""How many replicas have to confirm a commit behind Sentinels, which make the most advanced one the next primary."""
-_CONFIRMED_WITHIN_S = 2.0
+_FOLLOWS_WITHIN_S = 5
+"""A replica that was not heard of for longer follows no more: it is not waited for, and Sentinels would not take it."""
+_CONFIRMED_WITHIN_S = 4.0
 _IN_HAND = 1_000_000
-"""More entries than running processes could still be bringing to the journal when Redis is flushed."""
+"""More entries than running processes could still be bringing to the journal when Redis is flushed, or another its primary.
+
+So far sequences jump then: what a primary knew that died with all who had heard it has numbers that nobody else is given.
+"""
 _LOST, _CONFLICT, _MOVED = -1, -2, -3
 _COMMIT = """
 local prefix, lab, at = KEYS[1], ARGV[1], 2
 local found = redis.call('GET', prefix .. 'lab')
-if lab ~= '' and found ~= lab then return {-1, 0} end
+if lab ~= '' and found ~= lab then return {-1, 0, 0} end
 local function number() at = at + 1; return tonumber(ARGV[at - 1]) end
 local function text() at = at + 1; return ARGV[at - 1] end
 for _, verdict in ipairs({-2, -3}) do
   for _ = 1, number() do
     local key, present, value = text(), text(), text()
     local now = redis.call('GET', prefix .. 'record:' .. key)
-    if (present == '1' and now ~= value) or (present == '0' and now) then return {verdict, 0} end
+    if (present == '1' and now ~= value) or (present == '0' and now) then return {verdict, 0, 0} end
   end
 end
 local index = prefix .. 'index'
@@ -87,13 +91,19 @@ for _ = 1, number() do
   end
 end
 local entry = text()
-if entry == '' then return {0, 0} end
+if entry == '' then return {0, 0, 0} end
+local primary = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+local before = tonumber(redis.call('GET', prefix .. 'sequence') or 0)
+if redis.call('GET', prefix .. 'primary') ~= primary then
+  redis.call('SET', prefix .. 'primary', primary)
+  redis.call('INCRBY', prefix .. 'sequence', @JUMP@)
+end
 local sequence = redis.call('INCR', prefix .. 'sequence')
 local settled = tonumber(redis.call('ZRANGE', prefix .. 'waiting', 0, 0)[1] or sequence) - 1
 redis.call('ZADD', prefix .. 'waiting', sequence, sequence)
-redis.call('HSET', prefix .. 'pending', sequence, settled .. ' ' .. entry)
-return {sequence, settled}
-"""
+redis.call('HSET', prefix .. 'pending', sequence, settled .. ' ' .. before .. ' ' .. entry)
+return {sequence, settled, before}
+""".replace("@JUMP@", str(_IN_HAND))
 
 log = logging.getLogger("anchorwell")
 
@@ -123,7 +133,10 @@ class RedisRecords:
 
     def found(self, lab: str) -> None:
         """Say whose records an empty Redis holds."""
-        self._confirmed("SET", _PREFIX + "lab", lab, "NX")
+        with self._one_connection() as connection:
+            with self._told():
+                connection.set(_PREFIX + "lab", lab, nx=True)
+            self._confirm(connection)
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         with self._told():
@@ -142,20 +155,22 @@ class RedisRecords:
         return found if found or len(names) < limit else self.scan(prefix, names[-1], limit)
 
     def commit(self, commit: Commit) -> None:
-        entry, sequence = self._take_effect(commit)
+        with self._one_connection() as connection:
+            entry, sequence = self._take_effect(commit, connection)
+            self._confirm(connection)
         if entry is not None:
             self._bring(sequence, entry)
             self._secure(before=sequence)
             self._conclude(sequence, entry)
 
-    def _take_effect(self, commit: Commit) -> tuple[JournalEntry | None, int]:
+    def _take_effect(self, commit: Commit, connection: Any) -> tuple[JournalEntry | None, int]:
         """Change records; returns what is to be brought to the journal, and its place there."""
         if not commit.derived:
-            return self._attempt(commit, {}, commit.with_derived(_nothing))
+            return self._attempt(connection, commit, {}, commit.with_derived(_nothing))
         with self._chain:
             for _ in range(_ATTEMPTS):
                 now = dict(zip((item.key for item in commit.derived), self._derived_from(commit), strict=True))
-                entry, outcome = self._attempt(commit, now, commit.with_derived(now.__getitem__))
+                entry, outcome = self._attempt(connection, commit, now, commit.with_derived(now.__getitem__))
                 if outcome != _MOVED:
                     return entry, outcome
         raise StoreUnavailableError("the end of a chain kept moving; nothing was changed")
@@ -164,27 +179,36 @@ class RedisRecords:
         return self.read([item.key for item in commit.derived])
 
     def _attempt(
-        self, commit: Commit, derived_from: dict[str, bytes | None], changes: dict[str, bytes | None]
+        self, connection: Any, commit: Commit, derived_from: dict[str, bytes | None], changes: dict[str, bytes | None]
     ) -> tuple[JournalEntry | None, int]:
         entry = self._journal.entry(commit, changes) if self._journal is not None else None
         arguments: list[bytes | str | int] = [self._lab or ""]
         for values in (commit.expected, derived_from):
             arguments += _listed(values)
         arguments += [len(commit.cleared), *commit.cleared, *_listed(changes), b"" if entry is None else entry.to_bytes()]
-        outcome, settled = map(int, self._confirmed("EVAL", _COMMIT, 1, _PREFIX, *arguments))
+        with self._told():
+            outcome, settled, before = map(int, connection.eval(_COMMIT, 1, _PREFIX, *arguments))
         if outcome == _LOST:
             self._require_lab(None)
         if outcome == _CONFLICT:
             raise ConflictError
-        return (None if entry is None else replace(entry, settled=settled)), outcome
+        return (None if entry is None else replace(entry, settled=settled, after=before)), outcome
 
     # --- the journal's side ------------------------------------------------------------------------------------------
 
     def secure(self) -> None:
         """Bring every commit to the journal that did not get there, because the object storage failed or a process died."""
-        if self._has_replicas:  # whose commits nobody may have waited for: what is confirmed now comes after them
-            self._confirmed("SET", _PREFIX + "secured", 1)
-        self._secure()
+        if not self._has_replicas:
+            self._secure()
+            return
+        with self._one_connection() as connection:
+            with self._told():  # what waits before the write does is confirmed with it; what comes later may not be
+                lab, waiting, _ = self._transaction(
+                    ("GET", "lab"), ("ZRANGE", "waiting", 0, -1), ("SET", "secured", 1), on=connection
+                )
+            self._require_lab(lab)
+            self._confirm(connection)
+        in_parallel(self._bring, sorted(map(int, waiting)))
 
     def compact(self, every_s: int = _COMPACTED_EVERY_S) -> None:
         """Merge what the journal has many entries of; of all processes that are asked, one does in so many seconds."""
@@ -236,8 +260,11 @@ class RedisRecords:
                 data = self._redis.hget(_PREFIX + "pending", sequence)
             if data is None:
                 return  # another process brought it there
-            settled, _, content = data.partition(b" ")
-            entry = replace(JournalEntry.from_bytes(content), settled=int(settled))
+            settled, _, rest = data.partition(b" ")
+            before, _, content = rest.partition(b" ")
+            if rest.startswith(b"{"):  # of a release that did not tell what came before
+                before, content = str(sequence - 1).encode(), rest
+            entry = replace(JournalEntry.from_bytes(content), settled=int(settled), after=int(before))
         self._journal.keep(sequence, entry)
         with self._told():
             self._transaction(("HDEL", "pending", sequence), ("ZREM", "waiting", sequence))
@@ -278,7 +305,9 @@ class RedisRecords:
                 last = sequence
             self._write(count(self))
             values: dict[str, str | int] = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND, "lab": lab}
-            self._confirmed("MSET", *_in_turn(values))
+            with self._one_connection() as connection:
+                connection.mset({_PREFIX + name: value for name, value in values.items()})
+                self._confirm(connection)
 
     def _write(self, changes: Changes, cleared: Sequence[str] = ()) -> None:
         nothing: list[bytes | str | int] = [0, 0]
@@ -304,26 +333,39 @@ class RedisRecords:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
                 raise
 
-    def _confirmed(self, *command: bytes | str | int) -> Any:
-        """Write, and return what Redis answers when the write will outlive the primary.
+    @contextmanager
+    def _one_connection(self) -> Iterator[Any]:
+        """Give one connection for a write and for the question whether it was confirmed, where that is asked at all."""
+        if not self._has_replicas:
+            yield self._redis
+            return
+        with self._told():
+            connection = self._redis.client()
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def _confirm(self, connection: Any) -> None:
+        """Return when what a connection wrote, and all before it, will outlive the primary.
 
         Raises:
             StoreUnavailableError: it may not; whether it took effect is not known.
         """
+        if not self._has_replicas:
+            return
         with self._told():
-            if not self._has_replicas:
-                return self._redis.execute_command(*command)
-            with self._redis.pipeline(transaction=False) as pipeline:  # on one connection: WAIT is about its writes
-                pipeline.execute_command(*command)
-                pipeline.execute_command("WAIT", _REPLICAS, round(1000 * _CONFIRMED_WITHIN_S))
-                answer, replicas = pipeline.execute()
-        if replicas < _REPLICAS:
-            raise StoreUnavailableError("no replica of Redis confirmed the write in time; whether it will last is not known")
-        return answer
+            wanted = max(1, _following(connection.info("replication")))
+            confirmed = connection.execute_command("WAIT", wanted, round(1000 * _CONFIRMED_WITHIN_S))
+        if confirmed < wanted:
+            self._breaker.open()
+            raise StoreUnavailableError(
+                f"{confirmed} of {wanted} replicas of Redis confirmed the write in time; whether it will last is not known"
+            )
 
-    def _transaction(self, *commands: tuple[str | int, ...]) -> list[Any]:
+    def _transaction(self, *commands: tuple[str | int, ...], on: Any = None) -> list[Any]:
         """Several commands at one moment, each on a key of ours."""
-        with self._redis.pipeline(transaction=True) as pipeline:
+        with (on or self._redis).pipeline(transaction=True) as pipeline:
             for name, key, *rest in commands:
                 pipeline.execute_command(name, f"{_PREFIX}{key}", *rest)
             return list(pipeline.execute())
@@ -359,6 +401,12 @@ def connect(url: str, timeout_s: float = 5) -> Any:
     return sentinel.master_for(parts.path.strip("/"), _BehindSentinel, db=database, **options, **secret)
 
 
+def _following(replication: Mapping[str, Any]) -> int:
+    """How many replicas follow, as a primary tells it: those whose place could be taken for the next primary's."""
+    told = [value for name, value in replication.items() if name.startswith("slave") and isinstance(value, dict)]
+    return sum(one["state"] == "online" and one["lag"] <= _FOLLOWS_WITHIN_S for one in told)
+
+
 def _is_behind_sentinels(url: str) -> bool:
     return url.startswith("redis+sentinel://")
 
@@ -375,7 +423,10 @@ class _Sentinels(Sentinel):
 
 
 class _BehindSentinel(redis.Redis):
-    """A client that lets go of its connections to the Sentinels, too."""
+    """A client that lets go of its connections to the Sentinels, too; one that it lends a connection to does not."""
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(connection_pool=self.connection_pool, single_connection_client=True)
 
     def close(self) -> None:
         super().close()
@@ -411,7 +462,8 @@ def durability_warnings(url: str) -> list[str]:
 
 def _check_schema(server: Any) -> None:
     key = "anchorwell:schema"
-    server.setnx(key, SCHEMA_VERSION)
+    if server.get(key) is None:
+        server.setnx(key, SCHEMA_VERSION)
     found = int(server.get(key))
     if found != SCHEMA_VERSION:
         raise StartError(f"the Redis store has schema {found}; this release reads {SCHEMA_VERSION}")
@@ -443,6 +495,10 @@ class _Breaker:
         except redis.RedisError as error:
             raise StoreUnavailableError(f"Redis failed: {error}; nothing is known to have changed") from error
 
+    def open(self) -> None:
+        """Let nobody wait for Redis for a moment: those before waited in vain."""
+        self._away_until = time.monotonic() + _AWAY_S
+
     def _note(self, error: Exception | None) -> None:
         """Log when Redis goes away, and when it is there again."""
         if self._is_away == (error is not None):
@@ -464,12 +520,6 @@ def _listed(values: Any) -> list[bytes | str | int]:
     for key, value in values.items():
         listed += [key, 0, b""] if value is None else [key, 1, value]
     return listed
-
-
-def _in_turn(values: Mapping[str, str | int]) -> Iterator[str | int]:
-    """Key, value, key, value."""
-    for name, value in values.items():
-        yield from (_PREFIX + name, value)
 
 
 def _nothing(key: str) -> bytes | None:

@@ -19,7 +19,7 @@ from service.gates import Rates
 from service.journal import Journal
 from service.queue import Queue
 from service.records import Commit
-from service.records_redis import RedisRecords, connect
+from service.records_redis import RedisRecords, _following, connect
 from tests.service.conftest import answers, free_port, redis_server, wait_until
 
 PASSWORD = "p@ss/word"
@@ -62,8 +62,8 @@ class Servers:
             server = redis_server(folder / f"replica-{number}", port, *common, *of_primary)
             self.replica_processes.append(stack.enter_context(server))
             self.replicas.append(stack.enter_context(redis.Redis(port=port, password=PASSWORD, db=1)))
-        for replica in self.replicas:
-            wait_until(lambda: replica.info("replication")["master_link_status"] == "up")  # noqa: B023 (waited for at once)
+        with redis.Redis(port=self.primary_port, password=PASSWORD) as primary:
+            wait_until(lambda: _following(primary.info("replication")) == 2)
         stack.enter_context(sentinel(folder / "sentinel", self.sentinel_port, self.primary_port))
         self.url = f"redis+sentinel://:{QUOTED}@127.0.0.1:{free_port()},127.0.0.1:{self.sentinel_port}/lab?db=1"
         with redis.Redis(port=self.sentinel_port) as looks_after:
@@ -132,7 +132,7 @@ def caller(name):
 
 def is_committed(records, key):
     try:
-        records.commit(Commit({key: b"1"}))
+        records.commit(Commit({key: b"1"}, scope=key))
     except StoreUnavailableError:
         return False
     return True
@@ -150,7 +150,7 @@ def test_records_queue_and_rates_follow_the_primary_without_a_restart(servers, t
     queue.put("job", "before")
     wait_until(lambda: ran == [("job", "before")])
     assert not (tmp_path / "queue.db").exists()
-    assert any(replica.get("anchorwell:v3:record:a") == b"1" for replica in servers.replicas), "it waited for one"
+    assert all(replica.get("anchorwell:v3:record:a") == b"1" for replica in servers.replicas), "whichever comes next has it"
 
     servers.primary.kill()
     servers.primary.wait(20)
@@ -167,16 +167,23 @@ def test_records_queue_and_rates_follow_the_primary_without_a_restart(servers, t
         pool.sentinel_manager.close()
 
 
-def test_what_no_replica_confirms_is_neither_acknowledged_nor_kept_in_the_journal(servers, monkeypatch):
-    monkeypatch.setattr(records_redis, "_CONFIRMED_WITHIN_S", 0.3)
+@pytest.fixture
+def impatient(monkeypatch):
+    """A replica has to confirm soon, and who waited in vain asks again at once."""
+    monkeypatch.setattr(records_redis, "_CONFIRMED_WITHIN_S", 1.0)
+    monkeypatch.setattr(records_redis, "_AWAY_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_no_replica_confirms_is_neither_acknowledged_nor_kept_in_the_journal(servers):
     blobs = memory_blobs()
     records = RedisRecords(servers.url, None, Journal(blobs))
-    records.commit(Commit({"batch/t/A": b"1"}, scope="batch/t/A"))
+    wait_until(lambda: is_committed(records, "batch/t/A"))
     kept = set(blobs.names(""))
     servers.replicas_stand_still(still=True)
-    with pytest.raises(StoreUnavailableError, match="no replica of Redis confirmed"):
+    with pytest.raises(StoreUnavailableError, match=r"\d of \d replicas of Redis confirmed"):
         records.commit(Commit({"batch/t/B": b"1"}, scope="batch/t/B"))
-    with pytest.raises(StoreUnavailableError, match="no replica of Redis confirmed"):
+    with pytest.raises(StoreUnavailableError, match=r"\d of \d replicas of Redis confirmed"):
         records.secure()
     assert set(blobs.names("")) == kept, "an entry of a commit that may be lost would outlive it"
     servers.replicas_stand_still(still=False)
@@ -185,10 +192,45 @@ def test_what_no_replica_confirms_is_neither_acknowledged_nor_kept_in_the_journa
     records.close()
 
 
-def test_a_commit_that_only_the_primary_had_is_gone_with_it_and_can_be_made_again(servers, monkeypatch):
-    monkeypatch.setattr(records_redis, "_CONFIRMED_WITHIN_S", 0.3)
+@pytest.mark.usefixtures("impatient")
+def test_what_is_committed_while_others_are_secured_is_not_taken_for_confirmed(servers, monkeypatch):
+    blobs = memory_blobs()
+    records, other = RedisRecords(servers.url, None, Journal(blobs)), RedisRecords(servers.url, None, Journal(blobs))
+    wait_until(lambda: is_committed(records, "batch/t/A"))
+    confirm = records._confirm
+
+    def meanwhile(connection):
+        confirm(connection)
+        servers.replicas_stand_still(still=True)
+        with pytest.raises(StoreUnavailableError, match=r"\d of \d replicas of Redis confirmed"):
+            other.commit(Commit({"batch/t/B": b"1"}, scope="batch/t/B"))
+
+    monkeypatch.setattr(records, "_confirm", meanwhile)
+    records.secure()
+    servers.replicas_stand_still(still=False)
+    assert not any("batch/t/B" in name for name in blobs.names(""))
+    records.close()
+    other.close()
+
+
+def test_another_primary_gives_numbers_that_none_before_gave(servers):
+    journal = Journal(memory_blobs())
+    records = RedisRecords(servers.url, None, journal)
+    wait_until(lambda: is_committed(records, "a"))
+    before = [sequence for sequence, _ in journal.entries()]
+    servers.primary.kill()
+    wait_until(lambda: is_committed(records, "b"), timeout_s=60)
+    after = [sequence for sequence, _ in journal.entries()][len(before) :]
+    assert min(after) - max(before) > 1_000_000
+    assert journal.set_aside() == 0, "a jump is no gap"
+    assert {key for _, entry in journal.entries() for key in entry.changes} == {"a", "b"}
+    records.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_commit_that_only_the_primary_had_is_gone_with_it_and_can_be_made_again(servers):
     records = RedisRecords(servers.url)
-    records.commit(Commit({"a": b"1"}))
+    wait_until(lambda: is_committed(records, "a"))
     servers.replicas_hear_the_primary(hear=False)
     assert not is_committed(records, "b")
     assert records.read(["b"]) == [b"1"], "the primary has it"
