@@ -8,6 +8,7 @@ Run: ``python -m benchmarks.ray_cluster [--plates 40]``.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -47,8 +48,9 @@ def screen(folder: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
     """Begin a screen."""
     command = [str(Path(sys.executable).with_name("anchorwell")), "screen", str(folder / "index.parquet")]
     return subprocess.Popen(  # noqa: S603 (our own)
-        [*command, "--bundle", str(BUNDLE), "--out", str(out), *options], stdout=subprocess.PIPE, text=True
-    )
+        [*command, "--bundle", str(BUNDLE), "--out", str(out), *options], stdout=subprocess.DEVNULL,
+        stderr=(out.parent / f"{out.name}.log").open("w"), text=True
+    )  # fmt: skip
 
 
 def answered(out: Path) -> int:
@@ -97,6 +99,7 @@ def bars(folder: Path, plates: int, decoders: int) -> list[Bar]:
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
     told = json.loads((folder / "two" / "screen.json").read_text())
+    found = re.search(r"(\d+) sites were decoded by other cores", (folder / "two.log").read_text())
     difference = largest_difference(folder / "one", folder / "two", names)
     return [
         Bar("plates", plates, ""),
@@ -109,6 +112,7 @@ def bars(folder: Path, plates: int, decoders: int) -> list[Bar]:
             "",
             at_most=1e-5,
         ),
+        Bar("sites_decoded_by_other_cores", int(found[1]) if found else 0, "", at_least=plates if decoders else None),
         Bar("seconds_in_one_process", alone, "s"),
         Bar("seconds_on_ray", together, "s"),
     ]

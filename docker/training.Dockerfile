@@ -1,7 +1,8 @@
 # Training: model/ and training/, with torch. Part of no stack; run it where the images are:
 #
 #   docker build -f docker/training.Dockerfile -t anchorwell-training .
-#   docker run --rm --gpus all --shm-size 16g -v /plates:/plates:ro -v "$PWD":/work anchorwell-training index /plates --out index.parquet
+#   docker run --rm --gpus all --shm-size 16g --user "$(id -u):$(id -g)" -e HOME=/tmp -v /plates:/plates:ro -v "$PWD":/work \
+#       anchorwell-training index /plates --out index.parquet
 #
 #   PYTHON_IMAGE     any image with Python 3.11 or newer, pip and venv
 #   PIP_INDEX_URL    where packages come from; PIP_FIND_LINKS, a page of wheels beside it: torch's own has builds without CUDA

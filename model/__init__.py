@@ -8,4 +8,3 @@ import os
 
 # onnxruntime tells its makers of every process, and keeps a name for the machine, unless this is set before it is loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("ORT_TELEMETRY_DISABLED", "1")

@@ -210,6 +210,7 @@ def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> I
     Raises:
         BundleError, StartError: as ``create_app`` does; or the engine does not agree with the golden images.
     """
+    assert decoder is None or not settings.keep_control_images  # files that are read elsewhere are not here to be kept
     composition = compose(settings, decoder=decoder)
     try:
         asyncio.run(composition.begin())

@@ -155,11 +155,12 @@ def worker(
     from service.app import compose  # noqa: PLC0415 (as above)
 
     composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}), listens=False)
-    stop_metrics, stopped = composition.serve_metrics(), threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     asyncio.run(composition.begin())
     reason = composition.served.readiness.reason
+    stop_metrics = composition.serve_metrics()  # which tells others that it works
     if reason is None:
         out.print("Anchorwell works in the background", highlight=False)
         stopped.wait()

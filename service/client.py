@@ -31,7 +31,11 @@ _ATTEMPTS = 5
 """How often a request is sent whose connection breaks."""
 _RETRY_S = 1
 _PATIENCE_S = 60
-"""Longest time that is waited, in all, by who is told to come back; to come back tomorrow is told."""
+"""Longest time that is waited between tries, in all, by who is told to come back; to come back tomorrow is told."""
+_LONGEST_WAIT_S = 15
+_ROLLED_WITHIN_S = 300
+_LOOKS = 8
+"""So many answers of one bundle in a row mean that replicas have been given it."""
 _PARALLEL = 8
 _Progress = Callable[[int, int], None]
 Context = Literal["controls", "blended", "source"]
@@ -130,7 +134,7 @@ class AnchorwellClient:
             return schemas.Prediction.model_validate_json(self._send_files(path, chunk, form, query, sent).content)
 
         asks = [partial(ask, chunk) for chunk in chunks_of_wells(paths, places, request_bytes)]
-        return merged(of_one_bundle(asks, [ask() for ask in asks]))
+        return merged(self._of_one_bundle(asks, [ask() for ask in asks]))
 
     def stage(
         self,
@@ -188,10 +192,24 @@ class AnchorwellClient:
                     asked.append(pool.submit(asks[-1]))
                     for answered in (answer for answer in asked if answer.done()):
                         answered.result()
-                return merged(of_one_bundle(asks, [answer.result() for answer in asked]))
+                return merged(self._of_one_bundle(asks, [answer.result() for answer in asked]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _of_one_bundle(
+        self, asks: Sequence[Callable[[], schemas.Prediction]], answers: Sequence[schemas.Prediction]
+    ) -> list[schemas.Prediction]:
+        """Ask again for what another bundle answered, when replicas have been given the one that is to answer."""
+        found, until = list(answers), time.monotonic() + _ROLLED_WITHIN_S
+        while len({answer.bundle for answer in found}) > 1 and time.monotonic() < until:
+            served = {self.model().bundle}
+            for _ in range(_LOOKS):
+                time.sleep(_RETRY_S)
+                served.add(self.model().bundle)
+            if len(served) == 1:
+                found = [answer if answer.bundle in served else ask() for answer, ask in zip(found, asks, strict=True)]
+        return found
 
     def _sender(self, batch_id: str, places: "_Places", sent: "_Sent", *, replace: bool = False) -> "_Sender":
         there = {(image.well, image.site, image.channel): image.sha256 for image in self._images_there(batch_id)}
@@ -323,7 +341,7 @@ class AnchorwellClient:
 
         A post goes under an Idempotency-Key, so that one whose answer was lost takes effect once.
         """
-        broken, waited = 0, 0.0
+        broken, tries, waited = 0, 0, 0.0
         while True:
             options = body()
             if key is not None:
@@ -341,11 +359,12 @@ class AnchorwellClient:
             if answer.is_success:
                 return answer
             told = answer.headers.get("retry-after", "")
-            wait_s = max(_RETRY_S, int(told)) if told.isdecimal() else patience_s + 1
+            wait_s = max(int(told), min(_RETRY_S * 2**tries, _LONGEST_WAIT_S)) if told.isdecimal() else patience_s + 1
             if waited + wait_s > patience_s:
                 raise problem_of_answer(answer)
             time.sleep(wait_s)
             waited += wait_s
+            tries += 1
 
 
 # --- whole wells -----------------------------------------------------------------------------------------------------
@@ -392,21 +411,6 @@ def chunks_of_wells(
     yield chunk
 
 
-def of_one_bundle(
-    asks: Sequence[Callable[[], schemas.Prediction]], answers: Sequence[schemas.Prediction]
-) -> list[schemas.Prediction]:
-    """Ask again for what another bundle answered, until one has answered all: replicas are being given a new one."""
-    found, until = list(answers), time.monotonic() + _PATIENCE_S
-    while len({answer.bundle for answer in found}) > 1 and time.monotonic() < until:
-        time.sleep(_RETRY_S)
-        latest = found[-1].bundle
-        for number, ask in enumerate(asks):
-            if found[number].bundle != latest:
-                found[number] = ask()
-                latest = found[number].bundle
-    return found
-
-
 def merged(answers: Sequence[schemas.Prediction]) -> schemas.Prediction:
     """Merge answers of one batch: wells sorted, seconds added up.
 
@@ -415,7 +419,8 @@ def merged(answers: Sequence[schemas.Prediction]) -> schemas.Prediction:
     """
     first = answers[0]
     if len({(answer.statistics_id, answer.bundle) for answer in answers}) > 1:
-        raise StatisticsChangedError(f"the statistics of batch {first.batch_id} changed while it was predicted: ask again")
+        what = "bundle" if len({answer.bundle for answer in answers}) > 1 else "statistics"
+        raise StatisticsChangedError(f"the {what} of batch {first.batch_id} changed while it was predicted: ask again")
     seconds: dict[str, float] = defaultdict(float)
     for answer in answers:
         for stage, value in answer.seconds.items():

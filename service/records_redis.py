@@ -286,12 +286,22 @@ class RedisRecords:
         if self.lab() is not None:
             raise StartError("this Redis holds the records of a lab already: nothing is to be restored")
 
+    def restored_as(self) -> str | None:
+        """The name that these records were given when they were rebuilt last; None for those that never were."""
+        with self._told():
+            value = self._redis.get(_PREFIX + "restored-as")
+        return None if value is None else str(value.decode())
+
     def rebuild(
-        self, entries: Iterable[tuple[int, JournalEntry]], lab: str, count: Callable[[Records], Changes] = lambda _: {}
+        self,
+        entries: Iterable[tuple[int, JournalEntry]],
+        lab: str,
+        name: str,
+        count: Callable[[Records], Changes] = lambda _: {},
     ) -> None:
         """Fill an empty Redis from journal entries in order; the lab is named last, so that half of it is never served.
 
-        ``count`` gives the records that are not in the journal but follow from the others.
+        The records have a ``name`` from then on. ``count`` gives those that are not in the journal but follow from others.
 
         Raises:
             StartError: it is not empty.
@@ -304,7 +314,8 @@ class RedisRecords:
                 self._write(entry.changes, entry.cleared)
                 last = sequence
             self._write(count(self))
-            values: dict[str, str | int] = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND, "lab": lab}
+            values: dict[str, str | int] = {"restored": last + _IN_HAND, "sequence": last + _IN_HAND}
+            values |= {"restored-as": name, "lab": lab}
             with self._one_connection() as connection:
                 connection.mset({_PREFIX + name: value for name, value in values.items()})
                 self._confirm(connection)

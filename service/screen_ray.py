@@ -20,19 +20,20 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 
 from model.bundle import Bundle
-from model.errors import UndecodableImageError
 from model.layout import SiteKey
-from service.decoding import DecodedSite, Decoder, FileSlice, InlineDecoder, SiteDecoder
+from service.decoding import DecodedSite, Decoder, FileSlice, SiteDecoder
 from service.index import ScreenIndex
 from service.screen import Outcome, RayCluster
 from service.settings import Settings
 
+log = logging.getLogger("anchorwell")
+
 _PATIENCE_S = 20.0
-"""Longest time in which a core of the cluster has to have decoded a site."""
-_ALONE_S = 300.0
+"""Longest time in which the cluster has to have decoded some site, while some are asked for."""
+_ALONE_S = 60.0
 
 
 @ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")
@@ -53,41 +54,53 @@ class FarDecoder:
     """A ``Decoder`` that gives sites to the cluster, one a task; those of a machine that is lost are given again.
 
     Where the cluster has no core to spare, perhaps since a machine was lost, nothing would ever be decoded: then this
-    process decodes by itself for a while.
+    process decodes by itself for a while. So it does with what the cluster did not come to an end with: what is wrong with
+    an image, only a decoder whose bounds are known may say.
     """
 
     def __init__(self, decode: SiteDecoder, sites_at_once: int, timeout_s: float, own: Decoder) -> None:
         self.sites_at_once = sites_at_once
+        self.far = 0
+        """Sites that the cluster decoded."""
         self._decode = decode
         self._timeout_s = timeout_s
         self._own = own
-        self._alone_until = 0.0
+        self._alone_until = self._heard = 0.0
 
     def site(self, key: SiteKey, files: Mapping[str, FileSlice], pixel_size_um: float | None) -> "Future[DecodedSite]":
         if time.monotonic() < self._alone_until:
             return self._own.site(key, files, pixel_size_um)
-        task = _decoded.remote(self._decode, self._timeout_s, key, files, pixel_size_um)
-        ready, _ = ray.wait([task], timeout=_PATIENCE_S)
-        if not ready:
-            self._alone_until = time.monotonic() + _ALONE_S
-            ray.cancel(task, force=True)
-            return self._own.site(key, files, pixel_size_um)
-        return self._told(key, task)
-
-    def _told(self, key: SiteKey, task: Any) -> "Future[DecodedSite]":
-        """Tell a task's end as what it means for the images that it was at."""
         done: Future[DecodedSite] = Future()
+        task = _decoded.remote(self._decode, self._timeout_s, key, files, pixel_size_um)
         try:
+            if not self._ended(task):
+                return self._own.site(key, files, pixel_size_um)
             done.set_result(ray.get(task))
+            self.far += 1
         except RayTaskError as error:
             done.set_exception(error.cause)
-        except (WorkerCrashedError, OutOfMemoryError):
-            why = f"an image of it crashed the decoder, or takes longer than {self._timeout_s:g} s to decode"
-            done.set_exception(UndecodableImageError(why).about(well=key.well, site=key.site))
+        except RayError as error:
+            log.warning(
+                "the cluster did not decode well %s site %s (%s): done here", key.well, key.site, type(error).__name__
+            )
+            return self._own.site(key, files, pixel_size_um)
         return done
 
+    def _ended(self, task: Any) -> bool:
+        """Wait for a task, as long as the cluster decodes something."""
+        begun = time.monotonic()
+        while not ray.wait([task], timeout=1.0)[0]:
+            if time.monotonic() - max(begun, self._heard) > _PATIENCE_S:
+                ray.cancel(task, force=True)
+                if time.monotonic() > self._alone_until:
+                    log.warning("no core of the cluster decodes: this actor does by itself for %g s", _ALONE_S)
+                self._alone_until = time.monotonic() + _ALONE_S
+                return False
+        self._heard = time.monotonic()
+        return True
+
     def pages(self, file: FileSlice) -> "Future[Mapping[str, int]]":
-        return InlineDecoder(self._decode).pages(file)
+        return self._own.pages(file)
 
 
 class PlateActor:
@@ -100,13 +113,14 @@ class PlateActor:
         self._open = ExitStack()
         folder = Path(self._open.enter_context(TemporaryDirectory(prefix="anchorwell-screen-")))
         own = Settings(**{**settings, "data": folder / "lab"})
-        far = _far_decoder(own, decoded_at_once) if decoded_at_once else None
-        self._screener = self._open.enter_context(screening(own, out, far))
+        self._far = _far_decoder(own, decoded_at_once) if decoded_at_once else None
+        self._screener = self._open.enter_context(screening(own, out, self._far))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Answer the plate that a row names."""
+        before = 0 if self._far is None else self._far.far
         outcome = self._screener.answer(self._index.plate(row["plate"]))
-        return {"outcome": json.dumps(asdict(outcome))}
+        return {"outcome": json.dumps(asdict(outcome)), "far": 0 if self._far is None else self._far.far - before}
 
 
 def answered_on(
@@ -135,9 +149,13 @@ def answered_on(
         num_cpus=cluster.cores,
         num_gpus=cluster.gpus,
     )
+    far = 0
     try:
         for row in answers.iter_rows():
+            far += row["far"]
             yield Outcome(**json.loads(row["outcome"]))
+        if cluster.decoders:
+            log.info("%d sites were decoded by other cores of the cluster", far)
     finally:
         ray.shutdown()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RECORDS_FILE = "records.db"
 BLOBS_DIRECTORY = "blobs"
 _LAB = "lab"
+_RESTORED_AS = "restored-as"
 
 log = logging.getLogger("anchorwell")
 
@@ -76,6 +77,7 @@ def open_storage(data: Path, redis: str | None = None, objects: str | None = Non
 
     unbound = RedisRecords(redis)
     lab = _agreed_lab(unbound, blobs)
+    _require_latest(unbound, blobs)
     unbound.close()
     records = RedisRecords(redis, lab, Journal(blobs))
     _secure(records)
@@ -107,8 +109,9 @@ def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     records, journal = RedisRecords(redis), Journal(blobs)
     records.require_empty()
     try:
-        aside = journal.set_aside()
-        records.rebuild(journal.entries(), lab, _usage_of)
+        aside, name = journal.set_aside(), token_hex(16)
+        blobs.put(_RESTORED_AS, name.encode())
+        records.rebuild(journal.entries(), lab, name, _usage_of)
     except BlobMissingError:
         raise StartError("a running service is merging the journal: restore again in a minute") from None
     if aside:
@@ -116,6 +119,23 @@ def rebuild_records(data: Path, redis: str, objects: str | None) -> int:
     count = sum(1 for _ in scan_all(records, ""))
     records.close()
     return count
+
+
+def _require_latest(records: "RedisRecords", blobs: Blobs) -> None:
+    """Return when these are the records that the blobs are with, and not those of a Redis of before a restore.
+
+    Raises:
+        StartError: they were restored into another Redis.
+    """
+    try:
+        latest = blobs.get(_RESTORED_AS).decode()
+    except BlobMissingError:
+        return
+    if records.lab() is not None and records.restored_as() != latest:
+        raise StartError(
+            "this Redis was the lab's before its records were restored into another one: use that, or empty this one and "
+            "run 'anchorwell restore'"
+        )
 
 
 def _usage_of(records: Records) -> Changes:

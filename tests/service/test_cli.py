@@ -23,7 +23,6 @@ from service.client import (
     StatisticsChangedError,
     chunks_of_wells,
     merged,
-    of_one_bundle,
 )
 from tests.service.conftest import emptied, free_port, wait_until
 from tests.service.plates import CONTROL_WELLS, well_files
@@ -151,16 +150,38 @@ def test_answers_on_different_statistics_are_not_merged(url, plate):
         merged([first, first.model_copy(update={"statistics_id": "another"})])
 
 
-def test_what_another_bundle_answered_is_asked_again(url, plate, monkeypatch):
+def test_what_another_bundle_answered_is_asked_again_when_replicas_agree(url, plate, monkeypatch):
     monkeypatch.setattr("service.client._RETRY_S", 0)
     with AnchorwellClient(url) as client:
         client.adapt("C6", of_wells(plate, CONTROL_WELLS))
         new = client.predict("C6", of_wells(plate, ["E05"]))
-    old = new.model_copy(update={"bundle": "old"})
-    later = iter([old, new, new])  # a replica of the old bundle is still there when it is asked again
-    found = of_one_bundle([lambda: next(later)] * 3, [old, new, new])
-    assert [answer.bundle for answer in found] == [new.bundle] * 3
-    assert of_one_bundle([], [new, new]) == [new, new], "which asks for nothing"
+        old, card = new.model_copy(update={"bundle": "old"}), client.model()
+        cards, asked = iter([card, card.model_copy(update={"bundle": "old"})]), []
+        monkeypatch.setattr(client, "model", lambda: next(cards, card))  # one replica is still of the old bundle at first
+
+        def ask():
+            asked.append(1)
+            return new
+
+        found = client._of_one_bundle([ask] * 3, [old, new, old])
+        assert ([answer.bundle for answer in found], len(asked)) == ([new.bundle] * 3, 2)
+        assert client._of_one_bundle([], [new, new]) == [new, new], "which asks for nothing"
+
+
+def test_who_is_told_to_come_back_waits_longer_each_time_and_not_for_ever(monkeypatch):
+    waits = []
+    monkeypatch.setattr("service.client.time.sleep", waits.append)
+    busy = httpx.Response(503, headers={"Retry-After": "1"}, json={"title": "busy", "status": 503})
+    with AnchorwellClient("http://127.0.0.1:9") as client:
+        monkeypatch.setattr(client._http, "request", lambda *_, **__: busy)
+        with pytest.raises(ProblemError, match="busy"):
+            client.batches()
+        assert waits == [1, 2, 4, 8, 15, 15, 15]
+        waits.clear()
+        busy.headers["Retry-After"] = "86400"
+        with pytest.raises(ProblemError, match="busy"):
+            client.batches()
+        assert waits == []
 
 
 def test_nobody_there_is_one_readable_error():

@@ -157,7 +157,7 @@ def test_a_flushed_redis_is_rebuilt_from_the_journal_with_all_that_was_committed
     with pytest.raises(StoreLostError):
         lab.records.check()
     rebuilt = RedisRecords(redis_url)
-    rebuilt.rebuild(Journal(lab.blobs).entries(), lab_of(lab.blobs))
+    rebuilt.rebuild(Journal(lab.blobs).entries(), lab_of(lab.blobs), "name")
     rebuilt.close()
     assert lab.records.scan("") == before, "and nothing was started anew"
     lab.records.commit(Commit({"part/t/P3/0": b"z"}, scope="t/P3"))
@@ -165,8 +165,27 @@ def test_a_flushed_redis_is_rebuilt_from_the_journal_with_all_that_was_committed
     (gone,) = lab.blobs.names("journal/t/P1")
     assert "0007-gone-" in gone, "deleted is deleted"
     with pytest.raises(StartError, match="already"):
-        RedisRecords(redis_url).rebuild([], "another")
+        RedisRecords(redis_url).rebuild([], "another", "name")
     lab.close()
+
+
+def test_a_redis_of_before_a_restore_is_not_taken_for_the_labs(tmp_path, redis_url):
+    first, second = emptied(redis_url), emptied(f"{redis_url.rpartition('/')[0]}/1")
+    lab = open_storage(tmp_path / "lab", first)
+    lab.records.commit(Commit({"a": b"1"}))
+    lab.close()
+    assert rebuild_records(tmp_path / "lab", second, None) == 1
+    lab = open_storage(tmp_path / "lab", second)
+    assert lab.records.read(["a"]) == [b"1"]
+    lab.close()
+    with pytest.raises(StartError, match="before its records were restored into another"):
+        open_storage(tmp_path / "lab", first)
+    emptied(first)
+    assert rebuild_records(tmp_path / "lab", first, None) == 1
+    open_storage(tmp_path / "lab", first).close()
+    with pytest.raises(StartError, match="before its records were restored into another"):
+        open_storage(tmp_path / "lab", second)
+    emptied(second)
 
 
 def test_a_commit_whose_journal_entry_failed_is_not_acknowledged_but_made_safe_later(tmp_path, redis_url, monkeypatch):
