@@ -36,7 +36,7 @@ for service in replica worker; do
         waited=0
         until [ "$(docker inspect --format '{{.State.Health.Status}}' "$container")" = healthy ]; do
             waited=$((waited + 1))
-            if [ "$waited" -gt 180 ]; then
+            if [ "$waited" -gt 180 ] || [ "$(docker inspect --format '{{.RestartCount}}' "$container")" -gt 2 ]; then
                 docker logs --tail 5 "$container" >&2
                 echo "a new $service does not get ready: the new are taken away, the old stay" >&2
                 exit 1

@@ -1,6 +1,7 @@
 """What is deployed: the stack, its proxy and dashboards, the Kubernetes manifests, rendered and held to their schemas."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -123,7 +124,7 @@ def test_the_alert_rules_hold_together():
 # --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 
-def rendered(overlay: str) -> list[dict]:
+def rendered(overlay: str | Path) -> list[dict]:
     """The manifests as a cluster would get them."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -189,3 +190,29 @@ def test_each_pod_of_the_gpu_overlay_has_one_gpu_and_needs_it():
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert {"name": "ANCHORWELL_DEVICE", "value": "cuda"} in container["env"]
         assert container["image"].endswith(":gpu")
+
+
+def test_what_a_scaler_decides_no_manifest_decides_again():
+    manifests = rendered("base")
+    (scaler,) = (one for one in manifests if one["kind"] == "HorizontalPodAutoscaler")
+    (scaled,) = (one for one in manifests if one["kind"] == "Deployment"
+                 and one["metadata"]["name"] == scaler["spec"]["scaleTargetRef"]["name"])  # fmt: skip
+    assert "replicas" not in scaled["spec"], "an apply would take away what is scaled up"
+    adapter = yaml.safe_load((DOCKER / "kubernetes" / "prometheus-adapter.yaml").read_text(encoding="utf-8"))
+    (rule,) = adapter["rules"]["custom"]
+    assert rule["name"]["as"] == scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert "clamp_min(" in rule["metricsQuery"], "of an idle pod it is nothing, not unknown: else it is never scaled down"
+
+
+def test_the_overlay_that_the_documentation_shows_is_one(tmp_path):
+    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    base = os.path.relpath(DOCKER / "kubernetes" / "base", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(block.replace("../docker/kubernetes/base", base), encoding="utf-8")
+    manifests = rendered(tmp_path)
+    assert {one["metadata"]["namespace"] for one in manifests} == {"screening"}
+    images = {container["image"] for template in pods(manifests).values() for container in template["spec"]["containers"]}
+    assert images == {"registry.example/anchorwell:cpu"}
+    (config,) = (one for one in manifests if one["kind"] == "ConfigMap")
+    assert config["data"]["ANCHORWELL_OBJECTS"] == "s3://bucket/lab"
+    assert "ANCHORWELL_DATA" in config["data"], "the rest is the base's"

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -83,17 +82,16 @@ class Driver:
             return [*bars, *self._backed_up(stack)]
 
     def _backed_up(self, stack: Stack) -> list[Bar]:
-        """The two commands of docs/deploy.md: a copy of the images' volume, and an empty stack filled from it."""
+        """The commands of docs/deploy.md: a copy of the images' volume, and an empty stack filled from it."""
         with AnchorwellClient(stack.url) as client:
             before = client.batch("P1").statistics_id
         stack.compose("stop", "service")
         backup = self.folder / "backup.tar"
         with backup.open("wb") as file:
-            _of_volume("data", ["tar", "-C", "/data", "-cf", "-", "."], stdout=file)
+            stack.run("service", "tar", "-C", "/data", "-cf", "-", ".", stdout=file)
         stack.down()
-        stack.compose("up", "--no-start")
         with backup.open("rb") as file:
-            _of_volume("data", ["tar", "-C", "/data", "-xf", "-"], stdin=file)
+            stack.run("service", "tar", "-C", "/data", "-xf", "-", stdin=file)
         begun = time.monotonic()
         told = stack.compose("run", "--rm", "-T", "service", "anchorwell", "restore")
         assert "restored" in told, told
@@ -151,7 +149,11 @@ class Driver:
         return self._told("replica_killed", load, stack)
 
     def _rolled(self, stack: Stack) -> list[Bar]:
-        other = _other_bundle(self.folder / "other")
+        other, newer = _other_bundle(self.folder / "other"), _other_bundle(self.folder / "newer", format_version=99)
+        before = stack.ids("replica")
+        refused = run("sh", "docker/roll.sh", check=False, env={**stack.environment, "ANCHORWELL_BUNDLE": str(newer)})
+        kept = stack.ids("replica") == before
+        print(refused[-400:])
         with self._load(stack) as load:
             until(lambda: load.requests >= 8, 60, "the load runs")
             before = load.requests
@@ -162,7 +164,10 @@ class Driver:
             served = {client.model().bundle for _ in range(12)}
             self.require_right(self.predicted(client, "P1"))
         assert len(served) == 1, served
-        bars = [Bar("bundles_that_answered_while_rolling", float(len(load.bundles)), "", at_least=2)]
+        bars = [
+            Bar("old_replicas_stay_when_new_ones_do_not_get_ready", float(kept), "", at_least=1),
+            Bar("bundles_that_answered_while_rolling", float(len(load.bundles)), "", at_least=2),
+        ]
         return [*bars, *self._told("rolled", load, stack)]
 
     def _primary_killed(self, stack: Stack) -> list[Bar]:
@@ -309,7 +314,7 @@ class Driver:
 
     def told(self) -> list[Bar]:
         """What an operator is told when something is missing."""
-        broken = _other_bundle(self.folder / "newer", format_version=99)
+        broken = _other_bundle(self.folder / "later", format_version=99)
         cases = {
             "missing bundle": (["-e", "ANCHORWELL_BUNDLE=/nowhere"], "/nowhere"),
             "bundle of a later format": (["-v", f"{broken}:/bundle:ro"], "format"),
@@ -383,12 +388,6 @@ def _require_hardened(container: str) -> None:
     assert found["HostConfig"]["ReadonlyRootfs"] is True
     assert found["HostConfig"]["CapDrop"] == ["ALL"]
     assert all(port[0]["HostIp"] == "127.0.0.1" for port in found["HostConfig"]["PortBindings"].values())
-
-
-def _of_volume(name: str, command: list[str], **streams: object) -> None:
-    """Run a command beside one of the stack's volumes."""
-    options = ["--rm", "-i", "--user", "0", "-v", f"{PROJECT}_{name}:/data"]
-    subprocess.run(["docker", "run", *options, _base(), *command], check=True, **streams)
 
 
 def _no_device() -> Bar:

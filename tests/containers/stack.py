@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import httpx
 
@@ -75,6 +75,12 @@ class Stack:
     def compose(self, *arguments: str, check: bool = True, **variables: str) -> str:
         """Give Compose a command."""
         return run(*self._command, *arguments, check=check, env={**self.environment, **variables})
+
+    def run(self, service: str, *command: str, **streams: IO[bytes]) -> None:
+        """Run a command in a container of a service's own, with files for what it reads or writes."""
+        options = ("run", "--rm", "--no-deps", "-T", service)
+        environment = {**os.environ, **self.environment}
+        subprocess.run([*self._command, *options, *command], cwd=ROOT, env=environment, check=True, **streams)
 
     def up(self, *services: str, options: Sequence[str] = (), timeout_s: float = 180, **variables: str) -> float:
         """Bring services up; returns the seconds until the stack is ready."""
