@@ -458,17 +458,24 @@ def durability_warnings(url: str) -> list[str]:
     server = connect(url)
     try:
         found = {name: server.config_get(name).get(name) for name in _DURABLE}
+        replicas = 0 if _is_behind_sentinels(url) else server.info("replication").get("connected_slaves", 0)
     except redis.ResponseError as error:  # a managed server may forbid CONFIG
         return [f"Redis does not tell whether it syncs every write to disk ({error}): make sure that it does"]
     except redis.RedisError as error:
         raise StartError(f"the Redis store cannot be used: {error}") from None
     finally:
         server.close()
-    return [
+    told = [
         f"Redis has {name} {found[name]}, not {wanted}: it could lose {_COULD_BE_LOST[name]}"
         for name, wanted in _DURABLE.items()
         if found[name] != wanted
     ]
+    if replicas:
+        told.append(
+            "Redis has replicas, but is known by one address: when one takes its place, what was acknowledged last could be "
+            "lost; name its Sentinels"
+        )
+    return told
 
 
 def _check_schema(server: Any) -> None:

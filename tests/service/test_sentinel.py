@@ -19,7 +19,7 @@ from service.gates import Rates
 from service.journal import Journal
 from service.queue import Queue
 from service.records import Commit
-from service.records_redis import RedisRecords, _following, connect
+from service.records_redis import RedisRecords, _following, connect, durability_warnings
 from tests.service.conftest import answers, free_port, redis_server, wait_until
 
 PASSWORD = "p@ss/word"
@@ -240,6 +240,13 @@ def test_a_commit_that_only_the_primary_had_is_gone_with_it_and_can_be_made_agai
     assert records.read(["a", "b", "c"]) == [b"1", None, b"1"]
     records.commit(Commit({"b": b"2"}, {"b": None}))
     records.close()
+
+
+def test_a_primary_that_is_known_by_its_address_alone_is_warned_of(servers):
+    (told,) = (line for line in durability_warnings(f"redis://:{QUOTED}@127.0.0.1:{servers.primary_port}/1")
+               if "replicas" in line)  # fmt: skip
+    assert "name its Sentinels" in told
+    assert not any("replicas" in line for line in durability_warnings(servers.url))
 
 
 def is_secured(records):
