@@ -290,7 +290,7 @@ def test_a_commit_whose_reply_is_lost_takes_effect_once_and_is_safe_before_its_r
     wait_until(lambda: conflicts(opened, change))
     opened.secure()
     ((sequence, entry),) = Journal(blobs).entries()
-    assert (sequence, entry.changes) == (1, {"a": b"1"})
+    assert (sequence, entry.changes) == (1_000_001, {"a": b"1"}), "the first under this primary"
     opened.close()
     direct.close()
     wire.close()
