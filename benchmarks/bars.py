@@ -32,6 +32,11 @@ def write_bars(bars: list[Bar], path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
+def read_bars(path: Path) -> list[Bar]:
+    """Return the bars that a part wrote before; none where it never ran."""
+    return [Bar(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
 def table(bars: list[Bar]) -> str:
     """Format the bars with whether each holds."""
     words = {True: "holds", False: "FAILS", None: ""}

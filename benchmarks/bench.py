@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.bars import Bar, conclude
+from benchmarks.bars import conclude, read_bars
 from benchmarks.bench_engine import Machine, engine_bars
 from benchmarks.bench_images import image_bars
 from benchmarks.bench_peers import peer_bars
@@ -36,8 +36,7 @@ def main() -> None:
     }
     for name in arguments.parts.split(","):
         _figures(name).write_text(json.dumps([asdict(bar) for bar in parts[name]()], indent=1) + "\n")
-    bars = [Bar(**row) for name in parts if _figures(name).is_file() for row in json.loads(_figures(name).read_text())]
-    conclude(bars, Path("build/bench.json"))
+    conclude([bar for name in parts for bar in read_bars(_figures(name))], Path("build/bench.json"))
 
 
 def _figures(part: str) -> Path:

@@ -33,10 +33,7 @@ TIMEOUT_S = 900
 
 def make_index(folder: Path, plates: int) -> list[str]:
     """Write an index of so many plates; their names."""
-    plan = SimulationPlan(
-        labs=1, batches=1, plates=SIMULATED, seed=4, sites=1, wells_per_class=1, inactive_wells=0, size_px=256
-    )
-    simulate(plan, folder / "plates")
+    simulate(PLAN, folder / "plates")
     found = index_tree(folder / "plates", CHANNELS)
     groups = [rows for _, rows in found.groupby("Metadata_Plate", sort=True)]
     copies = [groups[number % SIMULATED].assign(Metadata_Plate=f"plate{number:03d}") for number in range(plates)]

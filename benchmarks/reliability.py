@@ -6,14 +6,13 @@ Run: ``python -m benchmarks.reliability [--only PART] [--again PART]``.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import hostile, kills, redis_faults, soak
-from benchmarks.bars import Bar, table, write_bars
+from benchmarks.bars import Bar, read_bars, table, write_bars
 
 BUILD = Path("build/reliability")
 KILLS = 100
@@ -39,13 +38,9 @@ def main() -> None:
             folder = Path(tempfile.mkdtemp(prefix=f"anchorwell-{name}-"))
             write_bars(PARTS[name](folder), path)
             shutil.rmtree(folder)
-    bars = [bar for name in PARTS for bar in _bars(BUILD / f"{name}.json")]
+    bars = [bar for name in PARTS for bar in read_bars(BUILD / f"{name}.json")]
     write_bars(bars, Path("build/reliability.json"))
     print(table(bars))
-
-
-def _bars(path: Path) -> list[Bar]:
-    return [Bar(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
 if __name__ == "__main__":

@@ -81,19 +81,8 @@ class References:
         Raises:
             ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
         """
-        with spooled(self.spool) as file:
-            self._copy(self.place(tenant, uri), uri, file, limit)
-            file.seek(0)
-            return file.read()
-
-    def fetched(self, tenant: str, uri: str) -> bytes:
-        """Return a file's bytes, by memory alone.
-
-        Raises:
-            ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
-        """
         file = BytesIO()
-        self._copy(self.place(tenant, uri), uri, file, self.max_file_bytes)
+        self._copy(self.place(tenant, uri), uri, file, limit)
         return file.getvalue()
 
     @contextmanager
@@ -187,7 +176,7 @@ class ObjectSlice(FileSlice):
         Raises:
             ReferenceNotAllowedError, ReferenceUnreadableError, UploadTooLargeError: as they say.
         """
-        return self.references.fetched(self.tenant, self.name)
+        return self.references.read(self.tenant, self.name, self.references.max_file_bytes)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,12 @@ class PlateActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Answer the plate that a row names."""
-        before = 0 if self._far is None else self._far.far
+        before = self._decoded_far()
         outcome = self._screener.answer(self._index.plate(row["plate"]))
-        return {"outcome": json.dumps(asdict(outcome)), "far": 0 if self._far is None else self._far.far - before}
+        return {"outcome": json.dumps(asdict(outcome)), "far": self._decoded_far() - before}
+
+    def _decoded_far(self) -> int:
+        return 0 if self._far is None else self._far.far
 
 
 def answered_on(

@@ -72,9 +72,9 @@ class Stack:
             print(self.compose("logs", "--tail", "12", "--no-color", check=False)[-12_000:])
         self.down()
 
-    def compose(self, *arguments: str, check: bool = True, **variables: str) -> str:
+    def compose(self, *arguments: str, check: bool = True) -> str:
         """Give Compose a command."""
-        return run(*self._command, *arguments, check=check, env={**self.environment, **variables})
+        return run(*self._command, *arguments, check=check, env=self.environment)
 
     def run(self, service: str, *command: str, **streams: IO[bytes]) -> None:
         """Run a command in a container of a service's own, with files for what it reads or writes."""
@@ -82,10 +82,10 @@ class Stack:
         environment = {**os.environ, **self.environment}
         subprocess.run([*self._command, *options, *command], cwd=ROOT, env=environment, check=True, **streams)
 
-    def up(self, *services: str, options: Sequence[str] = (), timeout_s: float = 180, **variables: str) -> float:
+    def up(self, *services: str, timeout_s: float = 180) -> float:
         """Bring services up; returns the seconds until the stack is ready."""
         begun = time.monotonic()
-        self.compose("up", "-d", *options, *services, **variables)
+        self.compose("up", "-d", *services)
         until(self.is_ready, timeout_s, f"{self.url} is ready")
         return time.monotonic() - begun
 
