@@ -67,7 +67,7 @@ class Machine:
         found = {"ours": open_runtime(self.device, "fp32", self.threads)}
         if self.device == "cuda":
             return found | {
-                f"ours_{sites}_a_pass": OnnxRuntime("cuda", self.threads, gpu_sites=sites) for sites in GPU_SITES
+                f"ours_{sites}_a_pass": OnnxRuntime("cuda", self.threads, gpu_sites=(sites,)) for sites in GPU_SITES
             }
         found["onnxruntime"] = OnnxRuntime("cpu", self.threads)
         with suppress(StartError):

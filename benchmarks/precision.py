@@ -100,7 +100,9 @@ def answers(found: Network, plates: list[PlateSites]) -> Iterator[tuple[str, NDA
 
 def rounded(graph: Graph) -> Session:
     """Make a session that computes as bfloat16 does."""
-    model = onnx.ModelProto.FromString(graph.with_scale_and_shift(as_products).with_weights())
+    content, weights = graph.with_scale_and_shift(as_products).with_weights_as_inputs()
+    model = onnx.ModelProto.FromString(content)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items())
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
             tensor.CopyFrom(onnx.numpy_helper.from_array(bfloat16(onnx.numpy_helper.to_array(tensor)), tensor.name))
@@ -113,8 +115,8 @@ def rounded(graph: Graph) -> Session:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or it takes the roundings out
     options.intra_op_num_threads = THREADS
-    content = model.SerializeToString()
-    return OnnxSession(onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]), measures=False)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return OnnxSession(session, measures=False)
 
 
 def _with_rounding(node: Any) -> list[Any]:

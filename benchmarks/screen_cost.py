@@ -18,6 +18,8 @@ from benchmarks.bench_service import CONTROL_WELLS, SITES, TREATED_WELLS
 WELLS, CHANNELS, CORES = 1_000_000, 5, 2
 PLANE_BYTES = {"lzw": 1.87e6, "uncompressed": 2.33e6}
 HOURS_A_DAY = 24
+PARTS = "engine,images,service"
+NEEDED = {"prepare_sites_per_s_lzw", "ours_images_per_s", *(f"whole_fp32_{compression}" for compression in PLANE_BYTES)}
 SCREEN_PLANES, SCREEN_BYTES = 58e6, 127e12
 
 
@@ -115,6 +117,9 @@ def main() -> None:
     parser.add_argument("--bars", type=Path, default=Path("build/bench.json"))
     arguments = parser.parse_args()
     bars = json.loads(arguments.bars.read_text())
+    missing = NEEDED - {str(bar["name"]) for bar in bars}
+    if missing:
+        raise SystemExit(f"{arguments.bars} has no {', '.join(sorted(missing))}: run benchmarks.bench --parts {PARTS}")
     print(table(costs(bars, arguments.core_hour, arguments.days), arguments.days))
     print()
     value = {str(bar["name"]): float(bar["value"]) for bar in bars}

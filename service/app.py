@@ -48,6 +48,7 @@ from service.uploads import Preparer
 from service.webhooks import Webhooks
 
 _HEADER_BYTES = 1 << 20
+_ELSEWHERE_AT_ONCE = 40
 
 log = logging.getLogger("anchorwell")
 
@@ -187,7 +188,8 @@ def compose(
         access=Access(used_storage.records, allow_anonymous=settings.allow_anonymous),
         rates=Rates(settings.redis),
         neighbours=Neighbours(settings.allowed_hosts),
-        turns=Turns(cpu_count(settings.threads), QUEUE_TIMEOUT_S),
+        turns=Turns(cpu_count(settings.threads) + 1, QUEUE_TIMEOUT_S),  # one waits for a disk
+        staging_turns=Turns(_stagings_at_once(settings), QUEUE_TIMEOUT_S),
         readiness=Readiness(),
         receiver=receiver,
         later=Later(batches, receiver, jobs),
@@ -289,6 +291,12 @@ def _receiver(settings: Settings, bundle: Bundle, storage: Storage, decoder: Dec
     )
     references = References(settings.roots, spool, _max_plane_bytes(settings))
     return Receiver(storage, references, decoder, Idempotency(storage.records), bundle.manifest.channels, limits)
+
+
+def _stagings_at_once(settings: Settings) -> int:
+    """As many as there are cores, which write to a disk of this machine; many where others' answers are waited for."""
+    elsewhere = settings.redis is not None or settings.objects is not None
+    return _ELSEWHERE_AT_ONCE if elsewhere else cpu_count(settings.threads)
 
 
 def _spool(settings: Settings) -> Path:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -28,6 +29,7 @@ from model.bundle import (
     OUTPUTS,
     WEIGHTS,
     Bundle,
+    Golden,
     Measured,
     Parity,
     Precision,
@@ -125,8 +127,10 @@ class BundleEngine:
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
         self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
-        shared = {"at_once": runtime.passes_at_once, "most": runtime.sites_a_pass}
+        shared = {"at_once": runtime.passes_at_once, "most": runtime.pass_sizes[-1]}
         self._passes = Passes(self._pass, lambda one, other: one.statistics is other.statistics, **shared)
+        if len(runtime.pass_sizes) > 1:
+            self._warm(bundle.golden)
 
     @property
     def provider(self) -> str:
@@ -141,7 +145,7 @@ class BundleEngine:
     @property
     def sites_at_once(self) -> int:
         """Twice what is classified at once: as many are ready when that is done."""
-        return 2 * self._runtime.passes_at_once * self._runtime.sites_a_pass
+        return 2 * self._runtime.passes_at_once * self._runtime.pass_sizes[-1]
 
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
         used, asked = self._plain if prior is None else prior, time.perf_counter()
@@ -229,9 +233,19 @@ class BundleEngine:
         return logits, embeddings
 
     def _classified(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        given = {INPUT_IMAGES: images, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        sites = len(images)
+        size = next(size for size in self._runtime.pass_sizes if size >= sites)
+        filled = images if size == sites else np.concatenate([images, np.repeat(images[-1:], size - sites, axis=0)])
+        given = {INPUT_IMAGES: filled, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
         logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
-        return logits, embeddings
+        return logits[:sites], embeddings[:sites]
+
+    def _warm(self, golden: Golden) -> None:
+        """Run a pass of each size, the largest first: what a size's first pass takes, no request waits for."""
+        statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
+        for size in reversed(self._runtime.pass_sizes):
+            with suppress(MemoryShortError):  # it is told to a request that is so large
+                self._classified_or_halved(np.repeat(golden.images[:1], size, axis=0), statistics)
 
     def _count(self, graph: str, sites: int, took: float) -> None:
         self.observer.stage("infer", took)

@@ -113,14 +113,14 @@ class Slots:
 
 
 class Turns:
-    """Lets as many requests work at once as there are cores, and one that waits for a disk; the others wait for their turn.
+    """Lets so many requests work at once; the others wait for their turn.
 
-    More would take longer together, and hold up the loop that answers whether the service lives.
+    More than there are cores would take longer together, and hold up the loop that answers whether the service lives.
     """
 
-    def __init__(self, cores: int, timeout_s: float) -> None:
-        self._limiter = anyio.CapacityLimiter(cores + 1)
-        self._threads = anyio.CapacityLimiter(cores + 1)
+    def __init__(self, at_once: int, timeout_s: float) -> None:
+        self._limiter = anyio.CapacityLimiter(at_once)
+        self._threads = anyio.CapacityLimiter(at_once)
         self._timeout_s = timeout_s
 
     async def taken(self, work: Callable[[], T]) -> T:

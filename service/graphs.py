@@ -76,12 +76,20 @@ class Graph:
         graph.node.extend(nodes)
         return self._with(model)
 
-    def with_weights(self) -> bytes:
-        """The graph with its weights in it, for a runtime that cannot be told where they lie."""
+    def with_weights_as_inputs(self) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+        """The graph with its weights as further inputs, and them: for a runtime that cannot be told where they lie."""
         model = self._model()
-        onnx.load_external_data_for_model(model, str(self.folder))
-        content: bytes = model.SerializeToString()
-        return content
+        graph = model.graph
+        outside = [tensor for tensor in graph.initializer if onnx.external_data_helper.uses_external_data(tensor)]
+        weights = {tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder)) for tensor in outside}
+        inside = [tensor for tensor in graph.initializer if tensor.name not in weights]
+        del graph.initializer[:]
+        graph.initializer.extend(inside)
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, weight.shape)
+            for name, weight in weights.items()
+        )
+        return model.SerializeToString(), weights
 
     @property
     def centre(self) -> NDArray[np.float32]:

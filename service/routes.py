@@ -46,6 +46,7 @@ class Served:
     webhooks: Webhooks
     neighbours: Neighbours
     turns: Turns
+    staging_turns: Turns
     upload_slots: Slots
     staging_bytes: Slots
     max_plane_bytes: int

@@ -73,7 +73,7 @@ async def send_image(
             digest = require_digest(body, content_digest)
             return served.kept.stage(deed, batch_id, key, body, digest, replace=replace)
 
-        new, image = await run_in_threadpool(stage)
+        new, image = await served.staging_turns.taken(stage)
     response.status_code = 201 if new else 200
     return image
 

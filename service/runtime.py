@@ -45,8 +45,8 @@ class Runtime(Protocol):
         ...
 
     @property
-    def sites_a_pass(self) -> int:
-        """How many sites at most go into one of them."""
+    def pass_sizes(self) -> Sequence[int]:
+        """How many sites go into one of them, ascending: of fewer the next size is filled up, which is run at start."""
         ...
 
     def session(self, graph: Graph, *, measures: bool = False) -> Session:
@@ -70,10 +70,11 @@ def open_runtime(device: Device, precision: Precision, threads: int, *, members:
         if precision != "fp32":
             raise StartError(f"precision {precision} is offered on the CPU, by OpenVINO; on CUDA graphs run in fp32")
         return OnnxRuntime("cuda", threads, members=members)
+    on_cpu = OnnxRuntime("cpu", threads, members=members)
     try:
         from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)
     except ImportError:
         if precision != "fp32":
             raise StartError(f"precision {precision} needs OpenVINO: install the extra 'openvino'") from None
-        return OnnxRuntime("cpu", threads, members=members)
-    return OpenVinoRuntime(precision, threads)
+        return on_cpu
+    return OpenVinoRuntime(precision, threads, measuring=on_cpu)

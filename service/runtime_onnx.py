@@ -15,8 +15,11 @@ from service.graphs import Graph, as_convolution, identity
 
 Float = NDArray[np.float32]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-GPU_SITES = 32
-"""Most sites of a GPU's pass; to be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``."""
+GPU_SITES = (1, 2, 4, 8, 16, 32)
+"""Sites of a GPU's passes: for each other number cuDNN would look for the fastest convolutions, while a request waits.
+
+To be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``.
+"""
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
@@ -26,7 +29,12 @@ class OnnxRuntime:
     precision: Precision = "fp32"
 
     def __init__(
-        self, device: Literal["cpu", "cuda"], threads: int, *, members: int = 1, gpu_sites: int = GPU_SITES
+        self,
+        device: Literal["cpu", "cuda"],
+        threads: int,
+        *,
+        members: int = 1,
+        gpu_sites: Sequence[int] = GPU_SITES,
     ) -> None:
         onnxruntime.disable_telemetry_events()
         _share_buffers()
@@ -46,9 +54,9 @@ class OnnxRuntime:
         return self._threads if self.provider == CPU else 1
 
     @property
-    def sites_a_pass(self) -> int:
-        """One, or a GPU's minibatch."""
-        return 1 if self.provider == CPU else self._gpu_sites
+    def pass_sizes(self) -> Sequence[int]:
+        """One, or a GPU's minibatches."""
+        return (1,) if self.provider == CPU else self._gpu_sites
 
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
         """Make a session."""

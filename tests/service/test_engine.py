@@ -22,7 +22,6 @@ from service.errors import BusyError, MemoryShortError, StartError
 from service.graphs import Graph
 from service.runtime import open_runtime
 from service.runtime_onnx import OnnxRuntime
-from service.runtime_openvino import OpenVinoRuntime
 from tests.service.plates import FakeEngine, tiff
 
 
@@ -34,8 +33,8 @@ def tiny(tiny_bundle_path):
 RUNTIMES = {
     "onnxruntime": lambda: OnnxRuntime("cpu", 1),
     "onnxruntime on two threads": lambda: OnnxRuntime("cpu", 2),
-    "openvino": lambda: OpenVinoRuntime("fp32", 1),
-    "openvino on two threads": lambda: OpenVinoRuntime("fp32", 2),
+    "openvino": lambda: open_runtime("cpu", "fp32", 1),
+    "openvino on two threads": lambda: open_runtime("cpu", "fp32", 2),
 }
 
 
@@ -45,7 +44,7 @@ def engine(request, tiny):
 
 
 def plain_engine(bundle):
-    return BundleEngine(bundle, OpenVinoRuntime("fp32", 1))
+    return BundleEngine(bundle, open_runtime("cpu", "fp32", 1))
 
 
 def images(count, seed=0):
@@ -146,7 +145,7 @@ def test_a_far_context_is_not_measured_with_weights_that_are_not_those_that_were
 class Coarse:
     """A runtime of less precision: what classifies is off by a hundredth."""
 
-    provider, precision, passes_at_once, sites_a_pass = "CPUExecutionProvider", "bf16", 1, 1
+    provider, precision, passes_at_once, pass_sizes = "CPUExecutionProvider", "bf16", 1, (1,)
 
     def __init__(self):
         self.real = OnnxRuntime("cpu", 1)
@@ -208,12 +207,12 @@ def test_where_openvino_is_not_installed_onnxruntime_runs_and_bf16_is_refused(mo
 def test_bf16_is_refused_on_a_processor_without_it(monkeypatch):
     monkeypatch.setattr("openvino.Core.get_property", lambda *_: ["FP32", "INT8"])
     with pytest.raises(StartError, match="no bfloat16"):
-        OpenVinoRuntime("bf16", 1)
+        open_runtime("cpu", "bf16", 1)
 
 
 def test_bf16_answers_nearly_as_fp32_does(tiny):
     try:
-        runtime = OpenVinoRuntime("bf16", 1)
+        runtime = open_runtime("cpu", "bf16", 1)
     except StartError:
         pytest.skip("this processor has no bfloat16")
     half = BundleEngine(tiny, runtime)
@@ -231,8 +230,8 @@ class Gpu:
 
     provider, precision, passes_at_once = "CPUExecutionProvider", "fp32", 1
 
-    def __init__(self, memory=100, sites_a_pass=8):
-        self.memory, self.sites_a_pass, self.asked = memory, sites_a_pass, []
+    def __init__(self, memory=100, pass_sizes=(1, 2, 4, 8)):
+        self.memory, self.pass_sizes, self.asked = memory, pass_sizes, []
         self.busy = threading.Lock()
         self.real = OnnxRuntime("cpu", 1)
 
@@ -253,6 +252,7 @@ class Gpu:
 def test_sites_gather_while_a_gpu_is_busy_with_those_of_the_same_statistics(tiny):
     gpu, expected = Gpu(), plain_engine(tiny)
     engine, (one, other) = BundleEngine(tiny, gpu), (statistics_of(seed)(tiny) for seed in (1, 2))
+    gpu.asked.clear()
     asked = [(images(1, seed), other if seed == 3 else one) for seed in range(12)]
     with ThreadPoolExecutor(len(asked)) as pool:
         with gpu.busy:
@@ -266,6 +266,17 @@ def test_sites_gather_while_a_gpu_is_busy_with_those_of_the_same_statistics(tiny
     assert gpu.asked == [1, 8, 1, 2], "the first at once; eight of one batch; one of another; the rest"
 
 
+def test_a_gpus_passes_are_of_few_sizes_which_were_run_before_the_first_request(tiny):
+    gpu, statistics, expected = Gpu(), statistics_of(1)(tiny), plain_engine(tiny)
+    engine = BundleEngine(tiny, gpu)
+    assert gpu.asked == [8, 4, 2, 1]
+    for sites in (1, 3, 5, 8, 11):
+        found = engine.classify(images(sites), statistics)
+        assert found.logits.shape[0] == found.embeddings.shape[0] == sites
+        assert_allclose(found.logits, expected.classify(images(sites), statistics).logits, atol=1e-4)
+        assert set(gpu.asked) == {1, 2, 4, 8}
+
+
 def wait_until(reached):
     end = time.monotonic() + 10
     while not reached():
@@ -273,9 +284,9 @@ def wait_until(reached):
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("used", [OnnxRuntime("cpu", 3), OpenVinoRuntime("fp32", 3)])
+@pytest.mark.parametrize("used", [OnnxRuntime("cpu", 3), open_runtime("cpu", "fp32", 3)])
 def test_each_core_classifies_by_itself(used, tiny):
-    assert (used.passes_at_once, used.sites_a_pass) == (3, 1)
+    assert (used.passes_at_once, used.pass_sizes) == (3, (1,))
     engine, statistics, given = BundleEngine(tiny, used), statistics_of(1)(tiny), images(7)
     together = engine.classify(given, statistics)
     for place in range(7):
@@ -288,6 +299,8 @@ def test_sites_for_which_there_is_no_memory_are_classified_in_halves_once(tiny, 
     statistics, expected = statistics_of(1)(tiny), plain_engine(tiny)
     gpu = Gpu(memory=5)
     engine = BundleEngine(tiny, gpu)
+    gpu.asked.clear()
+    caplog.clear()
     with gpu.busy:
         blocked = engine._passes.put(_Asked(images(1)[0], statistics))
         wait_until(lambda: gpu.asked)
@@ -310,12 +323,13 @@ def test_who_waits_too_long_for_passes_is_told_to_come_back_and_is_not_waited_fo
     monkeypatch.setattr("service.engine.QUEUE_TIMEOUT_S", 0.05)
     gpu, statistics = Gpu(), statistics_of(1)(tiny)
     engine = BundleEngine(tiny, gpu)
+    gpu.asked.clear()
     with gpu.busy:
         for _ in range(2):
             with pytest.raises(BusyError, match=r"passes took longer than 0\.05 s"):
                 engine.classify(images(3), statistics)
     assert engine.classify(images(1), statistics).logits.shape == (1, 1, 3)
-    assert sum(gpu.asked) <= 1 + 3 + 1, "what nobody waits for is not classified"
+    assert sum(gpu.asked) <= 1 + 4 + 1, "what nobody waits for is not classified"
     with engine._measuring, pytest.raises(BusyError, match=r"passes took longer"):
         engine.measure(images(1))
     engine.measure(images(1))
@@ -345,7 +359,7 @@ def test_a_graph_that_cannot_be_loaded_is_named(bundle):
         plain_engine(bundle)
 
 
-@pytest.mark.parametrize("runtime", [OnnxRuntime("cpu", 1), OpenVinoRuntime("fp32", 1)])
+@pytest.mark.parametrize("runtime", [OnnxRuntime("cpu", 1), open_runtime("cpu", "fp32", 1)])
 def test_a_graph_that_a_runtime_cannot_run_is_named(runtime, tiny):
     graph = Graph.read(tiny.path / CLASSIFY)
     model = onnx.ModelProto.FromString(graph.content)

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import anyio
@@ -11,12 +12,14 @@ import uvicorn
 
 from service import multipart
 from service.access import Keys, Scope
+from service.digests import content_digest
 from service.errors import BusyError, ForeignSiteError
 from service.gates import Neighbours, Slots, Turns
+from service.kept import Kept
 from service.multipart import SPOOL_PREFIX, spooled, sweep_spool
 from service.protocol import MAX_HEADER_BYTES, PIECE_BYTES, BoundedHttpProtocol
 from tests.service.conftest import free_port, running, wait_until
-from tests.service.plates import FakeEngine, well_files
+from tests.service.plates import FakeEngine, plane, tiff, well_files
 
 CONTROLS = "/batches/P1/controls"
 FILES = well_files(["A01", "B01", "C01", "D01"])
@@ -248,41 +251,57 @@ def test_what_dead_processes_left_in_the_spool_goes_and_what_is_in_use_stays(tmp
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, storage):
-    engine, working, most, lock = FakeEngine(), [], [], threading.Lock()
-    classify = engine.classify
+class Counted:
+    """Calls something, and counts how many call it together."""
 
-    def counted(images, statistics):
-        with lock:
-            working.append(1)
-            most.append(len(working))
+    def __init__(self, call):
+        self.call, self.most, self._working, self._lock = call, 0, 0, threading.Lock()
+
+    def __call__(self, *given, **named):
+        with self._lock:
+            self._working += 1
+            self.most = max(self.most, self._working)
         try:
             time.sleep(0.05)  # so that they would meet
-            return classify(images, statistics)
+            return self.call(*given, **named)
         finally:
-            with lock:
-                working.pop()
+            with self._lock:
+                self._working -= 1
 
+
+def statuses_of(send, count=6):
+    """Send requests together."""
+    with ThreadPoolExecutor(count) as pool:
+        return [answer.status_code for answer in pool.map(send, range(count))]
+
+
+def test_no_more_requests_work_at_once_than_there_are_cores_and_one(settings, storage):
+    engine = FakeEngine()
     with running(settings, engine, storage) as client:
         assert client.post(CONTROLS, files=FILES).status_code == 201
-        engine.classify = counted
+        engine.classify = Counted(engine.classify)
         files = well_files(["E05"], (1,))
-        statuses = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(client.post("/batches/P1/predict", files=files).status_code))
-            for _ in range(6)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert statuses == [200] * 6
-    assert max(most) <= settings.threads + 1
+        assert statuses_of(lambda _: client.post("/batches/P1/predict", files=files)) == [200] * 6
+    assert 1 <= engine.classify.most <= settings.threads + 1
+
+
+def test_no_more_planes_are_kept_at_once_than_there_are_cores(settings, storage, monkeypatch):
+    stage = Counted(Kept.stage)
+    monkeypatch.setattr(Kept, "stage", lambda *given, **named: stage(*given, **named))  # noqa: PLW0108 (it is a method)
+
+    def send(number):
+        data = tiff(plane(number))
+        path = f"/batches/P1/images/E05/{number + 1}/DNA"
+        return client.request("PUT", path, content=data, headers={"Content-Digest": content_digest(data)})
+
+    with running(settings, FakeEngine(), storage) as client:
+        assert statuses_of(send) == [201] * 6
+    assert 1 <= stage.most <= settings.threads
 
 
 @pytest.mark.anyio
 async def test_who_waits_too_long_for_a_turn_is_told_to_come_back_and_the_next_gets_one():
-    turns, release = Turns(0, 0.05), threading.Event()
+    turns, release = Turns(1, 0.05), threading.Event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(turns.taken, release.wait)
         await anyio.wait_all_tasks_blocked()
