@@ -33,9 +33,9 @@ from service.runtime import Device, Runtime, open_runtime
 from service.runtime_onnx import OnnxRuntime
 from training.cost import Workload, flops
 
-WELL_SITES, WELLS, CONTEXT_SITES = 9, 2, 64
+WELL_SITES, WELLS, CONTEXT_SITES, CALIBRATION_SITES = 9, 2, 64, 8
 GPU_WELLS, GPU_SITES = 16, (1, 9, 64)
-SAME_LOGITS, SAME_IN_BF16 = 1e-2, 0.5
+SAME_LOGITS, ROUGHLY = 1e-2, {"bf16": 0.5, "int8": 1.0}
 MATRIX_SIDE = 2048
 Classify = Callable[[Float], Float]
 
@@ -88,7 +88,7 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     ways |= _peers(bundle, machine, context, statistics)
     for name, way in ways.items():
         difference = float(np.abs(way(wells[0]) - ways["folded"](wells[0])).max())
-        if not difference < (SAME_IN_BF16 if "bf16" in name else SAME_LOGITS):
+        if not difference < next((rough for kind, rough in ROUGHLY.items() if kind in name), SAME_LOGITS):
             raise SystemExit(f"{name} answers otherwise, by {difference:.1e}: it is no peer")
         print(f"{name}: logits within {difference:.1e} of onnxruntime's")
     whole = np.concatenate(wells)
@@ -121,8 +121,8 @@ def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNo
         "torch_eager": _by_well(lambda images: _torch_logits(eager, images, machine)),
     }
     if machine.device == "cpu":
-        pool = ThreadPoolExecutor(machine.threads)
-        ways["folded_a_core"] = lambda images: np.concatenate(list(pool.map(alone, np.split(images, len(images)))))
+        ways["folded_a_core"] = _a_core(alone, machine)
+        ways["folded_int8_a_core"] = _a_core(_int8(bundle, statistics, context[:CALIBRATION_SITES]), machine)
     if shutil.which("g++"):
         compiled = torch.compile(eager)
         ways["torch_compiled"] = _by_well(lambda images: _torch_logits(compiled, images, machine))
@@ -131,6 +131,18 @@ def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNo
 
 def _by_well(classify: Classify) -> Classify:
     return lambda images: np.concatenate([classify(well) for well in np.split(images, len(images) // WELL_SITES)])
+
+
+def _a_core(classify: Classify, machine: Machine) -> Classify:
+    pool = ThreadPoolExecutor(machine.threads)
+    return lambda images: np.concatenate(list(pool.map(classify, np.split(images, len(images)))))
+
+
+def _int8(bundle: Bundle, statistics: BatchNormStatistics, calibration: Float) -> Classify:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = network.int8_session(bundle, statistics, calibration, options)
+    return lambda images: np.asarray(session.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0])
 
 
 def _folded(bundle: Bundle, machine: Machine, statistics: BatchNormStatistics, threads: int) -> Classify:

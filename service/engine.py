@@ -50,7 +50,7 @@ FAR = 1e4
 """Square of a mean's distance from where it was taken about, over the variance, beyond which rounding would be seen."""
 QUEUE_TIMEOUT_S = 300.0
 """Longest wait for passes: those before, and one's own."""
-_BUFFERS = 1.7
+_BUFFERS = 2.0
 """What a runtime takes for its buffers, over what the graph needs: they do not fit one another."""
 
 log = logging.getLogger("anchorwell")
