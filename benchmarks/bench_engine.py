@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -114,7 +115,10 @@ def classifying(engine: BundleEngine, statistics: BatchNormStatistics) -> Classi
 
 def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNormStatistics) -> dict[str, Classify]:
     """The same network as others would run it, a well in each pass."""
-    folded, alone = (_folded(bundle, machine, statistics, threads) for threads in (machine.threads, 1))
+    folded, alone = (
+        _logits_of(network.folded_session(bundle, statistics, _options(threads), machine.providers))
+        for threads in (machine.threads, 1)
+    )
     eager = _torch_network(context, machine)
     ways: dict[str, Classify] = {
         "folded": _by_well(folded),
@@ -122,7 +126,9 @@ def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNo
     }
     if machine.device == "cpu":
         ways["folded_a_core"] = _a_core(alone, machine)
-        ways["folded_int8_a_core"] = _a_core(_int8(bundle, statistics, context[:CALIBRATION_SITES]), machine)
+        ways["folded_int8_a_core"] = _a_core(
+            _logits_of(network.int8_session(bundle, statistics, context[:CALIBRATION_SITES], _options(1))), machine
+        )
     if shutil.which("g++"):
         compiled = torch.compile(eager)
         ways["torch_compiled"] = _by_well(lambda images: _torch_logits(compiled, images, machine))
@@ -138,17 +144,13 @@ def _a_core(classify: Classify, machine: Machine) -> Classify:
     return lambda images: np.concatenate(list(pool.map(classify, np.split(images, len(images)))))
 
 
-def _int8(bundle: Bundle, statistics: BatchNormStatistics, calibration: Float) -> Classify:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = network.int8_session(bundle, statistics, calibration, options)
-    return lambda images: np.asarray(session.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0])
-
-
-def _folded(bundle: Bundle, machine: Machine, statistics: BatchNormStatistics, threads: int) -> Classify:
+def _options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = network.folded_session(bundle, statistics, options, machine.providers)
+    return options
+
+
+def _logits_of(session: Any) -> Classify:
     return lambda images: np.asarray(session.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0])
 
 

@@ -49,6 +49,7 @@ from service.webhooks import Webhooks
 
 _HEADER_BYTES = 1 << 20
 _ELSEWHERE_AT_ONCE = 40
+"""Planes kept at once where Redis or object storage is waited for."""
 
 log = logging.getLogger("anchorwell")
 
@@ -294,7 +295,7 @@ def _receiver(settings: Settings, bundle: Bundle, storage: Storage, decoder: Dec
 
 
 def _stagings_at_once(settings: Settings) -> int:
-    """As many as there are cores, which write to a disk of this machine; many where others' answers are waited for."""
+    """As many as there are cores where a disk of this machine is written to; more elsewhere."""
     elsewhere = settings.redis is not None or settings.objects is not None
     return _ELSEWHERE_AT_ONCE if elsewhere else cpu_count(settings.threads)
 
