@@ -2,8 +2,10 @@
 
 Every way takes the same images in turn. ``folded`` is onnxruntime on the same network with the statistics folded into the
 convolutions, a well in each pass, as others' services run it; ``folded_a_core`` is the same run as ours is, a site on each
-core. ``one_pass`` is our own graph that classifies, run as the one that measures: all images in one pass on all cores. The
-floor is the time that the multiplications take at the speed of this machine's matrix products, in turn with the rest.
+core. On a GPU ``folded`` takes as many sites in a pass as ours does; ours folds a batch's statistics in once,
+``ours_folded_each_pass`` in every pass, and ``statistics_as_inputs`` is the bundle's graph as it lies there. ``one_pass`` is
+our own graph that classifies, run as the one that measures: all images in one pass on all cores. The floor is the time that
+the multiplications take at the speed of this machine's matrix products, in turn with the rest.
 """
 
 import math
@@ -31,12 +33,12 @@ from service.engine import BundleEngine
 from service.errors import StartError
 from service.graphs import Graph
 from service.runtime import Device, Runtime, open_runtime
-from service.runtime_onnx import OnnxRuntime
+from service.runtime_onnx import GPU_SITES, GpuRuntime, OnnxRuntime
 from training.cost import Workload, flops
 
 WELL_SITES, WELLS, CONTEXT_SITES, CALIBRATION_SITES = 9, 2, 64, 8
-GPU_WELLS, GPU_SITES = 16, (1, 9, 64)
-SAME_LOGITS, ROUGHLY = 1e-2, {"bf16": 0.5, "int8": 1.0}
+GPU_WELLS, GPU_PASSES = 16, (1, 9, 64)
+SAME_LOGITS, ROUGHLY = 1e-2, {"fp16": 0.1, "bf16": 0.5, "int8": 1.0}
 MATRIX_SIDE = 2048
 Classify = Callable[[Float], Float]
 
@@ -59,18 +61,21 @@ class Machine:
         return "cuda" if self.device == "cuda" else "cpu"
 
     @property
-    def providers(self) -> list[str]:
-        """Onnxruntime's names for it."""
-        return [*(["CUDAExecutionProvider"] if self.device == "cuda" else []), "CPUExecutionProvider"]
+    def providers(self) -> list[Any]:
+        """Onnxruntime's names for it; in the arithmetic that ours has."""
+        cuda = [("CUDAExecutionProvider", {"use_tf32": "0"})] if self.device == "cuda" else []
+        return [*cuda, "CPUExecutionProvider"]
 
     def runtimes(self) -> dict[str, Runtime]:
         """What the service could run a bundle on here; ``ours`` is what it chooses."""
         found = {"ours": open_runtime(self.device, "fp32", self.threads)}
         if self.device == "cuda":
             return found | {
-                f"ours_{sites}_a_pass": OnnxRuntime("cuda", self.threads, gpu_sites=(sites,)) for sites in GPU_SITES
+                "ours_fp16": GpuRuntime("fp16", self.threads),
+                "ours_folded_each_pass": GpuRuntime("fp32", self.threads, kept=0),
+                **{f"ours_{sites}_a_pass": GpuRuntime("fp32", self.threads, pass_sizes=(sites,)) for sites in GPU_PASSES},
             }
-        found["onnxruntime"] = OnnxRuntime("cpu", self.threads)
+        found["onnxruntime"] = OnnxRuntime(self.threads)
         with suppress(StartError):
             found["ours_bf16"] = open_runtime("cpu", "bf16", self.threads)
         return found
@@ -79,6 +84,7 @@ class Machine:
 def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     """Time every way and hold the ratios against their bounds."""
     torch.set_num_threads(machine.threads)
+    torch.backends.cudnn.allow_tf32 = False
     bundle = network.bundle(folder)
     wells = [network.images(WELL_SITES, seed) for seed in range(machine.wells)]
     context = network.images(CONTEXT_SITES, seed=9)
@@ -114,29 +120,34 @@ def classifying(engine: BundleEngine, statistics: BatchNormStatistics) -> Classi
 
 
 def _peers(bundle: Bundle, machine: Machine, context: Float, statistics: BatchNormStatistics) -> dict[str, Classify]:
-    """The same network as others would run it, a well in each pass."""
+    """The same network as others would run it, a well in each pass; on a GPU onnxruntime as many sites as we do."""
+    cuda = machine.device == "cuda"
     folded, alone = (
         _logits_of(network.folded_session(bundle, statistics, _options(threads), machine.providers))
         for threads in (machine.threads, 1)
     )
     eager = _torch_network(context, machine)
     ways: dict[str, Classify] = {
-        "folded": _by_well(folded),
-        "torch_eager": _by_well(lambda images: _torch_logits(eager, images, machine)),
+        "folded": _in_passes(folded, GPU_SITES[-1] if cuda else WELL_SITES),
+        "torch_eager": _in_passes(lambda images: _torch_logits(eager, images, machine), WELL_SITES),
     }
-    if machine.device == "cpu":
+    if cuda:
+        as_it_is = network.given_session(bundle, _options(machine.threads), machine.providers)
+        given = {INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        ways["statistics_as_inputs"] = _in_passes(_logits_of(as_it_is, given), GPU_SITES[-1])
+    else:
         ways["folded_a_core"] = _a_core(alone, machine)
         ways["folded_int8_a_core"] = _a_core(
             _logits_of(network.int8_session(bundle, statistics, context[:CALIBRATION_SITES], _options(1))), machine
         )
     if shutil.which("g++"):
         compiled = torch.compile(eager)
-        ways["torch_compiled"] = _by_well(lambda images: _torch_logits(compiled, images, machine))
+        ways["torch_compiled"] = _in_passes(lambda images: _torch_logits(compiled, images, machine), WELL_SITES)
     return ways
 
 
-def _by_well(classify: Classify) -> Classify:
-    return lambda images: np.concatenate([classify(well) for well in np.split(images, len(images) // WELL_SITES)])
+def _in_passes(classify: Classify, sites: int) -> Classify:
+    return lambda images: np.concatenate([classify(images[at : at + sites]) for at in range(0, len(images), sites)])
 
 
 def _a_core(classify: Classify, machine: Machine) -> Classify:
@@ -150,8 +161,9 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _logits_of(session: Any) -> Classify:
-    return lambda images: np.asarray(session.run([OUTPUT_LOGITS], {INPUT_IMAGES: images})[0][:, 0])
+def _logits_of(session: Any, also: Mapping[str, Float] | None = None) -> Classify:
+    given = dict(also or {})
+    return lambda images: np.asarray(session.run([OUTPUT_LOGITS], {INPUT_IMAGES: images, **given})[0][:, 0])
 
 
 def _measuring(

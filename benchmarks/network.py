@@ -75,11 +75,18 @@ def bundle(folder: Path) -> Bundle:
 
 def folded_session(bundle: Bundle, statistics: BatchNormStatistics, options: Any, providers: list[Any]) -> Any:
     """Make onnxruntime's session of the graph that classifies with statistics as constants, which it folds in."""
+    return _session(_with_constants(bundle, statistics).SerializeToString(), bundle, options, providers)
+
+
+def given_session(bundle: Bundle, options: Any, providers: list[Any]) -> Any:
+    """Make onnxruntime's session of the graph that classifies as it lies in the bundle, with statistics as inputs."""
+    return _session((bundle.path / CLASSIFY).read_bytes(), bundle, options, providers)
+
+
+def _session(content: bytes, bundle: Bundle, options: Any, providers: list[Any]) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as ours: it would spin into others' turns
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    return onnxruntime.InferenceSession(
-        _with_constants(bundle, statistics).SerializeToString(), options, providers=providers
-    )
+    return onnxruntime.InferenceSession(content, options, providers=providers)
 
 
 def _with_constants(bundle: Bundle, statistics: BatchNormStatistics) -> Any:

@@ -1,9 +1,10 @@
-"""What bfloat16 costs in accuracy and calibration, beside fp32, on trained networks and a new lab's plates.
+"""What bfloat16 and fp16 cost in accuracy and calibration, beside fp32, on trained networks and a new lab's plates.
 
 The networks are those that ``benchmarks/science.py`` keeps, the plates the new lab of their seed, simulated again where they
 are not there. Statistics are measured as the service measures them, in fp32. Wells are classified on every processor by
 rounding: weights and what every layer gives become bfloat16, and sums in between are fp32, as in such arithmetic, with a
-rounding more than a runtime that joins layers; and by OpenVINO where the processor has bfloat16. Simulated plates: what is
+rounding more than a runtime that joins layers; and by OpenVINO where the processor has bfloat16. fp16 is the graphs that a
+GPU is given, folded in halves, which onnxruntime runs on a CPU with sums in fp32, as a GPU's are. Simulated plates: what is
 shown is shown for the simulator's batch effects.
 
 Run: ``python -m benchmarks.precision [--workers 2]``; writes build/precision.json.
@@ -32,7 +33,7 @@ from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, sum
 from service.errors import StartError
 from service.graphs import Graph, as_products
 from service.runtime import Session, open_runtime
-from service.runtime_onnx import OnnxSession
+from service.runtime_onnx import GpuRuntime, OnnxSession
 from training.dataset import PlateSites
 from training.export import measure_float64, write_graphs
 from training.grid import read_grid
@@ -81,7 +82,11 @@ def answers(found: Network, plates: list[PlateSites]) -> Iterator[tuple[str, NDA
     exact = open_runtime("cpu", "fp32", THREADS)
     measuring, graph = (Graph.read(found.folder / name) for name in (MEASURE, CLASSIFY))
     measure = exact.session(measuring, measures=True)
-    ways: dict[str, Session] = {"fp32": exact.session(graph), "bf16 by rounding": rounded(graph)}
+    ways: dict[str, Session] = {
+        "fp32": exact.session(graph),
+        "bf16 by rounding": rounded(graph),
+        "fp16": GpuRuntime("fp16", THREADS, device="cpu").session(graph),
+    }
     with suppress(StartError):
         ways["bf16"] = open_runtime("cpu", "bf16", THREADS).session(graph)
     for plate in plates:
@@ -102,6 +107,9 @@ def rounded(graph: Graph) -> Session:
     """Make a session that computes as bfloat16 does."""
     content, weights = graph.with_scale_and_shift(as_products).with_weights_as_inputs()
     model = onnx.ModelProto.FromString(content)
+    inputs = [item for item in model.graph.input if item.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items())
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
@@ -156,7 +164,7 @@ def _wells(plate: PlateSites, logits: Float, temperature: float) -> tuple[NDArra
 
 
 def bars_of(name: str, found: Network, plates: list[PlateSites]) -> list[Bar]:
-    """How far bfloat16's answers are from fp32's, and what they cost."""
+    """How far reduced precision's answers are from fp32's, and what they cost."""
     parts: dict[str, list[NDArray[np.float64]]] = {}
     labels: list[NDArray[np.int64]] = []
     for way, probabilities, each in answers(found, plates):

@@ -211,31 +211,30 @@ class BundleEngine:
     def _pass(self, asked: Sequence[_Asked]) -> list[Classified]:
         """Classify sites that have their statistics in common; an answer each."""
         begun, first = time.perf_counter(), asked[0]
-        images = first.image[np.newaxis] if len(asked) == 1 else np.stack([site.image for site in asked])
-        found = self._classified_or_halved(images, first.statistics)
+        found = self._classified_or_halved([site.image for site in asked], first.statistics)
         took = time.perf_counter() - begun
         for site in asked:
             site.context.run(self.observer.stage, "queue", begun - site.since)
         first.context.run(self._count, "classify", len(asked), took)
         return [Classified(*both, took / len(asked)) for both in zip(*found, strict=True)]
 
-    def _classified_or_halved(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+    def _classified_or_halved(self, images: list[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
         try:
             return self._classified(images, statistics)
         except MemoryError:
             log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
         half = (len(images) + 1) // 2
         try:
-            parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if len(part)]
+            parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if part]
         except MemoryError:
             raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
         logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
         return logits, embeddings
 
-    def _classified(self, images: Float, statistics: BatchNormStatistics) -> tuple[Float, Float]:
+    def _classified(self, images: list[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
         sites = len(images)
         size = next(size for size in self._runtime.pass_sizes if size >= sites)
-        filled = images if size == sites else np.concatenate([images, np.repeat(images[-1:], size - sites, axis=0)])
+        filled = images[0][np.newaxis] if size == 1 else np.stack([*images, *images[-1:] * (size - sites)])
         given = {INPUT_IMAGES: filled, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
         logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
         return logits[:sites], embeddings[:sites]
@@ -245,7 +244,7 @@ class BundleEngine:
         statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
         for size in reversed(self._runtime.pass_sizes):
             with suppress(MemoryShortError):  # it is told to a request that is so large
-                self._classified_or_halved(np.repeat(golden.images[:1], size, axis=0), statistics)
+                self._classified_or_halved([golden.images[0]] * size, statistics)
 
     def _count(self, graph: str, sites: int, took: float) -> None:
         self.observer.stage("infer", took)

@@ -5,7 +5,8 @@ convolutions where statistics are constants; where they are not, as here, they a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,13 +16,15 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from model.bundle import CENTRE, INPUT_IMAGES, INPUTS, OUTPUTS
+from model.bundle import CENTRE, CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS
 from model.errors import BundleError
 
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
 _WEIGHTS = "given_weights"
 _IMAGE_DIMENSIONS, _FLOAT_BYTES = 4, 4
+_SINGLE = ("ReduceMean", "GlobalAveragePool", "Gemm")
+"""With what follows the last features, which costs nothing, single precision begins again."""
 Affine = Callable[[str, str, str, int], Iterator[Any]]
 """Makes the nodes that scale and shift ``x`` by ``NAME_scales`` (features, 1, 1, 1) and ``NAME_shift`` (features,)."""
 
@@ -75,6 +78,28 @@ class Graph:
         del graph.node[:]
         graph.node.extend(nodes)
         return self._with(model)
+
+    def folded(self, *, half: bool = False) -> "Folded":
+        """The graph that classifies as two: what depends on a batch's statistics alone, and what depends on images.
+
+        In half precision all layers up to the last features compute in it; what folds rounds when it is done.
+        """
+        model = self._model()
+        floats = _floats(model)
+        for node in model.graph.node:
+            if node.op_type == "CastLike" and node.input[1] in floats:  # what folds needs no image, to be like it
+                node.CopyFrom(_node("Cast", [node.input[0]], node.output[0], to=onnx.TensorProto.FLOAT))
+        folding = _Folding(model.graph)
+        changed = self._with(model).with_scale_and_shift(folding)._model()  # noqa: SLF001 (our own)
+        changed.graph.value_info.extend(folding.given)
+        names = [item.name for item in folding.given]
+        parts = onnx.utils.Extractor(changed)
+        fold = parts.extract_model([INPUT_MEAN, INPUT_VARIANCE], names)
+        classify = parts.extract_model([INPUT_IMAGES, *names], list(OUTPUTS[CLASSIFY]))
+        if half:
+            _round_outputs(fold)
+            _compute_in_half(classify)
+        return Folded(self._with(fold), self._with(classify), tuple(names))
 
     def with_weights_as_inputs(self) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
         """The graph with its weights as further inputs, and them: for a runtime that cannot be told where they lie."""
@@ -146,6 +171,89 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
         if len(extents) == _IMAGE_DIMENSIONS:
             found[item.name] = _FLOAT_BYTES * math.prod(extents)
     return found
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A graph that makes convolutions of a batch's statistics, and one that takes images and them, as ``names``."""
+
+    fold: Graph
+    classify: Graph
+    names: tuple[str, ...]
+
+
+class _Folding:
+    """An ``Affine`` that goes into the convolution before it, where there is one; ``given`` comes from statistics."""
+
+    def __init__(self, graph: Any) -> None:
+        self.given: list[Any] = []
+        self._shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        self._made = {node.output[0]: node for node in graph.node}
+        self._uses: Mapping[str, int] = Counter(name for node in graph.node for name in node.input)
+
+    def __call__(self, x: str, name: str, output: str, features: int) -> Iterator[Any]:
+        before = self._made.get(x)
+        weights, shift = f"{name}_scales", f"{name}_shift"
+        if before is None or before.op_type != "Conv" or before.input[1] not in self._shapes or self._uses[x] > 1:
+            self._give(weights, [features, 1, 1, 1])
+            self._give(shift, [features])
+            yield from as_convolution(x, name, output, features)
+            return
+        yield _node("Mul", [before.input[1], weights], f"{name}_weights")
+        if len(before.input) > 2:  # noqa: PLR2004 (it has a bias)
+            yield _node("Mul", [before.input[2], f"{name}_scale"], f"{name}_scaled_bias")
+            yield _node("Add", [f"{name}_scaled_bias", shift], f"{name}_bias")
+            shift = f"{name}_bias"
+        self._give(f"{name}_weights", self._shapes[before.input[1]])
+        self._give(shift, [features])
+        folded = _node("Conv", [before.input[0], f"{name}_weights", shift], output)
+        folded.attribute.extend(before.attribute)
+        yield folded
+
+    def _give(self, name: str, shape: list[int]) -> None:
+        self.given.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+
+
+def _round_outputs(model: Any) -> None:
+    """Let a graph give half precision."""
+    for item in model.graph.output:
+        exact = item.name
+        item.name, item.type.tensor_type.elem_type = f"{exact}_half", onnx.TensorProto.FLOAT16
+        model.graph.node.append(_node("Cast", [exact], item.name, to=onnx.TensorProto.FLOAT16))
+
+
+def _compute_in_half(model: Any) -> None:
+    """Let a graph take everything but images in half precision, and compute in it up to the last features."""
+    graph, floats = model.graph, _floats(model)
+    half = {item.name for item in graph.input if item.name != INPUT_IMAGES}
+    for item in graph.input:
+        if item.name in half:
+            item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    nodes: list[Any] = []
+
+    def cast(node: Any, names: set[str], suffix: str, to: int) -> None:
+        for place, name in enumerate(node.input):
+            if name in names:
+                nodes.append(_node("Cast", [name], f"{node.output[0]}_{place}_{suffix}", to=to))
+                node.input[place] = nodes[-1].output[0]
+
+    for node in graph.node:
+        if node.op_type in _SINGLE:
+            cast(node, half, "single", onnx.TensorProto.FLOAT)
+        elif half.intersection(node.input) or INPUT_IMAGES in node.input:
+            cast(node, floats - half, "half", onnx.TensorProto.FLOAT16)
+            half.update(floats.intersection(node.output))
+        nodes.append(node)
+    del graph.value_info[:]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _floats(model: Any) -> set[str]:
+    """Names of what is in single precision."""
+    graph, single = onnx.shape_inference.infer_shapes(model).graph, onnx.TensorProto.FLOAT
+    values = {item.name for item in (*graph.input, *graph.value_info) if item.type.tensor_type.elem_type == single}
+    return values | {tensor.name for tensor in graph.initializer if tensor.data_type == single}
 
 
 def _scale_and_shift(node: Any, name: str, features: dict[str, int], apply: Affine) -> Iterator[Any]:

@@ -64,13 +64,15 @@ def open_runtime(device: Device, precision: Precision, threads: int, *, members:
     Raises:
         StartError: what was asked for is not to be had here.
     """
-    from service.runtime_onnx import OnnxRuntime, cuda_works  # noqa: PLC0415 (of two libraries, one may not be there)
+    from service.runtime_onnx import GpuRuntime, OnnxRuntime, cuda_works  # noqa: PLC0415 (one library may not be there)
 
     if device != "cpu" and cuda_works(required=device == "cuda"):
-        if precision != "fp32":
-            raise StartError(f"precision {precision} is offered on the CPU, by OpenVINO; on CUDA graphs run in fp32")
-        return OnnxRuntime("cuda", threads, members=members)
-    on_cpu = OnnxRuntime("cpu", threads, members=members)
+        if precision == "bf16":
+            raise StartError("precision bf16 is offered on the CPU, by OpenVINO; on CUDA it is fp32 or fp16")
+        return GpuRuntime(precision, threads, members=members)
+    if precision == "fp16":
+        raise StartError("precision fp16 is offered on CUDA alone; on the CPU it is fp32 or bf16")
+    on_cpu = OnnxRuntime(threads, members=members)
     try:
         from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)
     except ImportError:

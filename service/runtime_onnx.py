@@ -1,6 +1,7 @@
 """onnxruntime, on CUDA without TF32 or on the CPU. The only module that knows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from model.bundle import Precision
+from model.bundle import INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, Precision
 from model.errors import BundleError
 from service.errors import StartError
 from service.graphs import Graph, as_convolution, identity
@@ -20,65 +21,73 @@ GPU_SITES = (1, 2, 4, 8, 16, 32)
 
 To be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``.
 """
+FOLDED_KEPT = 4
+"""Batches whose convolutions a GPU keeps: as much memory as the weights, each; they are made anew in less than a pass."""
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 class OnnxRuntime:
-    """A ``Runtime`` of onnxruntime: a GPU classifies many sites in one pass, each core of a CPU one."""
+    """A ``Runtime`` of a CPU: each core classifies one site, with a batch's statistics as inputs."""
 
+    provider = CPU
     precision: Precision = "fp32"
+    pass_sizes = (1,)
+
+    def __init__(self, threads: int, *, members: int = 1) -> None:
+        self._threads = threads
+        self._members = members
+
+    @property
+    def passes_at_once(self) -> int:
+        """One on each thread."""
+        return self._threads
+
+    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
+        """Make a session."""
+        threads, used = self._threads if measures else 1, graph.with_scale_and_shift(as_convolution)
+        return OnnxSession(_session(used, threads, self._members, [CPU]), measures=measures)
+
+
+class GpuRuntime:
+    """A ``Runtime`` of a GPU: many sites in one pass, with convolutions that a batch's statistics were folded into once."""
+
+    passes_at_once = 1
 
     def __init__(
         self,
-        device: Literal["cpu", "cuda"],
+        precision: Precision,
         threads: int,
         *,
         members: int = 1,
-        gpu_sites: Sequence[int] = GPU_SITES,
+        pass_sizes: Sequence[int] = GPU_SITES,
+        kept: int = FOLDED_KEPT,
+        device: Literal["cuda", "cpu"] = "cuda",
     ) -> None:
-        onnxruntime.disable_telemetry_events()
-        _share_buffers()
-        self._providers: list[Any] = [CPU] if device == "cpu" else _cuda()
-        self._threads = threads
-        self._members = members
-        self._gpu_sites = gpu_sites
+        """Make a runtime; a CPU can stand in for the GPU, slowly, to try it."""
+        self.precision = precision
+        self.pass_sizes = pass_sizes
+        self._threads, self._members, self._kept, self._device = threads, members, kept, device
+        self._providers = _cuda() if device == "cuda" else [CPU]
 
     @property
     def provider(self) -> str:
         """Where graphs run."""
-        return CPU if self._providers == [CPU] else CUDA
+        return CUDA if self._device == "cuda" else CPU
 
-    @property
-    def passes_at_once(self) -> int:
-        """One on each thread, or on the GPU."""
-        return self._threads if self.provider == CPU else 1
-
-    @property
-    def pass_sizes(self) -> Sequence[int]:
-        """One, or a GPU's minibatches."""
-        return (1,) if self.provider == CPU else self._gpu_sites
-
-    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
+    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession | FoldingSession":
         """Make a session."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads if measures else 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.folder))
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights are no buffers
-        # Of several members, buffers would be held from one's pass for the next.
-        options.enable_mem_reuse = self._members == 1
-        used = graph.with_scale_and_shift(as_convolution) if self.provider == CPU else graph
-        try:
-            return OnnxSession(
-                onnxruntime.InferenceSession(used.content, options, providers=self._providers), measures=measures
-            )
-        except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
-            raise BundleError(f"{graph.name} cannot be loaded: {str(error)[:300]}") from None
+        if measures:
+            return OnnxSession(self._session(graph), measures=True)
+        folded = graph.folded(half=self.precision == "fp16")
+        fold, classify = self._session(folded.fold), self._session(folded.classify)
+        return FoldingSession(fold, classify, folded.names, device=self._device, kept=self._kept)
+
+    def _session(self, graph: Graph) -> Any:
+        return _session(graph, self._threads, self._members, self._providers)
 
 
 class OnnxSession:
-    """A ``Session`` of onnxruntime."""
+    """A ``Session`` of one graph."""
 
     def __init__(self, session: Any, *, measures: bool) -> None:
         self._session = session
@@ -89,13 +98,91 @@ class OnnxSession:
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph."""
-        try:
+        with _memory_errors():
             found: list[Float] = self._session.run(list(outputs), dict(given), self._options)
-        except Exception as error:
-            if any(words in str(error).lower() for words in _NO_MEMORY):
-                raise MemoryError(str(error)[:200]) from None
-            raise
         return found
+
+
+class FoldingSession:
+    """A ``Session`` of a graph that classifies, and of one that makes its convolutions of a batch's statistics.
+
+    Those stay on the device, of the batches that were classified last. Runs one pass at a time.
+    """
+
+    def __init__(self, fold: Any, classify: Any, names: Sequence[str], *, device: str, kept: int) -> None:
+        self._fold, self._classify, self._names = fold, classify, names
+        self._device, self._most = device, kept
+        self._kept: list[tuple[Float, Float, list[Any]]] = []
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
+        """Run the graph, on convolutions that are there or are made first."""
+        try:
+            with _memory_errors():
+                return self._run(outputs, given)
+        except MemoryError:
+            self._kept.clear()
+            raise
+
+    def _run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
+        binding = self._classify.io_binding()
+        binding.bind_cpu_input(INPUT_IMAGES, given[INPUT_IMAGES])
+        for name, value in zip(self._names, self._folded(given[INPUT_MEAN], given[INPUT_VARIANCE]), strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)
+        self._classify.run_with_iobinding(binding)
+        found: list[Float] = binding.copy_outputs_to_cpu()
+        return found
+
+    def _folded(self, mean: Float, variance: Float) -> list[Any]:
+        """Weights and biases of these statistics, on the device."""
+        found = next((one for one in self._kept if np.array_equal(one[0], mean) and np.array_equal(one[1], variance)), None)
+        used = found or (mean.copy(), variance.copy(), self._made(mean, variance))
+        self._kept = [used, *(one for one in self._kept if one is not used)][: self._most]
+        return used[2]
+
+    def _made(self, mean: Float, variance: Float) -> list[Any]:
+        binding = self._fold.io_binding()
+        binding.bind_cpu_input(INPUT_MEAN, mean)
+        binding.bind_cpu_input(INPUT_VARIANCE, variance)
+        for output in self._fold.get_outputs():
+            binding.bind_output(output.name, self._device)
+        self._fold.run_with_iobinding(binding)
+        found: list[Any] = binding.get_outputs()
+        return found
+
+
+def _session(graph: Graph, threads: int, members: int, providers: list[Any]) -> Any:
+    """Make onnxruntime's session of a graph.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+    """
+    onnxruntime.disable_telemetry_events()
+    _share_buffers()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.folder))
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights are no buffers
+    # Of several members, buffers would be held from one's pass for the next.
+    options.enable_mem_reuse = members == 1
+    try:
+        return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+    except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
+        raise BundleError(f"{graph.name} cannot be loaded: {str(error)[:300]}") from None
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise ``MemoryError`` where onnxruntime says in words that there is not enough."""
+    try:
+        yield
+    except Exception as error:
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            raise MemoryError(str(error)[:200]) from None
+        raise
 
 
 def cuda_works(*, required: bool) -> bool:

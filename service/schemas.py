@@ -66,7 +66,7 @@ class Provenance(_Value):
 
     bundle: str = Field(description="digest of the served bundle")
     provider: str = Field(description="what the network ran on: CUDAExecutionProvider, OpenVINO or CPUExecutionProvider")
-    precision: str = Field(description="arithmetic of the network: fp32 or bf16")
+    precision: str = Field(description="arithmetic of the network: fp32, fp16 or bf16")
     version: str = Field(description="of the service")
 
 

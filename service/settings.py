@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from model.bundle import Precision
 from model.images import ImageLimits
 from service.errors import StartError
 from service.storage import Storage, open_storage
@@ -113,8 +114,10 @@ class Settings(StorageSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA when it is there; cuda refuses to start without it"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 is about twice as fast on processors that have it, with OpenVINO, and a little less exact"
+    precision: Precision = Field(
+        "fp32",
+        description="bf16 is about twice as fast on processors that have it, with OpenVINO, and a little less exact; "
+        "fp16 is for CUDA",
     )
     threads: int = Field(
         0,

@@ -21,7 +21,7 @@ from service.engine import BundleEngine, Classified, _Asked, replay
 from service.errors import BusyError, MemoryShortError, StartError
 from service.graphs import Graph
 from service.runtime import open_runtime
-from service.runtime_onnx import OnnxRuntime
+from service.runtime_onnx import CPU, GpuRuntime, OnnxRuntime
 from tests.service.plates import FakeEngine, tiff
 
 
@@ -31,8 +31,9 @@ def tiny(tiny_bundle_path):
 
 
 RUNTIMES = {
-    "onnxruntime": lambda: OnnxRuntime("cpu", 1),
-    "onnxruntime on two threads": lambda: OnnxRuntime("cpu", 2),
+    "onnxruntime": lambda: OnnxRuntime(1),
+    "onnxruntime on two threads": lambda: OnnxRuntime(2),
+    "a gpu's, on a cpu": lambda: GpuRuntime("fp32", 1, device="cpu"),
     "openvino": lambda: open_runtime("cpu", "fp32", 1),
     "openvino on two threads": lambda: open_runtime("cpu", "fp32", 2),
 }
@@ -148,7 +149,7 @@ class Coarse:
     provider, precision, passes_at_once, pass_sizes = "CPUExecutionProvider", "bf16", 1, (1,)
 
     def __init__(self):
-        self.real = OnnxRuntime("cpu", 1)
+        self.real = OnnxRuntime(1)
 
     def session(self, graph, *, measures=False):
         real = self.real.session(graph, measures=measures)
@@ -161,7 +162,7 @@ class Coarse:
 
 
 def test_controls_are_embedded_in_the_precision_that_wells_are(tiny):
-    engine, exact, context = BundleEngine(tiny, Coarse()), BundleEngine(tiny, OnnxRuntime("cpu", 1)), images(40)
+    engine, exact, context = BundleEngine(tiny, Coarse()), BundleEngine(tiny, OnnxRuntime(1)), images(40)
     found, expected = engine.measure(context), exact.measure(context)
     assert (found.mean.tobytes(), found.variance.tobytes()) == (expected.mean.tobytes(), expected.variance.tobytes())
     assert_allclose(found.embeddings, expected.embeddings * 1.01, rtol=1e-4, atol=1e-4)
@@ -233,7 +234,7 @@ class Gpu:
     def __init__(self, memory=100, pass_sizes=(1, 2, 4, 8)):
         self.memory, self.pass_sizes, self.asked = memory, pass_sizes, []
         self.busy = threading.Lock()
-        self.real = OnnxRuntime("cpu", 1)
+        self.real = OnnxRuntime(1)
 
     def session(self, graph, *, measures=False):
         runtime, real = self, self.real.session(graph, measures=measures)
@@ -247,6 +248,75 @@ class Gpu:
                     return real.run(outputs, given)
 
         return Session()
+
+
+class Spied:
+    """A session of onnxruntime that counts how often it is run; with ``memory`` off there is none for it."""
+
+    def __init__(self, session):
+        self.session, self.runs, self.memory = session, 0, True
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def run_with_iobinding(self, binding):
+        self.runs += 1
+        if not self.memory:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        self.session.run_with_iobinding(binding)
+
+
+@pytest.fixture
+def folding(tiny):
+    session = GpuRuntime("fp32", 1, device="cpu", kept=2).session(Graph.read(tiny.path / CLASSIFY))
+    session._fold, session._classify = Spied(session._fold), Spied(session._classify)
+    return session
+
+
+def given_to_classify(seed, tiny):
+    statistics = statistics_of(seed)(tiny)
+    return {"images": images(2), "bn_mean": statistics.mean, "bn_var": statistics.variance}
+
+
+def test_a_gpu_folds_a_batchs_statistics_once_and_keeps_those_of_the_last_batches(folding, tiny):
+    asked = [given_to_classify(seed, tiny) for seed in range(3)]
+    expected = [plain_engine(tiny).classify(images(2), statistics_of(seed)(tiny)).logits for seed in range(3)]
+    for number, folds in ((0, 1), (0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        copied = {name: value.copy() for name, value in asked[number].items()}
+        (logits,) = folding.run(["logits"], copied)
+        assert_allclose(logits, expected[number], atol=1e-4)
+        assert folding._fold.runs == folds
+    changed = {**asked[1], "bn_var": asked[1]["bn_var"] * np.float32(1.001)}
+    assert (folding.run(["logits"], changed)[0] != expected[1]).any()
+    assert folding._fold.runs == 5
+
+
+def test_what_a_gpu_keeps_is_given_up_where_there_is_no_memory_left(folding, tiny):
+    given = given_to_classify(0, tiny)
+    folding.run(["logits"], given)
+    folding._classify.memory = False
+    with pytest.raises(MemoryError, match="out of memory"):
+        folding.run(["logits"], given)
+    assert not folding._kept
+    folding._classify.memory = True
+    folding.run(["logits"], given)
+    assert folding._fold.runs == 2
+
+
+def test_fp16_answers_nearly_as_fp32_does(tiny):
+    half = BundleEngine(tiny, GpuRuntime("fp16", 1, device="cpu"))
+    assert (half.precision, half.provider) == ("fp16", CPU)
+    replay(half, tiny)
+    exact, statistics = plain_engine(tiny), statistics_of(1)(tiny)
+    for found, expected in zip(half.measure(images(12))[:2], exact.measure(images(12))[:2], strict=True):
+        assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    found, expected = (engine.classify(images(9), statistics).logits for engine in (half, exact))
+    assert 1e-5 < np.abs(found - expected).max() < 0.02 * expected.std()
+
+
+def test_fp16_is_refused_on_a_cpu():
+    with pytest.raises(StartError, match="fp16 is offered on CUDA alone"):
+        open_runtime("cpu", "fp16", 1)
 
 
 def test_sites_gather_while_a_gpu_is_busy_with_those_of_the_same_statistics(tiny):
@@ -284,7 +354,7 @@ def wait_until(reached):
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("used", [OnnxRuntime("cpu", 3), open_runtime("cpu", "fp32", 3)])
+@pytest.mark.parametrize("used", [OnnxRuntime(3), open_runtime("cpu", "fp32", 3)])
 def test_each_core_classifies_by_itself(used, tiny):
     assert (used.passes_at_once, used.pass_sizes) == (3, (1,))
     engine, statistics, given = BundleEngine(tiny, used), statistics_of(1)(tiny), images(7)
@@ -359,7 +429,7 @@ def test_a_graph_that_cannot_be_loaded_is_named(bundle):
         plain_engine(bundle)
 
 
-@pytest.mark.parametrize("runtime", [OnnxRuntime("cpu", 1), open_runtime("cpu", "fp32", 1)])
+@pytest.mark.parametrize("runtime", [OnnxRuntime(1), open_runtime("cpu", "fp32", 1)])
 def test_a_graph_that_a_runtime_cannot_run_is_named(runtime, tiny):
     graph = Graph.read(tiny.path / CLASSIFY)
     model = onnx.ModelProto.FromString(graph.content)

@@ -70,6 +70,76 @@ def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path, form):
     assert np.abs(found - other).max() > 1e-3
 
 
+def run_folded(folded, feeds, tiny):
+    fold, classify = (session(graph.content, tiny) for graph in (folded.fold, folded.classify))
+    made = fold.run(None, {name: feeds[name] for name in ("bn_mean", "bn_var")})
+    given = dict(zip(folded.names, made, strict=True))
+    return classify.run(None, {"images": feeds["images"], **given}), given
+
+
+def test_statistics_are_folded_into_the_convolutions_before_them(tiny, given):
+    images, statistics = given
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    plain, folded = (tiny.path / CLASSIFY).read_bytes(), Graph.read(tiny.path / CLASSIFY).folded()
+    assert "BatchNormalization" not in kinds(folded.classify.content)
+    assert kinds(folded.classify.content).count("Conv") == kinds(plain).count("Conv")
+    assert "Conv" not in kinds(folded.fold.content)
+    found, _ = run_folded(folded, feeds, tiny)
+    for one, other in zip(session(plain, tiny).run(None, feeds), found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
+
+
+def test_in_half_precision_layers_are_folded_in_single_and_rounded_and_logits_are_not(tiny, given):
+    images, statistics = given
+    feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    graph = Graph.read(tiny.path / CLASSIFY)
+    exact, weights = run_folded(graph.folded(), feeds, tiny)
+    rounded, halves = run_folded(graph.folded(half=True), feeds, tiny)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(halves[name], weight.astype(np.float16))
+    assert rounded[0].dtype == np.float32
+    assert np.abs(rounded[0] - rounded[0].astype(np.float16)).max() > 0
+    for one, other in zip(exact, rounded, strict=True):
+        assert 1e-5 < np.abs(other - one).max() < 0.02 * np.abs(one).max()
+
+
+def small(bias, *, used_twice):
+    """A convolution with a bias of its own and batch normalisation after it, or where the convolution is used twice."""
+    make, rng = onnx.helper, np.random.default_rng(1)
+
+    def value(name, *shape):
+        return make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    nodes = [
+        make.make_node("Conv", ["images", "w", "b"], ["x"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        make.make_node("BatchNormalization", ["x", "gain", "offset", "bn_mean", "bn_var"], ["y"], epsilon=0.25),
+        make.make_node("Add", ["y", "x"] if used_twice else ["y", "y"], ["logits"]),
+        make.make_node("Relu", ["logits"], ["embedding"]),
+    ]
+    tensors = {"w": rng.normal(size=(4, 3, 3, 3)), "b": bias, "gain": rng.normal(size=4), "offset": rng.normal(size=4)}
+    initializers = [onnx.numpy_helper.from_array(tensor.astype(np.float32), name) for name, tensor in tensors.items()]
+    taken = [value("images", "sites", 3, 8, 8), value("bn_mean", 4), value("bn_var", 4)]
+    given = [value(name, "sites", 4, 4, 4) for name in ("logits", "embedding")]
+    graph = make.make_graph(nodes, "small", taken, given, initializers)
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_a_convolutions_own_bias_is_folded_and_one_that_is_needed_as_it_is_stays(tiny, tmp_path, used_twice):
+    rng = np.random.default_rng(0)
+    content = small(rng.normal(size=4), used_twice=used_twice)
+    feeds = {
+        "images": rng.normal(size=(2, 3, 8, 8)).astype(np.float32),
+        "bn_mean": rng.normal(size=4).astype(np.float32),
+        "bn_var": rng.uniform(0.5, 2, 4).astype(np.float32),
+    }
+    folded = Graph(CLASSIFY, tmp_path, content).folded()
+    assert kinds(folded.classify.content).count("Conv") == 1 + used_twice
+    found, _ = run_folded(folded, feeds, tiny)
+    for one, other in zip(session(content, tiny).run(None, feeds), found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+
+
 @FORMS
 def test_a_graph_that_measures_does_so_as_before(tiny, given, form):
     images, _ = given
