@@ -52,6 +52,7 @@ CENTRE = "centre"
 Precision = Literal["fp32", "fp16", "bf16"]
 """Arithmetic of the layers that classify; statistics are always measured in single precision."""
 
+_HASHED_AT_ONCE = 1 << 24
 _MAY_BE_OFF = {"fp16": 0.1, "bf16": 0.5}
 GOLDEN_WELLS = 1
 """Control wells that the golden images count as when they are blended."""
@@ -384,6 +385,9 @@ def _check_file(path: Path, expected: str | None) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the sha256 of a file, hexadecimal; read in large pieces, for between two another thread may take its time."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()

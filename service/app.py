@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from service.access import Access, Keys
 from service.batches import Batches
 from service.blobs import open_blobs
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
-from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, replay
-from service.errors import StartError, install_handlers
+from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, open_engine, replay
+from service.errors import StartError
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
 from service.jobs import Jobs
@@ -31,14 +30,14 @@ from service.later import Later
 from service.multipart import FormLimits, sweep_spool
 from service.observe import UNOBSERVED, Observer
 from service.posts import Receiver
-from service.priority import cpu_count, give_way
+from service.priority import cpu_count
+from service.problems import install_handlers
 from service.queue import Queue
 from service.references import References
 from service.reports import VERSION
 from service.requests import Admission, Requests
 from service.retention import Retention
 from service.routes import Served
-from service.runtime import open_runtime
 from service.screen import Screener
 from service.settings import Settings
 from service.storage import Storage
@@ -231,23 +230,6 @@ def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> I
         )
     finally:
         composition.end()
-
-
-def open_engine(settings: Settings) -> BundleEngine:
-    """Make the engine on a thread that gives way, as the engine's own threads will.
-
-    Raises:
-        BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
-    """
-
-    def make() -> BundleEngine:
-        bundle = Bundle.load(settings.bundle)
-        threads, members = cpu_count(settings.threads), bundle.manifest.members
-        runtime = open_runtime(settings.device, settings.precision, threads, members=members)
-        return BundleEngine(bundle, runtime)
-
-    with ThreadPoolExecutor(1, initializer=give_way) as pool:
-        return pool.submit(make).result()
 
 
 def _max_context_sites(settings: Settings, engine: BundleEngine) -> int:

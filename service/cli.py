@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import uvicorn
@@ -35,6 +36,9 @@ from service.client import (
 from service.settings import Settings, is_loopback
 from service.telemetry import configure_logs
 from service.watch import UNSETTLED, Form, Watcher
+
+if TYPE_CHECKING:
+    from service.engine import BundleEngine
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
@@ -121,10 +125,11 @@ def serve(
             err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
     else:
         logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
-    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
-    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
+    with _engine(settings) as engine:
+        from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+        from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
 
-    application = create_app(settings)
+    application = create_app(settings, engine=engine.result())
     if settings.allow_anonymous and not is_loopback(settings.host):
         err.print(
             f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
@@ -152,9 +157,11 @@ def worker(
     given = {"bundle": bundle, "data": data}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     configure_logs(settings.log_format, err)
-    from service.app import compose  # noqa: PLC0415 (as above)
+    with _engine(settings) as engine:
+        from service.app import compose  # noqa: PLC0415 (as above)
 
-    composition = compose(settings.model_copy(update={"workers": max(1, settings.workers)}), listens=False)
+    settings = settings.model_copy(update={"workers": max(1, settings.workers)})
+    composition = compose(settings, engine=engine.result(), listens=False)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -168,6 +175,15 @@ def worker(
     composition.end()
     if reason is not None:
         raise AnchorwellError(f"the worker cannot begin: {reason}")
+
+
+@contextmanager
+def _engine(settings: Settings) -> "Iterator[Future[BundleEngine]]":
+    """Make the engine while the rest of the service is imported; both take seconds, on a core each."""
+    from service.engine import open_engine  # noqa: PLC0415 (as above)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(open_engine, settings)
 
 
 class _AnnouncingServer(uvicorn.Server):

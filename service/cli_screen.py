@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.blobs import open_blobs
 from service.errors import InvalidRequestError, StartError
-from service.index import IndexedPlate, ScreenIndex
-from service.screen import SUMMARY, Outcome, RayCluster, answered, counts, part_of, summary
 from service.settings import Settings
 from service.telemetry import configure_logs
+
+if TYPE_CHECKING:  # all other commands start sooner without
+    from service.index import IndexedPlate, ScreenIndex
+    from service.screen import Outcome, RayCluster
 
 SOME_REFUSED = 3
 """Exit code of a screen that is done, but for plates that could not be answered."""
@@ -48,6 +50,9 @@ def screen(
     Asked again it goes on: what is answered already by the same bundle is kept. Exits with 3 when plates were refused; what
     is wrong with them stands in their folders, in error.json, and in screen.json.
     """
+    from service.index import ScreenIndex  # noqa: PLC0415 (as above)
+    from service.screen import SUMMARY, RayCluster, part_of, summary  # noqa: PLC0415 (as above)
+
     number, parts = _part(part)
     known = ScreenIndex.open(index)
     mine = known.names[number - 1 :: parts]
@@ -72,15 +77,18 @@ def _settings(given: Mapping[str, Any], data: Path) -> Settings:
     return Settings(**own, **{name: value for name, value in given.items() if value is not None})
 
 
-def _here(stack: ExitStack, settings: Settings, to: str, plates: Iterator[IndexedPlate], at_once: int) -> Iterator[Outcome]:
+def _here(
+    stack: ExitStack, settings: Settings, to: str, plates: "Iterator[IndexedPlate]", at_once: int
+) -> "Iterator[Outcome]":
     from service.app import screening  # noqa: PLC0415 (the client's commands need no onnxruntime)
+    from service.screen import answered  # noqa: PLC0415 (as above)
 
     return answered(stack.enter_context(screening(settings, to)).answer, plates, at_once)
 
 
 def _on_ray(
-    cluster: RayCluster, known: ScreenIndex, plates: Sequence[str], settings: Settings, to: str
-) -> Iterator[Outcome]:
+    cluster: "RayCluster", known: "ScreenIndex", plates: Sequence[str], settings: Settings, to: str
+) -> "Iterator[Outcome]":
     """Answer on a cluster; paths are the same on all of its machines.
 
     Raises:
@@ -98,7 +106,7 @@ def _on_ray(
         raise StartError(f"no Ray cluster answers at {cluster.address}: {str(error)[:200]}") from None
 
 
-def _followed(done: Iterator[Outcome], plates: int) -> list[Outcome]:
+def _followed(done: "Iterator[Outcome]", plates: int) -> "list[Outcome]":
     """Tell what becomes of plates while they come."""
     outcomes = []
     with _bar(plates) as bar:
@@ -128,7 +136,7 @@ def _bar(plates: int) -> Progress:
     return Progress(*columns, console=err, disable=not err.is_terminal or not plates)
 
 
-def _tell(outcome: Outcome) -> None:
+def _tell(outcome: "Outcome") -> None:
     if outcome.state == "refused":
         err.print(f"[red]refused[/]  {escape(outcome.plate)}: {escape(outcome.detail)}", soft_wrap=True, highlight=False)
     for notice in outcome.notices:
@@ -137,7 +145,9 @@ def _tell(outcome: Outcome) -> None:
         err.print(f"[yellow]left out[/] {escape(outcome.plate)} {well}: {escape(reason)}", soft_wrap=True, highlight=False)
 
 
-def _conclude(outcomes: list[Outcome], to: str) -> None:
+def _conclude(outcomes: "list[Outcome]", to: str) -> None:
+    from service.screen import counts  # noqa: PLC0415 (as above)
+
     found, wells = counts(outcomes), sum(outcome.wells for outcome in outcomes)
     told = f"{found['answered']} plates answered, {found['kept']} were there already, {found['refused']} refused"
     out.print(f"{told}; {wells:,} wells: {to}", highlight=False, markup=False, soft_wrap=True)

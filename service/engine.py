@@ -42,8 +42,9 @@ from service.errors import BusyError, MemoryShortError
 from service.graphs import Graph
 from service.observe import UNOBSERVED, Observer
 from service.passes import Passes
-from service.priority import give_way
-from service.runtime import Runtime, Session
+from service.priority import cpu_count, give_way
+from service.runtime import Runtime, Session, open_runtime
+from service.settings import Settings
 
 Float = NDArray[np.float32]
 FAR = 1e4
@@ -258,6 +259,23 @@ def _busy() -> BusyError:
 def _measured(session: Session, images: Float, prior: Prior) -> Measured:
     given = (images, prior.mean, prior.variance, prior.weight)
     return Measured(*session.run(OUTPUTS[MEASURE], dict(zip(INPUTS[MEASURE], given, strict=True))))
+
+
+def open_engine(settings: Settings) -> BundleEngine:
+    """Make the engine that the settings ask for, on a thread that gives way, as the engine's own threads will.
+
+    Raises:
+        BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
+    """
+
+    def make() -> BundleEngine:
+        bundle = Bundle.load(settings.bundle)
+        threads, members = cpu_count(settings.threads), bundle.manifest.members
+        runtime = open_runtime(settings.device, settings.precision, threads, members=members)
+        return BundleEngine(bundle, runtime)
+
+    with ThreadPoolExecutor(1, initializer=give_way) as pool:
+        return pool.submit(make).result()
 
 
 def replay(engine: Engine, bundle: Bundle) -> None:

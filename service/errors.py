@@ -1,4 +1,4 @@
-"""Every refusal, as RFC 9457 problem+json: one table from exception class to slug, title and status.
+"""Every refusal: one table from exception class to slug, title and status. ``problems.py`` makes answers of them.
 
 ServiceError                     what is wrong with a request or the service, beyond the plate itself (``model.errors``)
 ├── RequestError                 the request cannot be taken as it is
@@ -54,27 +54,15 @@ ServiceError                     what is wrong with a request or the service, be
 └── StartError                   the service cannot start as it is configured; never an HTTP answer
 """
 
-import json
-import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Match
 
 from model import errors as plate
 from model.errors import AnchorwellError
 
 PROBLEM_TYPE = "https://anchorwell.dev/problems/"
 MEDIA_TYPE = "application/problem+json"
-
-log = logging.getLogger("anchorwell")
 
 
 class ServiceError(AnchorwellError):
@@ -330,9 +318,7 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     DigestError: Problem("digest-mismatch", "The body is not what its Content-Digest says", 400),
     NotAcceptableError: Problem("not-acceptable", "The answer is not given in that form", 406),
     InvalidRequestError: Problem("invalid-request", "A field of the request is not valid", 422),
-    RequestValidationError: Problem("invalid-request", "A field of the request is not valid", 422),
     MalformedUploadError: Problem("malformed-upload", "Not a complete multipart form", 400),
-    ClientDisconnect: Problem("malformed-upload", "Not a complete multipart form", 400),
     ReferenceNotAllowedError: Problem("reference-not-allowed", "The tenant may not read from there", 403),
     ReferenceUnreadableError: Problem("reference-unreadable", "A file that is referred to cannot be read", 422),
     NoImagesError: Problem("no-images", "The form has no usable image", 422),
@@ -389,95 +375,5 @@ def problem_body(error: Exception) -> dict[str, Any]:
         "type": PROBLEM_TYPE + problem.slug,
         "title": problem.title,
         "status": problem.status,
-        "detail": _detail(error),
+        "detail": error.detail if isinstance(error, AnchorwellError) else str(error) or type(error).__name__,
     }
-
-
-def problem_response(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    """Render an error as problem+json; 429 and 503 carry ``Retry-After``."""
-    problem, body = problem_of(error), problem_body(error)
-    extra = {"Retry-After": str(body["retry_after_s"])} if problem.retry_after_s is not None else {}
-    if problem.status == 401:  # noqa: PLR2004 (RFC 9110 asks for it)
-        extra["WWW-Authenticate"] = "Bearer"
-    if problem.status == 408:  # noqa: PLR2004 (the rest of the body may still come: it is not the next request)
-        extra["Connection"] = "close"
-    return Response(
-        json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
-        status_code=problem.status,
-        media_type=MEDIA_TYPE,
-        headers={**(headers or {}), **extra},
-    )
-
-
-def accepted_headers(job_id: str) -> dict[str, str]:
-    """Headers of an answer that a job was taken."""
-    return {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Let every error of the app, routing and validation included, leave as problem+json."""
-
-    async def known(_: Request, error: Exception) -> Response:
-        if problem_of(error).status >= 500:  # noqa: PLR2004 (the service's own faults belong in its log)
-            log.warning("%s: %s", type(error).__name__, _detail(error))
-        return problem_response(error)
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers  # noqa: PLR2004
-        return problem_response(_http_error(request, error), headers)
-
-    async def unexpected(request: Request, error: Exception) -> Response:
-        reference = secrets.token_hex(4)
-        log.error("reference %s: %s %s failed", reference, request.method, request.url.path, exc_info=error)
-        return problem_response(_UnexpectedError(reference))
-
-    async def answered(_: Request, answer: Exception) -> Response:
-        assert isinstance(answer, AnsweredBefore)
-        headers = {"Idempotency-Replayed": "true"}
-        if answer.status == 202:  # noqa: PLR2004
-            headers |= accepted_headers(json.loads(answer.body)["job_id"])
-        return Response(answer.body, status_code=answer.status, media_type="application/json", headers=headers)
-
-    app.add_exception_handler(AnsweredBefore, answered)
-    for known_class in (AnchorwellError, RequestValidationError, ClientDisconnect):
-        app.add_exception_handler(known_class, known)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
-
-
-class _UnexpectedError(AnchorwellError):
-    """Stands for an error whose words are kept from the client; takes the last row of the table."""
-
-    def __init__(self, reference: str) -> None:
-        super().__init__(f"an unexpected error; the service's log has it under {reference}", reference=reference)
-
-
-def _http_error(request: Request, error: HTTPException) -> ServiceError:
-    if error.status_code == 404 and b"%2f" in request.scope.get("raw_path", b"").lower():  # noqa: PLR2004
-        name = request.url.path.removeprefix("/batches/")[:40]
-        return InvalidBatchIdError(f"{name!r} is not a batch id: 1 to 128 letters, digits, '.', '_' or '-'")
-    if error.status_code == 404:  # noqa: PLR2004
-        return RouteNotFoundError(f"there is no {request.url.path[:200]}; see /docs for what there is")
-    if error.status_code == 405:  # noqa: PLR2004
-        return MethodNotAllowedError(
-            f"{request.url.path[:200]} does not take {request.method}; it takes {_allowed(request)}"
-        )
-    return BadRequestError(str(error.detail))
-
-
-def _allowed(request: Request) -> str:
-    """The methods that a path takes, over all its routes."""
-    scopes = {method: {**request.scope, "method": method} for method in ("DELETE", "GET", "HEAD", "POST", "PUT")}
-    routes = request.app.routes
-    return ", ".join(
-        name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)
-    )
-
-
-def _detail(error: Exception) -> str:
-    if isinstance(error, AnchorwellError):
-        return error.detail
-    if isinstance(error, RequestValidationError):
-        return "; ".join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
-    return str(error) or type(error).__name__

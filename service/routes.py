@@ -17,12 +17,13 @@ from service import schemas
 from service.access import Access, Caller, Scope
 from service.batches import Batches
 from service.deeds import ANONYMOUS, Deed
-from service.errors import InvalidBatchIdError, accepted_headers
+from service.errors import InvalidBatchIdError
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.kept import PAGE, Kept
 from service.later import Later
 from service.posts import JSON, Post, Receiver, Sent
 from service.priority import give_way
+from service.problems import accepted_headers
 from service.reports import model_card, provenance
 from service.telemetry import METRICS_TYPE
 from service.webhooks import Webhooks

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from model.bundle import Bundle
-from service.app import create_app, open_engine
+from service.app import create_app
+from service.engine import open_engine
 from service.errors import StartError
 from service.settings import Settings, StorageSettings, is_loopback
 from tests.service.conftest import running
