@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.bars import conclude, read_bars
-from benchmarks.bench_engine import Machine, engine_bars
+from benchmarks.bench_engine import CLOSELY, Machine, engine_bars
 from benchmarks.bench_images import image_bars
 from benchmarks.bench_peers import peer_bars
 from benchmarks.bench_plates import plate_bars
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = {
         "engine": lambda: engine_bars(FOLDER, Machine(arguments.device, arguments.threads), arguments.rounds),
-        "images": lambda: image_bars(arguments.rounds),
+        "images": lambda: image_bars(CLOSELY * arguments.rounds),
         "peers": lambda: peer_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
         "plates": lambda: plate_bars(FOLDER, arguments.threads),
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),

@@ -225,7 +225,8 @@ class Batches:
         wells: list[schemas.WellPrediction] = []
         embeddings: list[Float] = []
         seen: list[ClassifiedSite] = []
-        with self.preparer.prepared(upload, pixel_size_um, lambda site: self._classified(site, frame)) as classified:
+        classifying = self.preparer.prepared(upload, pixel_size_um, lambda site: self._classified(site, frame))
+        with watch.stage("images"), classifying as classified:
             for well, sites, refused in _by_well(classified):
                 answer, embedding = self._answer(well, sites, frame.adaptation)
                 control = well in batch.control_wells

@@ -105,7 +105,10 @@ class Measured(Provenance):
     )
     saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
-    seconds: Mapping[str, float] = Field(description="seconds by stage; of passes that run side by side, their sum")
+    seconds: Mapping[str, float] = Field(
+        description="seconds by stage: `images` from the first file to the last answer, `classify` the sum of passes in it, "
+        "which run side by side"
+    )
 
 
 class ControlsReport(Measured):

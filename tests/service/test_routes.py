@@ -67,6 +67,8 @@ def test_a_well_is_answered_with_all_that_the_interface_promises(client):
     assert (answer["sites"], answer["refused"], answer["control"]) == (2, [], False)
     assert answer["distance_to_controls"] > 0
     assert answer["resembles_controls"] in (True, False)
+    assert {"receive", "images", "classify", "total"} <= set(prediction["seconds"])
+    assert 0 < prediction["seconds"]["images"] <= prediction["seconds"]["total"]
 
 
 def test_a_wells_answer_does_not_depend_on_company_order_or_chunking(client):
