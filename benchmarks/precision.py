@@ -3,16 +3,16 @@
 The networks are those that ``benchmarks/science.py`` keeps, the plates the new lab of their seed, simulated again where they
 are not there. Statistics are measured as the service measures them, in fp32. Wells are classified on every processor by
 rounding: weights and what every layer gives become bfloat16, and sums in between are fp32, as in such arithmetic, with a
-rounding more than a runtime that joins layers; and by OpenVINO where the processor has bfloat16. fp16 is the graphs that a
-GPU is given, folded in halves, which onnxruntime runs on a CPU with sums in fp32, as a GPU's are. Simulated plates: what is
-shown is shown for the simulator's batch effects.
+rounding more than a runtime that joins layers; and by OpenVINO where the processor has bfloat16. fp16 is the graph that a
+GPU is given, rounded likewise wherever it computes in halves, for a CPU would not. Simulated plates: what is shown is shown
+for the simulator's batch effects.
 
 Run: ``python -m benchmarks.precision [--workers 2]``; writes build/precision.json.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from model.statistics import BatchNormStatistics, Prior, TrainingStatistics, sum
 from service.errors import StartError
 from service.graphs import Graph, as_products
 from service.runtime import Session, open_runtime
-from service.runtime_onnx import GpuRuntime, OnnxSession
+from service.runtime_onnx import OnnxSession
 from training.dataset import PlateSites
 from training.export import measure_float64, write_graphs
 from training.grid import read_grid
@@ -85,7 +85,7 @@ def answers(found: Network, plates: list[PlateSites]) -> Iterator[tuple[str, NDA
     ways: dict[str, Session] = {
         "fp32": exact.session(graph),
         "bf16 by rounding": rounded(graph),
-        "fp16": GpuRuntime("fp16", THREADS, device="cpu").session(graph),
+        "fp16 by rounding": RoundedHalves(graph),
     }
     with suppress(StartError):
         ways["bf16"] = open_runtime("cpu", "bf16", THREADS).session(graph)
@@ -120,15 +120,54 @@ def rounded(graph: Graph) -> Session:
     nodes = [*_with_rounding(entering), *(part for node in model.graph.node for part in _with_rounding(node))]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    return OnnxSession(_as_it_is(model, graph.folder), measures=False)
+
+
+class RoundedHalves:
+    """A session that computes as fp16 does: what a GPU is given, in single precision, with its roundings."""
+
+    def __init__(self, graph: Graph) -> None:
+        folded = graph.folded(half=True)
+        self._fold, model = (onnx.ModelProto.FromString(part.content) for part in (folded.fold, folded.classify))
+        self._fold = _as_it_is(self._fold, graph.folder)
+        halves = {item.name for item in model.graph.input if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+        for item in model.graph.input:
+            item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        nodes: list[Any] = []
+        for node in model.graph.node:
+            to_single = node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT
+            to_half = node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT16
+            if to_half:
+                node.CopyFrom(onnx.helper.make_node("Identity", node.input, node.output))
+            if to_half or (not to_single and halves.intersection(node.input)):
+                halves.update(node.output)
+                nodes += _with_rounding(node, onnx.TensorProto.FLOAT16)
+            else:
+                nodes.append(node)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        self._classify = _as_it_is(model, graph.folder)
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
+        """Run it."""
+        names = [output.name for output in self._fold.get_outputs()]
+        made = self._fold.run(names, {name: given[name] for name in (INPUT_MEAN, INPUT_VARIANCE)})
+        weights = {name: value.astype(np.float32) for name, value in zip(names, made, strict=True)}
+        found: list[Float] = self._classify.run(list(outputs), {INPUT_IMAGES: given[INPUT_IMAGES], **weights})
+        return found
+
+
+def _as_it_is(model: Any, folder: Path) -> Any:
+    """Make onnxruntime's session of a graph that it must not change, or it takes the roundings out."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # or it takes the roundings out
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return OnnxSession(session, measures=False)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _with_rounding(node: Any) -> list[Any]:
-    """Round what a layer gives to bfloat16."""
+def _with_rounding(node: Any, to: int = onnx.TensorProto.BFLOAT16) -> list[Any]:
+    """Round what a layer gives."""
     if node.op_type in NOT_ROUNDED or len(node.output) > 1:
         return [node]
     exact, half, out = f"{node.output[0]}_exact", f"{node.output[0]}_half", node.output[0]
@@ -136,7 +175,7 @@ def _with_rounding(node: Any) -> list[Any]:
     make = onnx.helper.make_node
     return [
         node,
-        make("Cast", [exact], [half], to=onnx.TensorProto.BFLOAT16),
+        make("Cast", [exact], [half], to=to),
         make("Cast", [half], [out], to=onnx.TensorProto.FLOAT),
     ]
 

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +105,15 @@ class Composition:
 
 
 def create_app(
-    settings: Settings, *, engine: Engine | None = None, storage: Storage | None = None, decoder: Decoder | None = None
+    settings: Settings,
+    *,
+    engine: Engine | Future[BundleEngine] | None = None,
+    storage: Storage | None = None,
+    decoder: Decoder | None = None,
 ) -> FastAPI:
     """Compose the service. What else is given stands in for what would be made, and stays its owner's.
+
+    An engine may be one that is being made.
 
     Raises:
         BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
@@ -147,7 +154,7 @@ def create_app(
 def compose(
     settings: Settings,
     *,
-    engine: Engine | None = None,
+    engine: Engine | Future[BundleEngine] | None = None,
     storage: Storage | None = None,
     decoder: Decoder | None = None,
     tracing: Tracing = UNTRACED,
@@ -164,7 +171,7 @@ def compose(
         log.warning(warning)
     if listens:
         settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine or open_engine(settings)
+    used_engine = engine.result() if isinstance(engine, Future) else engine or open_engine(settings)
     bundle = used_engine.bundle if isinstance(used_engine, BundleEngine) else Bundle.load(settings.bundle)
     most_sites = bundle.manifest.max_context_sites
     if isinstance(used_engine, BundleEngine):

@@ -125,11 +125,11 @@ def serve(
             err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
     else:
         logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
-    with _engine(settings) as engine:
-        from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
-        from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
+    engine = _begun(settings)
+    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
 
-    application = create_app(settings, engine=engine.result())
+    application = create_app(settings, engine=engine)
     if settings.allow_anonymous and not is_loopback(settings.host):
         err.print(
             f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
@@ -157,11 +157,11 @@ def worker(
     given = {"bundle": bundle, "data": data}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     configure_logs(settings.log_format, err)
-    with _engine(settings) as engine:
-        from service.app import compose  # noqa: PLC0415 (as above)
+    engine = _begun(settings)
+    from service.app import compose  # noqa: PLC0415 (as above)
 
     settings = settings.model_copy(update={"workers": max(1, settings.workers)})
-    composition = compose(settings, engine=engine.result(), listens=False)
+    composition = compose(settings, engine=engine, listens=False)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -177,13 +177,14 @@ def worker(
         raise AnchorwellError(f"the worker cannot begin: {reason}")
 
 
-@contextmanager
-def _engine(settings: Settings) -> "Iterator[Future[BundleEngine]]":
-    """Make the engine while the rest of the service is imported; both take seconds, on a core each."""
+def _begun(settings: Settings) -> "Future[BundleEngine]":
+    """Begin to make the engine while the rest of the service is imported; both take seconds, on a core each."""
     from service.engine import open_engine  # noqa: PLC0415 (as above)
 
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(open_engine, settings)
+    pool = ThreadPoolExecutor(1)
+    engine = pool.submit(open_engine, settings)
+    pool.shutdown(wait=False)
+    return engine
 
 
 class _AnnouncingServer(uvicorn.Server):

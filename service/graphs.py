@@ -23,6 +23,8 @@ _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
 _WEIGHTS = "given_weights"
 _IMAGE_DIMENSIONS, _FLOAT_BYTES = 4, 4
+_MOST_IN_HALF = 1_000.0
+"""Largest feature after the first convolutions, normalised, with which what follows stays within halves (65,504)."""
 _SINGLE = ("ReduceMean", "GlobalAveragePool", "Gemm")
 """With what follows the last features, which costs nothing, single precision begins again."""
 Affine = Callable[[str, str, str, int], Iterator[Any]]
@@ -82,8 +84,18 @@ class Graph:
     def folded(self, *, half: bool = False) -> "Folded":
         """The graph that classifies as two: what depends on a batch's statistics alone, and what depends on images.
 
-        In half precision all layers up to the last features compute in it; what folds rounds when it is done.
+        In half precision all layers between the first convolutions and the last features compute in it; what folds rounds
+        when it is done. A site whose features leave the range of that gets answers that are no numbers.
+
+        Raises:
+            BundleError: the graph is not of that kind.
         """
+        try:
+            return self._folded(half=half)
+        except (ValueError, AssertionError, onnx.shape_inference.InferenceError) as error:
+            raise BundleError(f"{self.name} cannot be loaded: {str(error)[:200]}") from None
+
+    def _folded(self, *, half: bool) -> "Folded":
         model = self._model()
         floats = _floats(model)
         for node in model.graph.node:
@@ -97,9 +109,10 @@ class Graph:
         fold = parts.extract_model([INPUT_MEAN, INPUT_VARIANCE], names)
         classify = parts.extract_model([INPUT_IMAGES, *names], list(OUTPUTS[CLASSIFY]))
         if half:
-            _round_outputs(fold)
             _compute_in_half(classify)
-        return Folded(self._with(fold), self._with(classify), tuple(names))
+            halves = (item.name for item in classify.graph.input if _is_half(item))
+            _give_in_half(fold, set(halves))
+        return Folded(self._with(fold), self._with(classify))
 
     def with_weights_as_inputs(self) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
         """The graph with its weights as further inputs, and them: for a runtime that cannot be told where they lie."""
@@ -175,11 +188,10 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Folded:
-    """A graph that makes convolutions of a batch's statistics, and one that takes images and them, as ``names``."""
+    """A graph that makes convolutions of a batch's statistics, and one that takes images and what that gives, by name."""
 
     fold: Graph
     classify: Graph
-    names: tuple[str, ...]
 
 
 class _Folding:
@@ -200,7 +212,7 @@ class _Folding:
             yield from as_convolution(x, name, output, features)
             return
         yield _node("Mul", [before.input[1], weights], f"{name}_weights")
-        if len(before.input) > 2:  # noqa: PLR2004 (it has a bias)
+        if any(before.input[2:]):  # it has a bias
             yield _node("Mul", [before.input[2], f"{name}_scale"], f"{name}_scaled_bias")
             yield _node("Add", [f"{name}_scaled_bias", shift], f"{name}_bias")
             shift = f"{name}_bias"
@@ -214,39 +226,90 @@ class _Folding:
         self.given.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
 
-def _round_outputs(model: Any) -> None:
-    """Let a graph give half precision."""
-    for item in model.graph.output:
-        exact = item.name
-        item.name, item.type.tensor_type.elem_type = f"{exact}_half", onnx.TensorProto.FLOAT16
-        model.graph.node.append(_node("Cast", [exact], item.name, to=onnx.TensorProto.FLOAT16))
+def _give_in_half(model: Any, names: set[str]) -> None:
+    """Let a graph give some outputs in half precision."""
+    graph = model.graph
+    for node in graph.node:
+        for values in (node.input, node.output):
+            values[:] = [f"{name}_exact" if name in names else name for name in values]
+    for item in graph.output:
+        if item.name in names:
+            item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+            graph.node.append(_node("Cast", [f"{item.name}_exact"], item.name, to=onnx.TensorProto.FLOAT16))
 
 
 def _compute_in_half(model: Any) -> None:
-    """Let a graph take everything but images in half precision, and compute in it up to the last features."""
+    """Let a graph compute in half precision between the first convolutions and the last features.
+
+    Images may lie anywhere; what the first convolutions give is normalised. Where it is out of all range, what is computed
+    from it would be, too, and need not show it.
+    """
     graph, floats = model.graph, _floats(model)
-    half = {item.name for item in graph.input if item.name != INPUT_IMAGES}
+    first = [node for node in graph.node if INPUT_IMAGES in node.input]
+    if not all(node.op_type == "Conv" for node in first):
+        raise ValueError("images go into something else than convolutions: it cannot be run in fp16")
+    half = {item.name for item in graph.input}.difference(*(node.input for node in first))
     for item in graph.input:
         if item.name in half:
             item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    nodes: list[Any] = []
-
-    def cast(node: Any, names: set[str], suffix: str, to: int) -> None:
-        for place, name in enumerate(node.input):
-            if name in names:
-                nodes.append(_node("Cast", [name], f"{node.output[0]}_{place}_{suffix}", to=to))
-                node.input[place] = nodes[-1].output[0]
-
-    for node in graph.node:
-        if node.op_type in _SINGLE:
-            cast(node, half, "single", onnx.TensorProto.FLOAT)
-        elif half.intersection(node.input) or INPUT_IMAGES in node.input:
-            cast(node, floats - half, "half", onnx.TensorProto.FLOAT16)
-            half.update(floats.intersection(node.output))
-        nodes.append(node)
+    outputs = {item.name: len(item.type.tensor_type.shape.dim) for item in graph.output}
+    nodes = [new for node in graph.node for new in _halved(node, half, floats)]
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}_within" if name in outputs else name for name in names]
+    nodes += _out_of_range([node.output[0] for node in first])
+    for name, dimensions in outputs.items():
+        nodes += _spoilt(name, dimensions, half=name in half)
     del graph.value_info[:]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _halved(node: Any, half: set[str], floats: set[str]) -> Iterator[Any]:
+    """Give a node with the casts that it needs before it; what it gives in half precision is ``half``, too."""
+    if node.op_type in _SINGLE:
+        yield from _cast(node, half, "single", onnx.TensorProto.FLOAT)
+    elif half.intersection(node.input):
+        yield from _cast(node, floats - half, "half", onnx.TensorProto.FLOAT16)
+        half.update(floats.intersection(node.output))
+    yield node
+
+
+def _cast(node: Any, names: set[str], suffix: str, to: int) -> Iterator[Any]:
+    for place, name in enumerate(node.input):
+        if name in names:
+            node.input[place] = f"{node.output[0]}_{place}_{suffix}"
+            yield _node("Cast", [name], node.input[place], to=to)
+
+
+def _out_of_range(features: list[str]) -> Iterator[Any]:
+    """Give ``out_of_range``, (sites, 1, 1, 1): zero, or NaN where features are so large that halves may not hold them."""
+    yield _node("Constant", [], "range_axes", value=onnx.numpy_helper.from_array(np.array([1, 2, 3], np.int64)))
+    yield _node("Constant", [], "range_limit", value_float=_MOST_IN_HALF)
+    yield _node("Constant", [], "range_none", value_float=0.0)
+    yield _node("Constant", [], "range_nan", value_float=math.nan)
+    for number, name in enumerate(features):
+        yield _node("Abs", [name], f"range_sizes_{number}")
+        yield _node("ReduceMax", [f"range_sizes_{number}", "range_axes"], f"range_largest_{number}", keepdims=1)
+    yield _node("Max", [f"range_largest_{number}" for number in range(len(features))], "range_largest")
+    yield _node("LessOrEqual", ["range_largest", "range_limit"], "range_holds")
+    yield _node("Where", ["range_holds", "range_none", "range_nan"], "out_of_range")
+
+
+def _spoilt(output: str, dimensions: int, *, half: bool) -> Iterator[Any]:
+    """Add ``out_of_range`` to what becomes an output of so many dimensions, in single precision."""
+    within = f"{output}_within"
+    if half:
+        yield _node("Cast", [within], f"{within}_single", to=onnx.TensorProto.FLOAT)
+        within = f"{within}_single"
+    shape = onnx.numpy_helper.from_array(np.array([-1, *[1] * (dimensions - 1)], np.int64))
+    yield _node("Constant", [], f"{output}_range_shape", value=shape)
+    yield _node("Reshape", ["out_of_range", f"{output}_range_shape"], f"{output}_out_of_range")
+    yield _node("Add", [within, f"{output}_out_of_range"], output)
+
+
+def _is_half(value: Any) -> bool:
+    return bool(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16)
 
 
 def _floats(model: Any) -> set[str]:

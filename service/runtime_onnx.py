@@ -1,5 +1,6 @@
 """onnxruntime, on CUDA without TF32 or on the CPU. The only module that knows it."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -34,6 +35,7 @@ class OnnxRuntime:
     pass_sizes = (1,)
 
     def __init__(self, threads: int, *, members: int = 1) -> None:
+        _prepare()
         self._threads = threads
         self._members = members
 
@@ -63,11 +65,14 @@ class GpuRuntime:
         kept: int = FOLDED_KEPT,
         device: Literal["cuda", "cpu"] = "cuda",
     ) -> None:
-        """Make a runtime; a CPU can stand in for the GPU, slowly, to try it."""
+        """Make a runtime; a CPU can stand in for the GPU, slowly, to try it: it computes halves in single precision."""
+        _prepare()
         self.precision = precision
         self.pass_sizes = pass_sizes
         self._threads, self._members, self._kept, self._device = threads, members, kept, device
         self._providers = _cuda() if device == "cuda" else [CPU]
+        # Told not to use TF32, CUDA's provider keeps halves from the same units; what is left in fp32 has none of it anyway.
+        self._halves = _cuda(use_tf32="1") if device == "cuda" else [CPU]
 
     @property
     def provider(self) -> str:
@@ -77,13 +82,12 @@ class GpuRuntime:
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession | FoldingSession":
         """Make a session."""
         if measures:
-            return OnnxSession(self._session(graph), measures=True)
+            return OnnxSession(_session(graph, self._threads, self._members, self._providers), measures=True)
         folded = graph.folded(half=self.precision == "fp16")
-        fold, classify = self._session(folded.fold), self._session(folded.classify)
-        return FoldingSession(fold, classify, folded.names, device=self._device, kept=self._kept)
-
-    def _session(self, graph: Graph) -> Any:
-        return _session(graph, self._threads, self._members, self._providers)
+        fold = _session(folded.fold, self._threads, self._members, self._providers)
+        classifying = self._providers if self.precision == "fp32" else self._halves
+        classify = _session(folded.classify, self._threads, self._members, classifying)
+        return FoldingSession(fold, classify, device=self._device, kept=self._kept)
 
 
 class OnnxSession:
@@ -109,10 +113,13 @@ class FoldingSession:
     Those stay on the device, of the batches that were classified last. Runs one pass at a time.
     """
 
-    def __init__(self, fold: Any, classify: Any, names: Sequence[str], *, device: str, kept: int) -> None:
-        self._fold, self._classify, self._names = fold, classify, names
+    def __init__(self, fold: Any, classify: Any, *, device: str, kept: int) -> None:
+        self._fold, self._classify = fold, classify
         self._device, self._most = device, kept
-        self._kept: list[tuple[Float, Float, list[Any]]] = []
+        self._kept: list[tuple[Float, Float, dict[str, Any]]] = []
+        self._options = onnxruntime.RunOptions()
+        if device == "cuda":  # what batches that are kept no more have left
+            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph, on convolutions that are there or are made first."""
@@ -126,7 +133,7 @@ class FoldingSession:
     def _run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         binding = self._classify.io_binding()
         binding.bind_cpu_input(INPUT_IMAGES, given[INPUT_IMAGES])
-        for name, value in zip(self._names, self._folded(given[INPUT_MEAN], given[INPUT_VARIANCE]), strict=True):
+        for name, value in self._folded(given[INPUT_MEAN], given[INPUT_VARIANCE]).items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name)
@@ -134,22 +141,24 @@ class FoldingSession:
         found: list[Float] = binding.copy_outputs_to_cpu()
         return found
 
-    def _folded(self, mean: Float, variance: Float) -> list[Any]:
-        """Weights and biases of these statistics, on the device."""
+    def _folded(self, mean: Float, variance: Float) -> dict[str, Any]:
+        """Weights and biases of these statistics by name, on the device."""
         found = next((one for one in self._kept if np.array_equal(one[0], mean) and np.array_equal(one[1], variance)), None)
-        used = found or (mean.copy(), variance.copy(), self._made(mean, variance))
-        self._kept = [used, *(one for one in self._kept if one is not used)][: self._most]
-        return used[2]
+        if found is None:
+            del self._kept[max(0, self._most - 1) :]  # the room is there before it is needed
+            found = (mean.copy(), variance.copy(), self._made(mean, variance))
+        self._kept = [found, *(one for one in self._kept if one is not found)][: self._most]
+        return found[2]
 
-    def _made(self, mean: Float, variance: Float) -> list[Any]:
+    def _made(self, mean: Float, variance: Float) -> dict[str, Any]:
         binding = self._fold.io_binding()
         binding.bind_cpu_input(INPUT_MEAN, mean)
         binding.bind_cpu_input(INPUT_VARIANCE, variance)
-        for output in self._fold.get_outputs():
-            binding.bind_output(output.name, self._device)
-        self._fold.run_with_iobinding(binding)
-        found: list[Any] = binding.get_outputs()
-        return found
+        names = [output.name for output in self._fold.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self._device)
+        self._fold.run_with_iobinding(binding, self._options)
+        return dict(zip(names, binding.get_outputs(), strict=True))
 
 
 def _session(graph: Graph, threads: int, members: int, providers: list[Any]) -> Any:
@@ -158,8 +167,6 @@ def _session(graph: Graph, threads: int, members: int, providers: list[Any]) -> 
     Raises:
         BundleError: the graph cannot be loaded.
     """
-    onnxruntime.disable_telemetry_events()
-    _share_buffers()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
@@ -201,14 +208,17 @@ def cuda_works(*, required: bool) -> bool:
     return bool(found == CUDA)
 
 
-def _cuda() -> list[Any]:
+def _cuda(use_tf32: str = "0") -> list[Any]:
+    """Name CUDA's provider. No library of NVIDIA's computes fp32 in TF32: onnxruntime does, in places, all the same."""
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     onnxruntime.preload_dlls()
-    return [(CUDA, {"use_tf32": "0"}), CPU]
+    return [(CUDA, {"use_tf32": use_tf32, "arena_extend_strategy": "kSameAsRequested"}), CPU]
 
 
 @cache
-def _share_buffers() -> None:
-    """Let all sessions of this process have their buffers from one place."""
+def _prepare() -> None:
+    """Let onnxruntime tell its makers nothing, and all sessions of this process have their buffers from one place."""
+    onnxruntime.disable_telemetry_events()
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )

@@ -259,11 +259,11 @@ class Spied:
     def __getattr__(self, name):
         return getattr(self.session, name)
 
-    def run_with_iobinding(self, binding):
+    def run_with_iobinding(self, *given):
         self.runs += 1
         if not self.memory:
             raise RuntimeError("CUDA failure 2: out of memory")
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(*given)
 
 
 @pytest.fixture
@@ -429,7 +429,10 @@ def test_a_graph_that_cannot_be_loaded_is_named(bundle):
         plain_engine(bundle)
 
 
-@pytest.mark.parametrize("runtime", [OnnxRuntime(1), open_runtime("cpu", "fp32", 1)])
+RUNTIMES_OF_A_GPU = [GpuRuntime(precision, 1, device="cpu") for precision in ("fp32", "fp16")]
+
+
+@pytest.mark.parametrize("runtime", [OnnxRuntime(1), open_runtime("cpu", "fp32", 1), *RUNTIMES_OF_A_GPU])
 def test_a_graph_that_a_runtime_cannot_run_is_named(runtime, tiny):
     graph = Graph.read(tiny.path / CLASSIFY)
     model = onnx.ModelProto.FromString(graph.content)

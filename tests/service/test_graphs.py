@@ -1,14 +1,19 @@
 """What graphs become computes what they did."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
+from benchmarks.precision import RoundedHalves
 from model.bundle import CLASSIFY, MEASURE, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
+from service.engine import BundleEngine
 from service.graphs import Graph, as_convolution, as_products, identity
+from service.runtime_onnx import OnnxRuntime
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +27,12 @@ def session(content, tiny):
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
+def nodes(content):
+    return onnx.ModelProto.FromString(content).graph.node
+
+
 def kinds(content):
-    return [node.op_type for node in onnx.ModelProto.FromString(content).graph.node]
+    return [node.op_type for node in nodes(content)]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +81,9 @@ def test_what_a_node_adds_to_the_variance_is_kept(tiny, given, tmp_path, form):
 
 def run_folded(folded, feeds, tiny):
     fold, classify = (session(graph.content, tiny) for graph in (folded.fold, folded.classify))
-    made = fold.run(None, {name: feeds[name] for name in ("bn_mean", "bn_var")})
-    given = dict(zip(folded.names, made, strict=True))
-    return classify.run(None, {"images": feeds["images"], **given}), given
+    names = [output.name for output in fold.get_outputs()]
+    made = dict(zip(names, fold.run(names, {name: feeds[name] for name in ("bn_mean", "bn_var")}), strict=True))
+    return classify.run(None, {"images": feeds["images"], **made}), made
 
 
 def test_statistics_are_folded_into_the_convolutions_before_them(tiny, given):
@@ -89,18 +98,59 @@ def test_statistics_are_folded_into_the_convolutions_before_them(tiny, given):
         np.testing.assert_allclose(other, one, atol=1e-4)
 
 
-def test_in_half_precision_layers_are_folded_in_single_and_rounded_and_logits_are_not(tiny, given):
+def test_in_half_precision_layers_are_folded_in_single_and_rounded_but_for_those_that_take_images(tiny, given):
     images, statistics = given
     feeds = {"images": images, "bn_mean": statistics.mean, "bn_var": statistics.variance}
     graph = Graph.read(tiny.path / CLASSIFY)
     exact, weights = run_folded(graph.folded(), feeds, tiny)
     rounded, halves = run_folded(graph.folded(half=True), feeds, tiny)
+    assert list(halves) == list(weights)
+    (first,) = (node for node in nodes(graph.folded(half=True).classify.content) if "images" in node.input)
     for name, weight in weights.items():
-        np.testing.assert_array_equal(halves[name], weight.astype(np.float16))
+        expected = weight if name in first.input else weight.astype(np.float16)
+        assert halves[name].dtype == expected.dtype
+        np.testing.assert_array_equal(halves[name], expected)
     assert rounded[0].dtype == np.float32
-    assert np.abs(rounded[0] - rounded[0].astype(np.float16)).max() > 0
+    assert np.abs(rounded[0] - rounded[0].astype(np.float16)).max() > 0, "logits are not rounded"
     for one, other in zip(exact, rounded, strict=True):
         assert 1e-5 < np.abs(other - one).max() < 0.02 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("offset", [0, 10, 300])
+def test_halves_hold_what_a_plate_far_from_training_is_once_it_is_normalised(tiny, given, offset):
+    images, shifted = given[0], given[0] + np.float32(offset)
+    engine = BundleEngine(tiny, OnnxRuntime(1))
+    mean, variance, _ = engine.measure(shifted)
+    feeds = {"images": shifted, "bn_mean": mean, "bn_var": variance}
+    exact = engine.classify(shifted, BatchNormStatistics(mean, variance, sites=len(images), wells=1))
+    found = RoundedHalves(Graph.read(tiny.path / CLASSIFY)).run(["logits", "embedding"], feeds)
+    for one, other in zip(exact[:2], found, strict=True):
+        assert 1e-5 < np.abs(other - one).max() < 0.03 * np.abs(one).max()
+
+
+def test_in_half_precision_a_site_that_halves_may_not_hold_has_no_answer_and_others_have(tiny, given):
+    images, statistics = given
+    feeds = {"images": images.copy(), "bn_mean": statistics.mean, "bn_var": statistics.variance}
+    half = Graph.read(tiny.path / CLASSIFY).folded(half=True)
+    expected, _ = run_folded(half, feeds, tiny)
+    for place, factor in ((1, 1e4), (3, 1e30)):
+        feeds["images"][place] *= np.float32(factor)
+    found, _ = run_folded(half, feeds, tiny)
+    for one, other in zip(expected, found, strict=True):
+        assert np.isnan(other[[1, 3]]).all()
+        np.testing.assert_allclose(other[[0, 2, 4]], one[[0, 2, 4]], atol=1e-5)
+
+
+def test_a_network_that_does_not_begin_with_convolutions_is_not_run_in_half_precision(tiny):
+    graph = Graph.read(tiny.path / CLASSIFY)
+    model = onnx.ModelProto.FromString(graph.content)
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["images"], ["turned"]))
+    for node in list(model.graph.node)[1:]:
+        node.input[:] = ["turned" if name == "images" else name for name in node.input]
+    turned = replace(graph, content=model.SerializeToString())
+    turned.folded()
+    with pytest.raises(BundleError, match=r"classify\.onnx cannot be loaded: .*cannot be run in fp16"):
+        turned.folded(half=True)
 
 
 def small(bias, *, used_twice):
@@ -110,7 +160,7 @@ def small(bias, *, used_twice):
     def value(name, *shape):
         return make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
-    nodes = [
+    made = [
         make.make_node("Conv", ["images", "w", "b"], ["x"], pads=[1, 1, 1, 1], strides=[2, 2]),
         make.make_node("BatchNormalization", ["x", "gain", "offset", "bn_mean", "bn_var"], ["y"], epsilon=0.25),
         make.make_node("Add", ["y", "x"] if used_twice else ["y", "y"], ["logits"]),
@@ -120,7 +170,7 @@ def small(bias, *, used_twice):
     initializers = [onnx.numpy_helper.from_array(tensor.astype(np.float32), name) for name, tensor in tensors.items()]
     taken = [value("images", "sites", 3, 8, 8), value("bn_mean", 4), value("bn_var", 4)]
     given = [value(name, "sites", 4, 4, 4) for name in ("logits", "embedding")]
-    graph = make.make_graph(nodes, "small", taken, given, initializers)
+    graph = make.make_graph(made, "small", taken, given, initializers)
     return make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10).SerializeToString()
 
 
