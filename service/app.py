@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
@@ -38,7 +38,7 @@ from service.references import References
 from service.reports import VERSION
 from service.requests import Admission, Requests
 from service.retention import Retention
-from service.routes import Served
+from service.routes import Served, known_query
 from service.screen import Screener
 from service.settings import Settings
 from service.storage import Storage
@@ -146,7 +146,7 @@ def create_app(
     app.add_middleware(Admission, require_room=composition.served.upload_slots.require_room)
     app.add_middleware(Requests, count=composition.metrics.request)
     for router in (routes_images.router, routes_jobs.router, routes.router):
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(known_query)])
     install_handlers(app)
     return app
 
@@ -167,7 +167,7 @@ def compose(
     used_storage = Storage(
         TimedRecords(opened.records, observer), opened.blobs, lambda tenant: settings.rules(tenant).max_bytes
     )
-    for warning in settings.storage_warnings():
+    for warning in (*settings.misspelt(), *settings.storage_warnings()):
         log.warning(warning)
     if listens:
         settings.check_exposure(keys=any(Keys(used_storage.records).all()))

@@ -2,10 +2,12 @@
 
 import asyncio
 import csv
+import errno
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import uvicorn
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -33,12 +36,14 @@ from service.client import (
     StatisticsChangedError,
     well_of,
 )
+from service.errors import StartError
 from service.settings import Settings, is_loopback
 from service.telemetry import configure_logs
 from service.watch import UNSETTLED, Form, Watcher
 
 if TYPE_CHECKING:
     from service.engine import BundleEngine
+    from service.routes import Served
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
@@ -88,6 +93,9 @@ def main() -> None:
     """Run the command line; what is wrong with input is one line and exit code 1."""
     try:
         app()
+    except SettingsError as error:
+        err.print(f"[bold red]error[/]  {_escaped(str(error))}: it is not JSON", soft_wrap=True, highlight=False)
+        sys.exit(1)
     except (AnchorwellError, ProblemError, ServiceUnreachableError, StatisticsChangedError, OSError) as error:
         err.print(f"[bold red]error[/]  {_escaped(_in_flags(str(error)))}", soft_wrap=True, highlight=False)
         sys.exit(1)
@@ -113,11 +121,12 @@ def serve(
     bundle: Annotated[Path | None, typer.Option(help="the bundle to serve (ANCHORWELL_BUNDLE)")] = None,
     data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32; on a CPU bf16, on CUDA fp16 (ANCHORWELL_PRECISION)")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on (ANCHORWELL_HOST)")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on (ANCHORWELL_PORT)")] = None,
 ) -> None:
     """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
-    given = {"bundle": bundle, "data": data, "device": device, "host": host, "port": port}
+    given = {"bundle": bundle, "data": data, "device": device, "precision": precision, "host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     configure_logs(settings.log_format, err)
     if settings.log_format == "text":
@@ -125,6 +134,7 @@ def serve(
             err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
     else:
         logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
+    listening = _listening(settings.host, settings.port)
     engine = _begun(settings)
     from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
     from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
@@ -145,7 +155,7 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    _AnnouncingServer(config, application.state.served.readiness.decided).run()
+    _AnnouncingServer(config, application.state.served).run(sockets=listening)
 
 
 @app.command()
@@ -177,6 +187,29 @@ def worker(
         raise AnchorwellError(f"the worker cannot begin: {reason}")
 
 
+def _listening(host: str, port: int) -> list[socket.socket]:
+    """Take the address, of a name all that it has, before anything else is begun.
+
+    Raises:
+        StartError: it cannot be had.
+    """
+    found: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            taken = socket.socket(family, kind, protocol)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            taken.bind((address[0], found[0].getsockname()[1] if found else port, *address[2:]))
+            found.append(taken)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"port {port} of {host} is in use: give another with --port, 0 takes a free one") from None
+        if not found:
+            raise StartError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+    return found
+
+
 def _begun(settings: Settings) -> "Future[BundleEngine]":
     """Begin to make the engine while the rest of the service is imported; both take seconds, on a core each."""
     from service.engine import open_engine  # noqa: PLC0415 (as above)
@@ -188,11 +221,11 @@ def _begun(settings: Settings) -> "Future[BundleEngine]":
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Prints one line with the URL once requests are taken."""
+    """Prints one line with the URL, and what the network runs on, once requests are taken."""
 
-    def __init__(self, config: uvicorn.Config, decided: Callable[[], Any]) -> None:
+    def __init__(self, config: uvicorn.Config, served: "Served") -> None:
         super().__init__(config)
-        self._decided = decided
+        self._served = served
         self._announcement: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
@@ -206,10 +239,12 @@ class _AnnouncingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _announce(self) -> None:
-        if await self._decided():
+        if await self._served.readiness.decided():
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            out.print(f"Anchorwell is ready at http://{shown}:{port}", highlight=False, markup=False)
+            engine = self._served.batches.engine
+            said = f"Anchorwell is ready at http://{shown}:{port}, on {engine.provider} in {engine.precision}"
+            out.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 # --- adapt and predict -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from service.errors import (
     InvalidRequestError,
     MalformedUploadError,
     MethodNotAllowedError,
+    NotReadyError,
     RouteNotFoundError,
     ServiceError,
     problem_body,
@@ -55,7 +56,8 @@ def install_handlers(app: FastAPI) -> None:
     """Let every error of the app, routing and validation included, leave as problem+json."""
 
     async def known(_: Request, error: Exception) -> Response:
-        if problem_of(error).status >= 500:  # noqa: PLR2004 (the service's own faults belong in its log)
+        # The service's own faults belong in its log; that it is not ready yet it is asked again and again.
+        if problem_of(error).status >= 500 and not isinstance(error, NotReadyError):  # noqa: PLR2004
             log.warning("%s: %s", type(error).__name__, problem_body(error)["detail"])
         return problem_response(error)
 

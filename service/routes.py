@@ -1,12 +1,14 @@
 """HTTP in, HTTP out. Knows no rule of a plate and holds no ``try``: what is raised below leaves as problem+json."""
 
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response, params
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
@@ -17,7 +19,7 @@ from service import schemas
 from service.access import Access, Caller, Scope
 from service.batches import Batches
 from service.deeds import ANONYMOUS, Deed
-from service.errors import InvalidBatchIdError
+from service.errors import InvalidBatchIdError, InvalidRequestError
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.kept import PAGE, Kept
 from service.later import Later
@@ -63,6 +65,24 @@ async def get_served(request: Request) -> Served:
 
 
 Serving = Annotated[Served, Depends(get_served)]
+
+
+async def known_query(request: Request) -> None:
+    """Refuse query parameters that would be passed over.
+
+    Raises:
+        InvalidRequestError: one is unknown, or given twice.
+    """
+    if not request.scope["query_string"]:
+        return
+    fields = get_flat_params(request.scope["route"].dependant)
+    known = {field.alias for field in fields if isinstance(field.field_info, params.Query)}
+    told = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if name not in known:
+            raise InvalidRequestError(f"{request.url.path[:200]} takes no query parameter {name[:40]!r}; {told}")
+        if times > 1:
+            raise InvalidRequestError(f"the query parameter {name} is given {times} times")
 
 
 _BEARER = HTTPBearer(auto_error=False, description="an API key: aw_…; without any keys, none is needed on this machine")

@@ -71,7 +71,7 @@ def open_runtime(device: Device, precision: Precision, threads: int, *, members:
             raise StartError("precision bf16 is offered on the CPU, by OpenVINO; on CUDA it is fp32 or fp16")
         return GpuRuntime(precision, threads, members=members)
     if precision == "fp16":
-        raise StartError("precision fp16 is offered on CUDA alone; on the CPU it is fp32 or bf16")
+        raise StartError("precision fp16 is offered on CUDA alone, and there is none here: use fp32, or see docs/deploy.md")
     on_cpu = OnnxRuntime(threads, members=members)
     try:
         from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)

@@ -200,11 +200,17 @@ def cuda_works(*, required: bool) -> bool:
     """
     if CUDA not in onnxruntime.get_available_providers():
         if required:
-            raise StartError("device cuda was asked for, but this onnxruntime has no CUDA: install the extra 'gpu'")
+            raise StartError(
+                "device cuda was asked for, but this onnxruntime has no CUDA: install the extra 'gpu' in an environment of "
+                "its own, without the extras 'cpu' and 'openvino'"
+            )
         return False
     found = onnxruntime.InferenceSession(identity(), providers=_cuda()).get_providers()[0]
     if required and found != CUDA:
-        raise StartError(f"device cuda was asked for, but onnxruntime runs graphs on {found}")
+        raise StartError(
+            f"device cuda was asked for, but onnxruntime runs graphs on {found}: is there a GPU (nvidia-smi), and are "
+            "CUDA's libraries there, which the extra 'gpu' installs? What is missing onnxruntime says above"
+        )
     return bool(found == CUDA)
 
 

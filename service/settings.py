@@ -4,6 +4,7 @@ import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -26,6 +27,10 @@ CONFIG = "ANCHORWELL_CONFIG"
 """Names a TOML file of settings; variables go before it."""
 SECRETS = "ANCHORWELL_SECRETS_DIR"
 """Names a directory with a file a setting, as containers mount secrets: ``anchorwell_redis``."""
+
+
+_NEARLY = 0.93
+"""How like a setting's a variable's name must be, to be taken for it misspelt."""
 
 
 class TenantRules(BaseModel):
@@ -79,6 +84,13 @@ class StorageSettings(BaseSettings):
         from service.records_redis import durability_warnings  # noqa: PLC0415 (an embedded service needs no Redis)
 
         return durability_warnings(self.redis)
+
+    @classmethod
+    def misspelt(cls) -> list[str]:
+        """Variables that are no settings but look like one, a sentence each: they would be passed over in silence."""
+        known = [f"ANCHORWELL_{name.upper()}" for name in cls.model_fields]
+        near = {name: get_close_matches(name, known, 1, _NEARLY) for name in os.environ if name not in known}
+        return [f"the variable {name} is no setting: is {like[0]} meant?" for name, like in near.items() if like]
 
     def open_storage(self) -> Storage:
         """Open what is kept.

@@ -6,6 +6,7 @@ flushed, or are others: they are never taken for those of an empty lab.
 
 import json
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def open_storage(data: Path, redis: str | None = None, objects: str | None = Non
     """
     if not data.parent.is_dir():
         raise StartError(f"the data directory {data} cannot be made: there is no folder {data.parent}")
-    data.mkdir(exist_ok=True)
+    _require_writable(data)
     blobs: Blobs = FileBlobs(data / BLOBS_DIRECTORY) if objects is None else open_object_blobs(objects)
     if redis is None:
         new = SqliteRecords(data / RECORDS_FILE)
@@ -82,6 +83,22 @@ def open_storage(data: Path, redis: str | None = None, objects: str | None = Non
     records = RedisRecords(redis, lab, Journal(blobs))
     _secure(records)
     return Storage(records, blobs)
+
+
+def _require_writable(data: Path) -> None:
+    """Make the data directory where it is missing.
+
+    Raises:
+        StartError: it cannot be made, or it or what lies in it cannot be written.
+    """
+    try:
+        data.mkdir(exist_ok=True)
+        inside = [data, *data.iterdir()]
+    except OSError as error:
+        raise StartError(f"the data directory {data} cannot be used: {error.strerror}") from None
+    for path in inside:
+        if not os.access(path, os.W_OK):
+            raise StartError(f"{path} cannot be written by this user: it is of the data directory, which must be")
 
 
 def _secure(records: Records) -> None:

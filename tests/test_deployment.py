@@ -168,6 +168,7 @@ def test_pods_are_confined_and_have_time_to_end(overlay):
     for template in pods(rendered(overlay)).values():
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["enableServiceLinks"] is False, "the Service would set ANCHORWELL_PORT"
         assert spec["terminationGracePeriodSeconds"] > Settings.model_fields["drain_timeout_s"].default
         for container in (*spec["containers"], *spec["initContainers"]):
             assert container["securityContext"]["readOnlyRootFilesystem"] is True

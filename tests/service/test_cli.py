@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def serving(bundle, folder, **environment):
         ) as process,
     ):
         line = process.stdout.readline()
-        found = re.fullmatch(r"Anchorwell is ready at (http://127\.0\.0\.1:\d+)\n", line)
+        found = re.fullmatch(r"Anchorwell is ready at (http://127\.0\.0\.1:\d+), on \w+ in fp32\n", line)
         log.seek(0)
         assert found, (line, log.read())
         yield process, found[1]
@@ -294,11 +295,40 @@ def test_serve_refuses_what_it_cannot_do_in_one_line(tiny_bundle_path, tmp_path)
         (["--bundle", tiny_bundle_path, "--data", data, "--host", "0.0.0.0"], "ALLOW_ANONYMOUS"),
         (["--bundle", tiny_bundle_path, "--data", tmp_path / "no" / "such" / "folder"], "there is no folder"),
         (["--bundle", tiny_bundle_path, "--data", data, "--device", "tpu"], "device"),
+        (
+            ["--bundle", tiny_bundle_path, "--data", data, "--device", "cpu", "--precision", "fp16"],
+            "fp16 is offered on CUDA",
+        ),
     ):
         done = run("serve", *arguments)
         assert done.returncode == 1, done.stderr
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_at_once(tiny_bundle_path, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("serve", "--bundle", tiny_bundle_path, "--data", tmp_path / "data", "--port", port)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"port {port} of 127.0.0.1 is in use" in done.stderr.splitlines()[-1]
+
+
+def test_a_setting_that_is_not_json_is_one_line(tiny_bundle_path):
+    done = run("serve", ANCHORWELL_BUNDLE=tiny_bundle_path, ANCHORWELL_ALLOWED_HOSTS="anchorwell")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "allowed_hosts" in done.stderr
+    assert "JSON" in done.stderr
+
+
+def test_a_name_is_listened_on_at_all_of_its_addresses(tiny_bundle_path, tmp_path):
+    with serving(tiny_bundle_path, tmp_path, HOST="localhost") as (_, url):
+        for address in {found[4][0] for found in socket.getaddrinfo("localhost", None)}:
+            host = f"[{address}]" if ":" in address else address
+            httpx.get(f"http://{host}:{url.rpartition(':')[2]}/health/live").raise_for_status()
 
 
 def test_serve_ends_on_sigterm_and_keeps_what_it_acknowledged(tiny_bundle_path, plate, tmp_path):

@@ -342,6 +342,11 @@ def test_paths_and_methods_that_do_not_exist(client):
 def test_a_query_that_is_not_valid(client):
     refused(client.post("/batches/P1/predict?context=union", files=FILES), "invalid-request", names=["context"])
     refused(client.post(f"{CONTROLS}?replace=perhaps", files=FILES), "invalid-request", names=["replace"])
+    mistyped = client.post("/batches/P1/predict?contxt=source", files=FILES)
+    refused(mistyped, "invalid-request", names=["contxt", "context"])
+    twice = client.post("/batches/P1/predict?context=source&context=controls", files=FILES)
+    refused(twice, "invalid-request", names=["context", "2 times"])
+    refused(client.get("/health/live?now=1"), "invalid-request", names=["now", "none"])
 
 
 FORM = "multipart/form-data; boundary=x"

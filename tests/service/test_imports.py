@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,11 @@ def test_onnxruntime_tells_its_makers_nothing_of_a_lab(tmp_path):
     if not kept_at_home(program, tmp_path / "as-it-comes"):
         pytest.skip("this onnxruntime keeps no name for the machine")
     assert kept_at_home(f"import model; {program}", tmp_path / "ours") == []
+
+
+def test_openvino_tells_nobody_of_a_lab(tmp_path):
+    if "openvino-telemetry" not in {package.name for package in distributions()}:
+        pytest.skip("this OpenVINO tells nobody")
+    asked = "import socket; socket.getaddrinfo = lambda *given, **_: print('asked for', given[0]) or exit(1)"
+    assert kept_at_home(f"{asked}; import openvino", tmp_path / "as-it-comes") != []
+    assert kept_at_home(f"{asked}; import service.runtime_openvino", tmp_path / "ours") == []

@@ -11,6 +11,7 @@ from service.app import create_app
 from service.engine import open_engine
 from service.errors import StartError
 from service.settings import Settings, StorageSettings, is_loopback
+from service.storage import open_storage
 from tests.service.conftest import running
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
@@ -86,6 +87,30 @@ def test_settings_come_from_a_file_and_a_secrets_directory_too(monkeypatch, tmp_
     assert (settings.bundle, settings.port) == (Path("/bundles/one"), 8200)
     assert settings.redis == "rediss://plates:s3cret@host:6379/0"
     assert StorageSettings().redis == settings.redis
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch):
+    assert Settings.misspelt() == []
+    for name in ("ANCHORWELL_PRECISON", "ANCHORWELL_URL", "ANCHORWELL_API_KEY", "ANCHORWELL_PORT_8000_TCP", "PRECISION"):
+        monkeypatch.setenv(name, "fp16")
+    assert Settings.misspelt() == ["the variable ANCHORWELL_PRECISON is no setting: is ANCHORWELL_PRECISION meant?"]
+
+
+@pytest.mark.parametrize("name", [".", "records.db", "queue.db", "spool"])
+def test_a_data_directory_that_cannot_be_written_is_refused_at_start(name, monkeypatch, tmp_path):
+    open_storage(tmp_path / "data").close()
+    for made in ("queue.db", "spool"):
+        (tmp_path / "data" / made).mkdir()
+    locked = (tmp_path / "data" / name).resolve()
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).resolve() != locked)
+    with pytest.raises(StartError, match=rf"{locked} cannot be written by this user"):
+        open_storage(tmp_path / "data")
+
+
+def test_a_data_directory_that_is_a_file_is_refused_at_start(tmp_path):
+    (tmp_path / "data").write_text("plates")
+    with pytest.raises(StartError, match="data cannot be used: File exists"):
+        open_storage(tmp_path / "data")
 
 
 def test_a_settings_file_that_is_not_there_is_told(monkeypatch, tmp_path):
