@@ -80,7 +80,7 @@ fetch-speed: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bench
 
-# What bfloat16 costs trained networks in accuracy and calibration: build/precision.json.
+# What bfloat16 and fp16 cost trained networks in accuracy and calibration: build/precision.json.
 precision: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.precision
 

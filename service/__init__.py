@@ -1,7 +1,7 @@
 """The inference service: adapt a batch to its own negative controls, then classify its wells.
 
-``routes`` speak HTTP and know no rule; ``batches`` holds the two stories; ``engine`` alone knows onnxruntime and
-``store_redis`` alone knows Redis. Nothing is created at import: ``app.create_app(settings)`` puts the parts together.
+``routes`` speak HTTP and know no rule; ``batches`` holds the two stories; ``runtime_onnx`` alone knows onnxruntime and
+``records_redis`` alone knows Redis. Nothing is created at import: ``app.create_app(settings)`` puts the parts together.
 """
 
 import sys
