@@ -221,7 +221,7 @@ def _begun(settings: Settings) -> "Future[BundleEngine]":
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Prints one line with the URL, and what the network runs on, once requests are taken."""
+    """Prints one line with the URL once requests are taken, and logs what the network runs on."""
 
     def __init__(self, config: uvicorn.Config, served: "Served") -> None:
         super().__init__(config)
@@ -243,8 +243,8 @@ class _AnnouncingServer(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             engine = self._served.batches.engine
-            said = f"Anchorwell is ready at http://{shown}:{port}, on {engine.provider} in {engine.precision}"
-            out.print(said, highlight=False, markup=False, soft_wrap=True)
+            logging.getLogger("anchorwell").info("the network runs on %s, in %s", engine.provider, engine.precision)
+            out.print(f"Anchorwell is ready at http://{shown}:{port}", highlight=False, markup=False)
 
 
 # --- adapt and predict -----------------------------------------------------------------------------------------------

@@ -53,9 +53,10 @@ def serving(bundle, folder, **environment):
         ) as process,
     ):
         line = process.stdout.readline()
-        found = re.fullmatch(r"Anchorwell is ready at (http://127\.0\.0\.1:\d+), on \w+ in fp32\n", line)
+        found = re.fullmatch(r"Anchorwell is ready at (http://127\.0\.0\.1:\d+)\n", line)
         log.seek(0)
         assert found, (line, log.read())
+        wait_until(lambda: re.search(r"the network runs on \w+, in fp32", Path(log.name).read_text(encoding="utf-8")))
         yield process, found[1]
         process.terminate()
         process.wait(20)
