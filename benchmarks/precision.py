@@ -128,8 +128,8 @@ class RoundedHalves:
 
     def __init__(self, graph: Graph) -> None:
         folded = graph.folded(half=True)
-        self._fold, model = (onnx.ModelProto.FromString(part.content) for part in (folded.fold, folded.classify))
-        self._fold = _as_it_is(self._fold, graph.folder)
+        fold, model = (onnx.ModelProto.FromString(part.content) for part in (folded.fold, folded.classify))
+        self._fold = _as_it_is(fold, graph.folder)
         halves = {item.name for item in model.graph.input if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
         for item in model.graph.input:
             item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT

@@ -109,9 +109,7 @@ class Graph:
         fold = parts.extract_model([INPUT_MEAN, INPUT_VARIANCE], names)
         classify = parts.extract_model([INPUT_IMAGES, *names], list(OUTPUTS[CLASSIFY]))
         if half:
-            _compute_in_half(classify)
-            halves = (item.name for item in classify.graph.input if _is_half(item))
-            _give_in_half(fold, set(halves))
+            _give_in_half(fold, _compute_in_half(classify))
         return Folded(self._with(fold), self._with(classify))
 
     def with_weights_as_inputs(self) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
@@ -226,7 +224,7 @@ class _Folding:
         self.given.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
 
-def _give_in_half(model: Any, names: set[str]) -> None:
+def _give_in_half(model: Any, names: frozenset[str]) -> None:
     """Let a graph give some outputs in half precision."""
     graph = model.graph
     for node in graph.node:
@@ -238,8 +236,8 @@ def _give_in_half(model: Any, names: set[str]) -> None:
             graph.node.append(_node("Cast", [f"{item.name}_exact"], item.name, to=onnx.TensorProto.FLOAT16))
 
 
-def _compute_in_half(model: Any) -> None:
-    """Let a graph compute in half precision between the first convolutions and the last features.
+def _compute_in_half(model: Any) -> frozenset[str]:
+    """Let a graph compute in half precision between the first convolutions and the last features; gives its inputs in that.
 
     Images may lie anywhere; what the first convolutions give is normalised. Where it is out of all range, what is computed
     from it would be, too, and need not show it.
@@ -248,11 +246,12 @@ def _compute_in_half(model: Any) -> None:
     first = [node for node in graph.node if INPUT_IMAGES in node.input]
     if not all(node.op_type == "Conv" for node in first):
         raise ValueError("images go into something else than convolutions: it cannot be run in fp16")
-    half = {item.name for item in graph.input}.difference(*(node.input for node in first))
+    given = frozenset(item.name for item in graph.input).difference(*(node.input for node in first))
     for item in graph.input:
-        if item.name in half:
+        if item.name in given:
             item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     outputs = {item.name: len(item.type.tensor_type.shape.dim) for item in graph.output}
+    half = set(given)
     nodes = [new for node in graph.node for new in _halved(node, half, floats)]
     for node in nodes:
         for names in (node.input, node.output):
@@ -263,6 +262,7 @@ def _compute_in_half(model: Any) -> None:
     del graph.value_info[:]
     del graph.node[:]
     graph.node.extend(nodes)
+    return given
 
 
 def _halved(node: Any, half: set[str], floats: set[str]) -> Iterator[Any]:
@@ -306,10 +306,6 @@ def _spoilt(output: str, dimensions: int, *, half: bool) -> Iterator[Any]:
     yield _node("Constant", [], f"{output}_range_shape", value=shape)
     yield _node("Reshape", ["out_of_range", f"{output}_range_shape"], f"{output}_out_of_range")
     yield _node("Add", [within, f"{output}_out_of_range"], output)
-
-
-def _is_half(value: Any) -> bool:
-    return bool(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16)
 
 
 def _floats(model: Any) -> set[str]:

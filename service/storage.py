@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 RECORDS_FILE = "records.db"
 BLOBS_DIRECTORY = "blobs"
+_OURS = (RECORDS_FILE, BLOBS_DIRECTORY, "queue.db", "spool")
+"""What the service has in the data directory; of what else lies there, such as a volume's lost+found, it needs nothing."""
 _LAB = "lab"
 _RESTORED_AS = "restored-as"
 
@@ -89,15 +91,14 @@ def _require_writable(data: Path) -> None:
     """Make the data directory where it is missing.
 
     Raises:
-        StartError: it cannot be made, or it or what lies in it cannot be written.
+        StartError: it cannot be made, or it or what the service has in it cannot be written.
     """
     try:
         data.mkdir(exist_ok=True)
-        inside = [data, *data.iterdir()]
     except OSError as error:
         raise StartError(f"the data directory {data} cannot be used: {error.strerror}") from None
-    for path in inside:
-        if not os.access(path, os.W_OK):
+    for path in (data, *(data / name for name in _OURS)):
+        if path.exists() and not os.access(path, os.W_OK):
             raise StartError(f"{path} cannot be written by this user: it is of the data directory, which must be")
 
 

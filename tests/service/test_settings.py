@@ -99,10 +99,13 @@ def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch):
 @pytest.mark.parametrize("name", [".", "records.db", "queue.db", "spool"])
 def test_a_data_directory_that_cannot_be_written_is_refused_at_start(name, monkeypatch, tmp_path):
     open_storage(tmp_path / "data").close()
-    for made in ("queue.db", "spool"):
+    for made in ("queue.db", "spool", "lost+found"):
         (tmp_path / "data" / made).mkdir()
     locked = (tmp_path / "data" / name).resolve()
-    monkeypatch.setattr("os.access", lambda path, _: Path(path).resolve() != locked)
+    lost = tmp_path / "data" / "lost+found"
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).resolve() != lost)
+    open_storage(tmp_path / "data").close()
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).resolve() not in (lost, locked))
     with pytest.raises(StartError, match=rf"{locked} cannot be written by this user"):
         open_storage(tmp_path / "data")
 
