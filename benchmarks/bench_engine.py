@@ -32,7 +32,7 @@ from model.statistics import BatchNormStatistics
 from service.engine import BundleEngine
 from service.errors import StartError
 from service.graphs import Graph
-from service.runtime import Device, Runtime, open_runtime
+from service.runtime import Device, Kept, Runtime, open_runtime
 from service.runtime_onnx import GPU_SITES, GpuRuntime, OnnxRuntime
 from training.cost import Workload, flops
 
@@ -77,9 +77,13 @@ class Machine:
                 "ours_folded_each_pass": GpuRuntime("fp32", self.threads, kept=0),
                 **{f"ours_{sites}_a_pass": GpuRuntime("fp32", self.threads, pass_sizes=(sites,)) for sites in GPU_PASSES},
             }
-        found["onnxruntime"] = OnnxRuntime(self.threads)
+        found["ours_statistics_as_inputs"] = OnnxRuntime(self.threads, kept=Kept(most_bytes=0))
         with suppress(StartError):
             found["ours_bf16"] = open_runtime("cpu", "bf16", self.threads)
+        with suppress(ImportError):
+            from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)
+
+            found["openvino"] = OpenVinoRuntime("fp32", self.threads, measuring=found["ours"])
         return found
 
 

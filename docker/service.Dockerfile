@@ -1,7 +1,7 @@
 # The service: model/ and service/, no torch. Built by `docker compose build`.
 #
 #   PYTHON_IMAGE  any image with Python 3.11 or newer, pip and venv
-#   RUNTIME       what runs the network: cpu (onnxruntime), openvino (larger, a little faster), or gpu (CUDA, from wheels;
+#   RUNTIME       what runs the network: cpu (onnxruntime), openvino (for bf16), or gpu (CUDA, from wheels;
 #                 the machine needs NVIDIA's driver and container toolkit)
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build

@@ -43,7 +43,7 @@ from service.graphs import Graph
 from service.observe import UNOBSERVED, Observer
 from service.passes import Passes
 from service.priority import cpu_count, give_way
-from service.runtime import Runtime, Session, open_runtime
+from service.runtime import Kept, Runtime, Session, open_runtime
 from service.settings import Settings
 
 Float = NDArray[np.float32]
@@ -271,7 +271,8 @@ def open_engine(settings: Settings) -> BundleEngine:
     def make() -> BundleEngine:
         bundle = Bundle.load(settings.bundle)
         threads, members = cpu_count(settings.threads), bundle.manifest.members
-        runtime = open_runtime(settings.device, settings.precision, threads, members=members)
+        kept = Kept(settings.classify_bytes, settings.max_concurrent_requests + settings.workers)
+        runtime = open_runtime(settings.device, settings.precision, threads, members=members, kept=kept)
         return BundleEngine(bundle, runtime)
 
     with ThreadPoolExecutor(1, initializer=give_way) as pool:

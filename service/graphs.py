@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model.bundle import CENTRE, CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS
 from model.errors import BundleError
 
+Float = NDArray[np.float32]
 _EPSILON = 1e-5
 """What ONNX adds to a variance unless a node says otherwise."""
 _WEIGHTS = "given_weights"
@@ -54,7 +55,7 @@ class Graph:
                 raise BundleError(f"{path.name} {what} {', '.join(sorted(names))}; expected {', '.join(needed)}")
         return graph
 
-    def with_centre(self, centre: NDArray[np.float32]) -> Self:
+    def with_centre(self, centre: Float) -> Self:
         """The graph that measures, taking its means about others, (features,)."""
         model = self._model()
         others = [tensor for tensor in model.graph.initializer if tensor.name != CENTRE]
@@ -112,23 +113,43 @@ class Graph:
             _give_in_half(fold, _compute_in_half(classify))
         return Folded(self._with(fold), self._with(classify))
 
-    def with_weights_as_inputs(self) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+    def with_weights_as_inputs(self) -> tuple[bytes, dict[str, Float]]:
         """The graph with its weights as further inputs, and them: for a runtime that cannot be told where they lie."""
         model = self._model()
-        graph = model.graph
-        outside = [tensor for tensor in graph.initializer if onnx.external_data_helper.uses_external_data(tensor)]
-        weights = {tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder)) for tensor in outside}
-        inside = [tensor for tensor in graph.initializer if tensor.name not in weights]
-        del graph.initializer[:]
-        graph.initializer.extend(inside)
-        graph.input.extend(
+        weights = self._taken_out(model.graph)
+        model.graph.input.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, weight.shape)
             for name, weight in weights.items()
         )
         return model.SerializeToString(), weights
 
+    def loaded(self, *inputs: str) -> "Loaded":
+        """The graph with its weights in memory; some inputs are to be handed over with them, as constants.
+
+        A runtime that is told the file may map it, and compute with whatever is written there later.
+        """
+        model = self._model()
+        graph = model.graph
+        weights = self._taken_out(graph)
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        shapes |= {item.name: _extents(item) for item in graph.input if item.name in inputs}
+        kept = [item for item in graph.input if item.name not in inputs]
+        del graph.input[:]
+        graph.input.extend(kept)
+        graph.initializer.extend(_elsewhere(name, shape) for name, shape in shapes.items())
+        return Loaded(self.name, model.SerializeToString(), weights)
+
+    def _taken_out(self, graph: Any) -> dict[str, Float]:
+        """Take those weights out of a graph that lie in the folder."""
+        outside = [tensor for tensor in graph.initializer if onnx.external_data_helper.uses_external_data(tensor)]
+        weights = {tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder)) for tensor in outside}
+        inside = [tensor for tensor in graph.initializer if tensor.name not in weights]
+        del graph.initializer[:]
+        graph.initializer.extend(inside)
+        return weights
+
     @property
-    def centre(self) -> NDArray[np.float32]:
+    def centre(self) -> Float:
         """What the graph that measures takes its means about, (features,).
 
         Raises:
@@ -136,7 +157,7 @@ class Graph:
         """
         for tensor in self._model().graph.initializer:
             if tensor.name == CENTRE:
-                found: NDArray[np.float32] = onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder))
+                found: Float = onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder))
                 return found
         raise BundleError(f"{self.name} has no constant {CENTRE}")
 
@@ -178,10 +199,32 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     found = {}
     for item in (*graph.input, *graph.value_info):
-        extents = [dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
+        extents = _extents(item)
         if len(extents) == _IMAGE_DIMENSIONS:
             found[item.name] = _FLOAT_BYTES * math.prod(extents)
     return found
+
+
+def _extents(item: Any) -> list[int]:
+    """Shape of an input, output or value; 0 for what is not known."""
+    return [dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
+
+
+def _elsewhere(name: str, shape: list[int]) -> Any:
+    """A constant of which the graph says only that it is given."""
+    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=shape, raw_data=b"")
+    onnx.external_data_helper.set_external_data(tensor, location="given", offset=0, length=_FLOAT_BYTES * math.prod(shape))
+    tensor.ClearField("raw_data")
+    return tensor
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A graph that needs no file, and the constants that are handed over with it."""
+
+    name: str
+    content: bytes
+    constants: Mapping[str, Float]
 
 
 @dataclass(frozen=True)
@@ -190,6 +233,16 @@ class Folded:
 
     fold: Graph
     classify: Graph
+
+    @property
+    def given(self) -> dict[str, list[int]]:
+        """Shapes of what the one gives to the other."""
+        return {item.name: _extents(item) for item in self.fold._model().graph.output}  # noqa: SLF001 (our own)
+
+    @property
+    def bytes_given(self) -> int:
+        """Size of that, in single precision."""
+        return sum(_FLOAT_BYTES * math.prod(shape) for shape in self.given.values())
 
 
 class _Folding:

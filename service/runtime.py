@@ -1,7 +1,7 @@
 """What runs a graph: the port that the engine is written against. onnxruntime and OpenVINO stand behind it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,17 @@ from service.graphs import Graph
 
 Float = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
+
+
+class Kept(NamedTuple):
+    """How much a CPU keeps of networks that are made for single batches."""
+
+    most_bytes: int = 1 << 30
+    batches_at_once: int = 9
+    """Of how many batches sites are asked for in turn: with fewer kept, a network would be made anew for each site."""
+
+
+KEPT = Kept()
 
 
 class Session(Protocol):
@@ -58,8 +69,8 @@ class Runtime(Protocol):
         ...
 
 
-def open_runtime(device: Device, precision: Precision, threads: int, *, members: int = 1) -> Runtime:
-    """Choose what runs a bundle: CUDA where it is there, else OpenVINO where that is installed, else onnxruntime.
+def open_runtime(device: Device, precision: Precision, threads: int, *, members: int = 1, kept: Kept = KEPT) -> Runtime:
+    """Choose what runs a bundle: CUDA where it is there, else the CPU, by onnxruntime or, in bfloat16, by OpenVINO.
 
     Raises:
         StartError: what was asked for is not to be had here.
@@ -72,11 +83,11 @@ def open_runtime(device: Device, precision: Precision, threads: int, *, members:
         return GpuRuntime(precision, threads, members=members)
     if precision == "fp16":
         raise StartError("precision fp16 is offered on CUDA alone, and there is none here: use fp32, or see docs/deploy.md")
-    on_cpu = OnnxRuntime(threads, members=members)
+    on_cpu = OnnxRuntime(threads, members=members, kept=kept)
+    if precision == "fp32":
+        return on_cpu
     try:
         from service.runtime_openvino import OpenVinoRuntime  # noqa: PLC0415 (it is an extra)
     except ImportError:
-        if precision != "fp32":
-            raise StartError(f"precision {precision} needs OpenVINO: install the extra 'openvino'") from None
-        return on_cpu
+        raise StartError(f"precision {precision} needs OpenVINO: install the extra 'openvino'") from None
     return OpenVinoRuntime(precision, threads, measuring=on_cpu)

@@ -1,8 +1,12 @@
 """onnxruntime, on CUDA without TF32 or on the CPU. The only module that knows it."""
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -12,8 +16,10 @@ from numpy.typing import NDArray
 
 from model.bundle import INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, Precision
 from model.errors import BundleError
+from model.memory import give_back_freed_memory
 from service.errors import StartError
-from service.graphs import Graph, as_convolution, identity
+from service.graphs import Graph, Loaded, as_convolution, identity
+from service.runtime import KEPT, Kept
 
 Float = NDArray[np.float32]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -24,30 +30,51 @@ To be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``.
 """
 FOLDED_KEPT = 4
 """Batches whose convolutions a GPU keeps: as much memory as the weights, each; they are made anew in less than a pass."""
+_BESIDE_WEIGHTS = 2 << 20
+"""What a network takes in memory beside its weights."""
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
+
+log = logging.getLogger("anchorwell")
 
 
 class OnnxRuntime:
-    """A ``Runtime`` of a CPU: each core classifies one site, with a batch's statistics as inputs."""
+    """A ``Runtime`` of a CPU: each core classifies one site, on a network with its batch's statistics in the convolutions.
+
+    Each batch's is made when it is first asked for, and kept while there is memory for it. Where there is none for as many
+    batches as are worked on at once, all are classified on one network with statistics as inputs: which of the two depends
+    on the bundle and on what was set alone, so that an answer's bits do not depend on what else was asked for.
+    """
 
     provider = CPU
     precision: Precision = "fp32"
     pass_sizes = (1,)
 
-    def __init__(self, threads: int, *, members: int = 1) -> None:
+    def __init__(self, threads: int, *, members: int = 1, kept: Kept = KEPT) -> None:
         _prepare()
-        self._threads = threads
-        self._members = members
+        self._threads, self._members, self._kept = threads, members, kept
 
     @property
     def passes_at_once(self) -> int:
         """One on each thread."""
         return self._threads
 
-    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession":
+    def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession | BatchSessions":
         """Make a session."""
-        threads, used = self._threads if measures else 1, graph.with_scale_and_shift(as_convolution)
-        return OnnxSession(_session(used, threads, self._members, [CPU]), measures=measures)
+        if measures:
+            return OnnxSession(self._made(_with_statistics(graph), self._threads), measures=True)
+        folded = graph.folded()
+        each, (most_bytes, batches) = _BESIDE_WEIGHTS + folded.bytes_given, self._kept
+        if most_bytes // each >= batches:
+            fold = self._made(folded.fold.loaded())
+            return BatchSessions(fold, folded.classify.loaded(*folded.given), self._made, kept=most_bytes // each)
+        log.info(
+            "batches share a network that takes their statistics, a little slower than one each: for %d batches at once "
+            "those would take %d bytes, and ANCHORWELL_CLASSIFY_BYTES is %d", batches, batches * each, most_bytes,
+        )  # fmt: skip
+        return OnnxSession(self._made(_with_statistics(graph)), measures=False)
+
+    def _made(self, graph: Loaded, threads: int = 1) -> Any:
+        return _session(graph, threads, self._members, [CPU])
 
 
 class GpuRuntime:
@@ -82,11 +109,11 @@ class GpuRuntime:
     def session(self, graph: Graph, *, measures: bool = False) -> "OnnxSession | FoldingSession":
         """Make a session."""
         if measures:
-            return OnnxSession(_session(graph, self._threads, self._members, self._providers), measures=True)
+            return OnnxSession(_session(graph.loaded(), self._threads, self._members, self._providers), measures=True)
         folded = graph.folded(half=self.precision == "fp16")
-        fold = _session(folded.fold, self._threads, self._members, self._providers)
+        fold = _session(folded.fold.loaded(), self._threads, self._members, self._providers)
         classifying = self._providers if self.precision == "fp32" else self._halves
-        classify = _session(folded.classify, self._threads, self._members, classifying)
+        classify = _session(folded.classify.loaded(), self._threads, self._members, classifying)
         return FoldingSession(fold, classify, device=self._device, kept=self._kept)
 
 
@@ -95,16 +122,36 @@ class OnnxSession:
 
     def __init__(self, session: Any, *, measures: bool) -> None:
         self._session = session
-        self._options = onnxruntime.RunOptions()
-        if measures:
-            device = "cpu:0" if session.get_providers() == [CPU] else "cpu:0;gpu:0"
-            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", device)
+        devices = "cpu:0" if session.get_providers() == [CPU] else "cpu:0;gpu:0"
+        self._options = _gives_back(devices if measures else "")
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph."""
         with _memory_errors():
             found: list[Float] = self._session.run(list(outputs), dict(given), self._options)
         return found
+
+
+class BatchSessions:
+    """A ``Session`` that makes one for each batch's statistics, and keeps those of the batches that were classified last."""
+
+    def __init__(self, fold: Any, classify: Loaded, make: Callable[[Loaded], Any], *, kept: int) -> None:
+        self._fold, self._classify, self._make = fold, classify, make
+        self._latest = _Latest(self._made, kept)
+        self._options = _gives_back("cpu:0")
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
+        """Run the graph on the network of the batch, which is there or is made first."""
+        with self._latest.given_up_without_memory(), _memory_errors():
+            session = self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE])
+            found: list[Float] = session.run(list(outputs), {INPUT_IMAGES: given[INPUT_IMAGES]})
+        return found
+
+    def _made(self, mean: Float, variance: Float) -> Any:
+        names = [output.name for output in self._fold.get_outputs()]
+        statistics = {INPUT_MEAN: mean, INPUT_VARIANCE: variance}
+        folded = dict(zip(names, self._fold.run(names, statistics, self._options), strict=True))
+        return self._make(replace(self._classify, constants={**self._classify.constants, **folded}))
 
 
 class FoldingSession:
@@ -114,43 +161,25 @@ class FoldingSession:
     """
 
     def __init__(self, fold: Any, classify: Any, *, device: str, kept: int) -> None:
-        self._fold, self._classify = fold, classify
-        self._device, self._most = device, kept
-        self._kept: list[tuple[Float, Float, dict[str, Any]]] = []
-        self._options = onnxruntime.RunOptions()
-        if device == "cuda":  # what batches that are kept no more have left
-            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+        self._fold, self._classify, self._device = fold, classify, device
+        self._latest = _Latest(self._made, kept)
+        self._options = _gives_back("gpu:0" if device == "cuda" else "")  # what batches that are kept no more have left
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph, on convolutions that are there or are made first."""
-        try:
-            with _memory_errors():
-                return self._run(outputs, given)
-        except MemoryError:
-            self._kept.clear()
-            raise
-
-    def _run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
-        binding = self._classify.io_binding()
-        binding.bind_cpu_input(INPUT_IMAGES, given[INPUT_IMAGES])
-        for name, value in self._folded(given[INPUT_MEAN], given[INPUT_VARIANCE]).items():
-            binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            binding.bind_output(name)
-        self._classify.run_with_iobinding(binding)
-        found: list[Float] = binding.copy_outputs_to_cpu()
+        with self._latest.given_up_without_memory(), _memory_errors():
+            binding = self._classify.io_binding()
+            binding.bind_cpu_input(INPUT_IMAGES, given[INPUT_IMAGES])
+            for name, value in self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE]).items():
+                binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                binding.bind_output(name)
+            self._classify.run_with_iobinding(binding)
+            found: list[Float] = binding.copy_outputs_to_cpu()
         return found
 
-    def _folded(self, mean: Float, variance: Float) -> dict[str, Any]:
-        """Weights and biases of these statistics by name, on the device."""
-        found = next((one for one in self._kept if np.array_equal(one[0], mean) and np.array_equal(one[1], variance)), None)
-        if found is None:
-            del self._kept[max(0, self._most - 1) :]  # the room is there before it is needed
-            found = (mean.copy(), variance.copy(), self._made(mean, variance))
-        self._kept = [found, *(one for one in self._kept if one is not found)][: self._most]
-        return found[2]
-
     def _made(self, mean: Float, variance: Float) -> dict[str, Any]:
+        """Weights and biases of these statistics by name, on the device."""
         binding = self._fold.io_binding()
         binding.bind_cpu_input(INPUT_MEAN, mean)
         binding.bind_cpu_input(INPUT_VARIANCE, variance)
@@ -161,24 +190,83 @@ class FoldingSession:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
 
-def _session(graph: Graph, threads: int, members: int, providers: list[Any]) -> Any:
+class _Latest:
+    """What is made of batches' statistics, of those asked for last. Each is made once, by who asks first; others wait."""
+
+    def __init__(self, make: Callable[[Float, Float], Any], most: int) -> None:
+        self._make, self._most = make, most
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[bytes, bytes], Future[Any]] = {}
+
+    def of(self, mean: Float, variance: Float) -> Any:
+        """Find what is made of these, or make it: the room is there before it is needed."""
+        statistics = (mean.tobytes(), variance.tobytes())
+        with self._lock:
+            found = self._kept.pop(statistics, None)
+            made: Future[Any] = found or Future()
+            while self._kept and len(self._kept) >= self._most:
+                del self._kept[next(iter(self._kept))]
+            if self._most:
+                self._kept[statistics] = made
+        if found is None:
+            try:
+                made.set_result(self._make(mean, variance))
+            except BaseException as error:  # noqa: BLE001 (whoever waits is told)
+                self._forget(statistics)
+                made.set_exception(error)
+        return made.result()
+
+    def _forget(self, *all_or_one: tuple[bytes, bytes]) -> None:
+        with self._lock:
+            for statistics in all_or_one or list(self._kept):
+                self._kept.pop(statistics, None)
+
+    @contextmanager
+    def given_up_without_memory(self) -> Iterator[None]:
+        """Give up what is kept when there is no memory left for a pass."""
+        try:
+            yield
+        except MemoryError:
+            self._forget()
+            raise
+
+
+def _gives_back(devices: str) -> Any:
+    """Options of runs that give back what buffers they leave unused on these devices."""
+    options = onnxruntime.RunOptions()
+    if devices:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", devices)
+    return options
+
+
+def _with_statistics(graph: Graph) -> Loaded:
+    return graph.with_scale_and_shift(as_convolution).loaded()
+
+
+def _session(graph: Loaded, threads: int, members: int, providers: list[Any]) -> Any:
     """Make onnxruntime's session of a graph.
 
     Raises:
-        BundleError: the graph cannot be loaded.
+        BundleError: the graph cannot be loaded. MemoryError: there is not enough.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoders and the loop want the cores
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.folder))
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights are no buffers
     # Of several members, buffers would be held from one's pass for the next.
     options.enable_mem_reuse = members == 1
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in graph.constants.values()]
+    options.add_external_initializers(list(graph.constants), values)
     try:
-        return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+        with _memory_errors():
+            return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)
         raise BundleError(f"{graph.name} cannot be loaded: {str(error)[:300]}") from None
+    finally:
+        give_back_freed_memory()
 
 
 @contextmanager

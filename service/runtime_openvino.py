@@ -1,6 +1,6 @@
-"""OpenVINO, on the CPU: it classifies faster there than onnxruntime, in fp32 and in bf16. The only module that knows it.
+"""OpenVINO, for bf16 on the CPU, which onnxruntime has not; fp32, to try it without. The only module that knows it.
 
-Statistics are measured by onnxruntime, which is as fast at it, and has the graph ready in a fifth of the time.
+Statistics are measured by onnxruntime, in fp32.
 """
 
 from collections.abc import Mapping, Sequence

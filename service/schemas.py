@@ -65,7 +65,7 @@ class Provenance(_Value):
     """What answered."""
 
     bundle: str = Field(description="digest of the served bundle")
-    provider: str = Field(description="what the network ran on: CUDAExecutionProvider, OpenVINO or CPUExecutionProvider")
+    provider: str = Field(description="what the network ran on: CUDAExecutionProvider, CPUExecutionProvider or OpenVINO")
     precision: str = Field(description="arithmetic of the network: fp32, fp16 or bf16")
     version: str = Field(description="of the service")
 

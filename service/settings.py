@@ -141,6 +141,12 @@ class Settings(StorageSettings):
         gt=0,
         description="memory that one pass over a batch's controls may take; of more sites some of each well are",
     )
+    classify_bytes: int = Field(
+        1 << 30,
+        ge=0,
+        description="memory for networks of single batches, on a CPU, which classify a little faster; where it does not do "
+        "for as many batches as requests are worked on at once, one network takes every batch's statistics",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     metrics_port: int | None = Field(

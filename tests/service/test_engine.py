@@ -20,9 +20,12 @@ from model.statistics import BatchNormStatistics, Prior, blended
 from service.engine import BundleEngine, Classified, _Asked, replay
 from service.errors import BusyError, MemoryShortError, StartError
 from service.graphs import Graph
-from service.runtime import open_runtime
-from service.runtime_onnx import CPU, GpuRuntime, OnnxRuntime
+from service.runtime import Kept, open_runtime
+from service.runtime_onnx import CPU, BatchSessions, GpuRuntime, OnnxRuntime, OnnxSession
+from service.runtime_openvino import OpenVinoRuntime
 from tests.service.plates import FakeEngine, tiff
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "bundles" / "cs-arm-bn"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,16 @@ def tiny(tiny_bundle_path):
 RUNTIMES = {
     "onnxruntime": lambda: OnnxRuntime(1),
     "onnxruntime on two threads": lambda: OnnxRuntime(2),
+    "onnxruntime, statistics as inputs": lambda: OnnxRuntime(2, kept=Kept(most_bytes=0)),
     "a gpu's, on a cpu": lambda: GpuRuntime("fp32", 1, device="cpu"),
-    "openvino": lambda: open_runtime("cpu", "fp32", 1),
-    "openvino on two threads": lambda: open_runtime("cpu", "fp32", 2),
+    "openvino": lambda: openvino_runtime(1),
+    "openvino on two threads": lambda: openvino_runtime(2),
 }
+
+
+def openvino_runtime(threads):
+    """As for bf16, in fp32: few processors have bf16."""
+    return OpenVinoRuntime("fp32", threads, measuring=OnnxRuntime(threads))
 
 
 @pytest.fixture(scope="module", params=RUNTIMES)
@@ -61,7 +70,9 @@ def test_the_engine_says_what_it_runs_on(engine):
     assert engine.precision == "fp32"
 
 
-def test_weights_are_found_whatever_the_folders_name_and_kept_whatever_becomes_of_them(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["tiny", "example"], ids=["small enough to be read", "onnxruntime would map the file"])
+def test_weights_are_found_whatever_the_folders_name_and_kept_whatever_becomes_of_them(source, tiny, tmp_path, monkeypatch):
+    tiny = tiny if source == "tiny" else Bundle.load(EXAMPLE)
     served = tmp_path / "a bundle, für Platten"
     shutil.copytree(tiny.path, served)
     monkeypatch.chdir(tmp_path)
@@ -195,10 +206,10 @@ def test_cuda_is_refused_where_there_is_none():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(StartError, match="no CUDA"):
         open_runtime("cuda", "fp32", 1)
-    assert open_runtime("auto", "fp32", 1).provider == "OpenVINO"
+    assert open_runtime("auto", "fp32", 1).provider == "CPUExecutionProvider"
 
 
-def test_where_openvino_is_not_installed_onnxruntime_runs_and_bf16_is_refused(monkeypatch):
+def test_where_openvino_is_not_installed_bf16_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "service.runtime_openvino", None)
     assert open_runtime("cpu", "fp32", 1).provider == "CPUExecutionProvider"
     with pytest.raises(StartError, match="install the extra 'openvino'"):
@@ -266,6 +277,85 @@ class Spied:
         self.session.run_with_iobinding(*given)
 
 
+class Making(OnnxRuntime):
+    """A runtime with room for the networks of two batches; counts what it makes, and fails when told."""
+
+    def __init__(self, folded_bytes):
+        super().__init__(1, kept=Kept(2 * (folded_bytes + (2 << 20)), batches_at_once=2))
+        self.made, self.memory, self.waits = 0, True, threading.Event()
+        self.waits.set()
+
+    def _made(self, graph, threads=1):
+        if "fold" in self.__dict__:
+            self.made += 1
+            self.waits.wait(10)
+            if not self.memory:
+                raise MemoryError
+        return super()._made(graph, threads)
+
+
+@pytest.fixture
+def making(tiny):
+    graph = Graph.read(tiny.path / CLASSIFY)
+    runtime = Making(graph.folded().bytes_given)
+    session = runtime.session(graph)
+    runtime.fold = session
+    return runtime, session
+
+
+def test_a_batchs_network_is_made_once_and_those_of_the_last_batches_are_kept(making, tiny):
+    runtime, session = making
+    asked = [given_to_classify(seed, tiny) for seed in range(3)]
+    shared = OnnxRuntime(1, kept=Kept(0)).session(Graph.read(tiny.path / CLASSIFY))
+    assert isinstance(shared, OnnxSession)
+    first = {}
+    for number, made in ((0, 1), (0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4), (2, 5)):
+        (logits,) = session.run(["logits"], {name: value.copy() for name, value in asked[number].items()})
+        assert_allclose(logits, shared.run(["logits"], asked[number])[0], atol=1e-4)
+        assert first.setdefault(number, logits).tobytes() == logits.tobytes(), "made anew, it gives the same bits"
+        assert runtime.made == made
+    changed = {**asked[2], "bn_var": asked[2]["bn_var"] * np.float32(1.001)}
+    assert (session.run(["logits"], changed)[0] != first[2]).any()
+
+
+def test_who_asks_while_a_batchs_network_is_made_waits_for_it_and_others_do_not(making, tiny):
+    runtime, session = making
+    one, other = given_to_classify(0, tiny), given_to_classify(1, tiny)
+    session.run(["logits"], other)
+    runtime.waits.clear()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(session.run, ["logits"], one) for _ in range(4)]
+        wait_until(lambda: runtime.made == 2)
+        session.run(["logits"], other)
+        assert not any(future.done() for future in waiting)
+        runtime.waits.set()
+        assert len({future.result()[0].tobytes() for future in waiting}) == 1
+    assert runtime.made == 2
+
+
+def test_what_a_cpu_keeps_is_given_up_where_there_is_no_memory_left(making, tiny):
+    runtime, session = making
+    one, other = given_to_classify(0, tiny), given_to_classify(1, tiny)
+    expected = session.run(["logits"], one)[0]
+    runtime.memory = False
+    with pytest.raises(MemoryError):
+        session.run(["logits"], other)
+    runtime.memory = True
+    assert session.run(["logits"], one)[0].tobytes() == expected.tobytes()
+    session.run(["logits"], other)
+    assert runtime.made == 4
+
+
+def test_batches_share_a_network_where_their_own_do_not_fit(tiny, caplog):
+    graph = Graph.read(tiny.path / CLASSIFY)
+    each = graph.folded().bytes_given + (2 << 20)
+    for room, kind in ((3 * each, BatchSessions), (3 * each - 1, OnnxSession)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="anchorwell"):
+            assert isinstance(OnnxRuntime(1, kept=Kept(room, batches_at_once=3)).session(graph), kind)
+        assert ("ANCHORWELL_CLASSIFY_BYTES" in caplog.text) == (kind is OnnxSession)
+
+
 @pytest.fixture
 def folding(tiny):
     session = GpuRuntime("fp32", 1, device="cpu", kept=2).session(Graph.read(tiny.path / CLASSIFY))
@@ -297,7 +387,7 @@ def test_what_a_gpu_keeps_is_given_up_where_there_is_no_memory_left(folding, tin
     folding._classify.memory = False
     with pytest.raises(MemoryError, match="out of memory"):
         folding.run(["logits"], given)
-    assert not folding._kept
+    assert not folding._latest._kept
     folding._classify.memory = True
     folding.run(["logits"], given)
     assert folding._fold.runs == 2
@@ -354,7 +444,7 @@ def wait_until(reached):
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("used", [OnnxRuntime(3), open_runtime("cpu", "fp32", 3)])
+@pytest.mark.parametrize("used", [OnnxRuntime(3), OnnxRuntime(3, kept=Kept(0)), openvino_runtime(3)])
 def test_each_core_classifies_by_itself(used, tiny):
     assert (used.passes_at_once, used.pass_sizes) == (3, (1,))
     engine, statistics, given = BundleEngine(tiny, used), statistics_of(1)(tiny), images(7)
@@ -429,16 +519,21 @@ def test_a_graph_that_cannot_be_loaded_is_named(bundle):
         plain_engine(bundle)
 
 
+def answered(runtime, graph, tiny):
+    """As at start, where golden images are what the first network of a batch's own is made for."""
+    return runtime.session(graph).run(["logits"], given_to_classify(0, tiny))
+
+
 RUNTIMES_OF_A_GPU = [GpuRuntime(precision, 1, device="cpu") for precision in ("fp32", "fp16")]
 
 
-@pytest.mark.parametrize("runtime", [OnnxRuntime(1), open_runtime("cpu", "fp32", 1), *RUNTIMES_OF_A_GPU])
+@pytest.mark.parametrize("runtime", [OnnxRuntime(1), OnnxRuntime(1, kept=Kept(0)), openvino_runtime(1), *RUNTIMES_OF_A_GPU])
 def test_a_graph_that_a_runtime_cannot_run_is_named(runtime, tiny):
     graph = Graph.read(tiny.path / CLASSIFY)
     model = onnx.ModelProto.FromString(graph.content)
     model.graph.node[0].op_type = "Nonsense"
     with pytest.raises(BundleError, match=r"classify\.onnx cannot be loaded"):
-        runtime.session(replace(graph, content=model.SerializeToString()))
+        answered(runtime, replace(graph, content=model.SerializeToString()), tiny)
 
 
 def test_helpers_write_what_the_decoder_reads():
