@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from service.access import Access, Keys
 from service.batches import Batches
 from service.blobs import open_blobs
 from service.decoding import Decoder, SiteDecoder, WorkerDecoder, decoding_memory_bytes
-from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, open_engine, replay
+from service.engine import QUEUE_TIMEOUT_S, BundleEngine, Engine, Opening, open_engine, replay
 from service.errors import StartError
 from service.gates import Neighbours, Rates, Readiness, Slots, Turns
 from service.idempotency import Idempotency
@@ -60,6 +59,7 @@ class Composition:
 
     settings: Settings
     served: Served
+    prove: Callable[[], None]
     queue: Queue
     retention: Retention
     metrics: Metrics
@@ -68,7 +68,7 @@ class Composition:
 
     async def begin(self) -> None:
         """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
-        await _replay(self.served.batches.engine, self.served.batches.bundle, self.served.readiness)
+        await _proved(self.prove, self.served.readiness)
         gc.collect()
         gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         if self.served.readiness.reason is None and self.settings.workers:
@@ -107,7 +107,7 @@ class Composition:
 def create_app(
     settings: Settings,
     *,
-    engine: Engine | Future[BundleEngine] | None = None,
+    engine: Engine | Opening | None = None,
     storage: Storage | None = None,
     decoder: Decoder | None = None,
 ) -> FastAPI:
@@ -154,7 +154,7 @@ def create_app(
 def compose(
     settings: Settings,
     *,
-    engine: Engine | Future[BundleEngine] | None = None,
+    engine: Engine | Opening | None = None,
     storage: Storage | None = None,
     decoder: Decoder | None = None,
     tracing: Tracing = UNTRACED,
@@ -171,12 +171,21 @@ def compose(
         log.warning(warning)
     if listens:
         settings.check_exposure(keys=any(Keys(used_storage.records).all()))
-    used_engine = engine.result() if isinstance(engine, Future) else engine or open_engine(settings)
+    opening = engine or open_engine(settings)
+    used_engine = opening.engine.result() if isinstance(opening, Opening) else opening
     bundle = used_engine.bundle if isinstance(used_engine, BundleEngine) else Bundle.load(settings.bundle)
     most_sites = bundle.manifest.max_context_sites
     if isinstance(used_engine, BundleEngine):
-        used_engine.observer = observer
         most_sites = _max_context_sites(settings, used_engine)
+
+    def prove() -> None:
+        if isinstance(opening, Opening):
+            opening.proof.result()
+        else:
+            replay(opening, bundle)
+        if isinstance(used_engine, BundleEngine):
+            used_engine.observer = observer  # from now on: golden images are nobody's sites
+
     metrics.engine(used_engine.provider, used_engine.precision, bundle.digest)
     own_decoder = open_decoder(settings, bundle, observer) if decoder is None else None
     used_decoder = decoder or own_decoder
@@ -207,7 +216,7 @@ def compose(
     )
     retention = Retention(used_storage, jobs, settings.rules)
     own_storage = used_storage if storage is None else None
-    return Composition(settings, served, queue, retention, metrics, own_storage, own_decoder)
+    return Composition(settings, served, prove, queue, retention, metrics, own_storage, own_decoder)
 
 
 @contextmanager
@@ -313,10 +322,10 @@ def open_decoder(settings: Settings, bundle: Bundle, observer: Observer = UNOBSE
     )
 
 
-async def _replay(engine: Engine, bundle: Bundle, readiness: Readiness) -> None:
+async def _proved(prove: Callable[[], None], readiness: Readiness) -> None:
     """Let requests in once the engine agrees with the bundle's golden images; else say why, for good."""
     try:
-        await run_in_threadpool(replay, engine, bundle)
+        await run_in_threadpool(prove)
     except BundleError as error:
         log.error("not ready: %s", error.detail)  # noqa: TRY400 (the sentence says it all)
         readiness.fail(error.detail)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +41,6 @@ from service.telemetry import configure_logs
 from service.watch import UNSETTLED, Form, Watcher
 
 if TYPE_CHECKING:
-    from service.engine import BundleEngine
     from service.routes import Served
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
@@ -135,8 +133,10 @@ def serve(
     else:
         logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
     listening = _listening(settings.host, settings.port)
-    engine = _begun(settings)
-    from service.app import create_app  # noqa: PLC0415 (the client's commands need no onnxruntime)
+    from service.engine import open_engine  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+    engine = open_engine(settings)  # on another core than what follows
+    from service.app import create_app  # noqa: PLC0415 (as above)
     from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
 
     application = create_app(settings, engine=engine)
@@ -167,7 +167,9 @@ def worker(
     given = {"bundle": bundle, "data": data}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     configure_logs(settings.log_format, err)
-    engine = _begun(settings)
+    from service.engine import open_engine  # noqa: PLC0415 (as above)
+
+    engine = open_engine(settings)  # on another core than what follows
     from service.app import compose  # noqa: PLC0415 (as above)
 
     settings = settings.model_copy(update={"workers": max(1, settings.workers)})
@@ -208,16 +210,6 @@ def _listening(host: str, port: int) -> list[socket.socket]:
         if not found:
             raise StartError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
     return found
-
-
-def _begun(settings: Settings) -> "Future[BundleEngine]":
-    """Begin to make the engine while the rest of the service is imported; both take seconds, on a core each."""
-    from service.engine import open_engine  # noqa: PLC0415 (as above)
-
-    pool = ThreadPoolExecutor(1)
-    engine = pool.submit(open_engine, settings)
-    pool.shutdown(wait=False)
-    return engine
 
 
 class _AnnouncingServer(uvicorn.Server):

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -121,17 +121,17 @@ class BundleEngine:
         self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
         self._graphs = {name: Graph.read(self._folder / name) for name in (MEASURE, CLASSIFY)}
         with ThreadPoolExecutor(2, initializer=give_way) as pool:  # they inherit how nice who makes them is
-            classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
             measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
+            classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
             self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
-            self._classify, self._measure = classify.result(), measure.result()
+            self._classify = classify.result()
+            pool.submit(self._warm, bundle.golden).result()
+            self._measure = measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
         self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
         shared = {"at_once": runtime.passes_at_once, "most": runtime.pass_sizes[-1]}
         self._passes = Passes(self._pass, lambda one, other: one.statistics is other.statistics, **shared)
-        if len(runtime.pass_sizes) > 1:
-            self._warm(bundle.golden)
 
     @property
     def provider(self) -> str:
@@ -242,7 +242,7 @@ class BundleEngine:
 
     def _warm(self, golden: Golden) -> None:
         """Run a pass of each size, the largest first: what a size's first pass takes, no request waits for."""
-        statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
+        statistics = _golden_statistics(golden)
         for size in reversed(self._runtime.pass_sizes):
             with suppress(MemoryShortError):  # it is told to a request that is so large
                 self._classified_or_halved([golden.images[0]] * size, statistics)
@@ -250,6 +250,10 @@ class BundleEngine:
     def _count(self, graph: str, sites: int, took: float) -> None:
         self.observer.stage("infer", took)
         self.observer.sites(graph, sites)
+
+
+def _golden_statistics(golden: Golden) -> BatchNormStatistics:
+    return BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
 
 
 def _busy() -> BusyError:
@@ -261,11 +265,19 @@ def _measured(session: Session, images: Float, prior: Prior) -> Measured:
     return Measured(*session.run(OUTPUTS[MEASURE], dict(zip(INPUTS[MEASURE], given, strict=True))))
 
 
-def open_engine(settings: Settings) -> BundleEngine:
-    """Make the engine that the settings ask for, on a thread that gives way, as the engine's own threads will.
+@dataclass(frozen=True)
+class Opening:
+    """An engine that is being made, and proved by the bundle's golden images after that, beside what else goes on."""
 
-    Raises:
-        BundleError: the bundle is not what its manifest says. StartError: the settings cannot be met.
+    engine: Future[BundleEngine]
+    proof: Future[None]
+
+
+def open_engine(settings: Settings) -> Opening:
+    """Begin to make the engine that the settings ask for, on a thread that gives way, as the engine's own threads will.
+
+    What is made raises ``BundleError`` when the bundle is not what its manifest says, and ``StartError`` when the settings
+    cannot be met; its proof, as ``replay`` does.
     """
 
     def make() -> BundleEngine:
@@ -275,8 +287,14 @@ def open_engine(settings: Settings) -> BundleEngine:
         runtime = open_runtime(settings.device, settings.precision, threads, members=members, kept=kept)
         return BundleEngine(bundle, runtime)
 
-    with ThreadPoolExecutor(1, initializer=give_way) as pool:
-        return pool.submit(make).result()
+    def prove() -> None:
+        replay(engine.result(), engine.result().bundle)
+
+    pool = ThreadPoolExecutor(1, initializer=give_way)
+    engine = pool.submit(make)
+    proof = pool.submit(prove)
+    pool.shutdown(wait=False)
+    return Opening(engine, proof)
 
 
 def replay(engine: Engine, bundle: Bundle) -> None:
@@ -288,7 +306,6 @@ def replay(engine: Engine, bundle: Bundle) -> None:
     golden = bundle.golden
     plain = engine.measure(golden.images)
     blended = engine.measure(golden.images, bundle.training_statistics.prior(GOLDEN_WELLS))
-    statistics = BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
-    classified = engine.classify(golden.images, statistics)
+    classified = engine.classify(golden.images, _golden_statistics(golden))
     parity = Parity.of(golden, plain, blended, classified.logits, classified.embeddings)
     parity.require(f"the engine on {engine.provider} in {engine.precision}", Tolerance.of(golden, engine.precision))

@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from model.bundle import CENTRE, CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS
+from model.bundle import CENTRE, CLASSIFY, INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, INPUTS, OUTPUTS, WEIGHTS
 from model.errors import BundleError
 
 Float = NDArray[np.float32]
@@ -140,13 +140,32 @@ class Graph:
         return Loaded(self.name, model.SerializeToString(), weights)
 
     def _taken_out(self, graph: Any) -> dict[str, Float]:
-        """Take those weights out of a graph that lie in the folder."""
-        outside = [tensor for tensor in graph.initializer if onnx.external_data_helper.uses_external_data(tensor)]
-        weights = {tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder)) for tensor in outside}
-        inside = [tensor for tensor in graph.initializer if tensor.name not in weights]
+        """Take those weights out of a graph that lie in the folder; they are read at once, as one piece of memory."""
+        outside = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+        inside = [tensor for tensor in graph.initializer if tensor.name not in outside]
+        places = {name: self._place(tensor) for name, tensor in outside.items()}
+        first, end = (
+            min((start for start, _ in places.values()), default=0),
+            max((end for _, end in places.values()), default=0),
+        )
+        content = np.fromfile(self.folder / WEIGHTS, np.uint8, end - first, offset=first) if end else np.empty(0, np.uint8)
+        if content.size < end - first:
+            raise BundleError(f"{WEIGHTS} ends before what {self.name} takes from it")
+        weights = {
+            name: content[start - first : end - first].view(np.float32).reshape(tuple(outside[name].dims))
+            for name, (start, end) in places.items()
+        }
         del graph.initializer[:]
         graph.initializer.extend(inside)
         return weights
+
+    def _place(self, tensor: Any) -> tuple[int, int]:
+        """Where a weight's bytes begin and end in the file."""
+        place = onnx.external_data_helper.ExternalDataInfo(tensor)
+        if place.location != WEIGHTS or tensor.data_type != onnx.TensorProto.FLOAT:
+            raise BundleError(f"{self.name} has {tensor.name} in {place.location}; expected float32 in {WEIGHTS}")
+        start = place.offset or 0
+        return start, start + _FLOAT_BYTES * math.prod(tensor.dims)
 
     @property
     def centre(self) -> Float:

@@ -136,7 +136,8 @@ class BatchSessions:
     """A ``Session`` that makes one for each batch's statistics, and keeps those of the batches that were classified last."""
 
     def __init__(self, fold: Any, classify: Loaded, make: Callable[[Loaded], Any], *, kept: int) -> None:
-        self._fold, self._classify, self._make = fold, classify, make
+        kept_whole = {name: value.copy() for name, value in classify.constants.items()}  # not what they were read with
+        self._fold, self._classify, self._make = fold, replace(classify, constants=kept_whole), make
         self._latest = _Latest(self._made, kept)
         self._options = _gives_back("cpu:0")
 

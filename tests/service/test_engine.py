@@ -277,6 +277,30 @@ class Spied:
         self.session.run_with_iobinding(*given)
 
 
+def test_sessions_have_weights_of_their_own(tiny, monkeypatch):
+    """Onnxruntime's values lie where numpy's do, which is free again when a session was made."""
+    handed, graph = [], Graph.read(tiny.path / CLASSIFY)
+    make = onnxruntime.InferenceSession
+
+    def made(*given, **also):
+        session = make(*given, **also)
+        for value in handed:
+            value._numpy_obj[...] = 7
+        handed.clear()
+        return session
+
+    value = onnxruntime.OrtValue.ortvalue_from_numpy
+    expected = OnnxRuntime(1).session(graph).run(["logits"], given_to_classify(0, tiny))[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(onnxruntime, "InferenceSession", made)
+        patched.setattr(
+            onnxruntime.OrtValue, "ortvalue_from_numpy", lambda array: handed.append(value(array.copy())) or handed[-1]
+        )
+        for runtime in (OnnxRuntime(1), OnnxRuntime(1, kept=Kept(0)), GpuRuntime("fp32", 1, device="cpu")):
+            found = runtime.session(graph).run(["logits"], given_to_classify(0, tiny))[0]
+            assert_allclose(found, expected, atol=1e-4)
+
+
 class Making(OnnxRuntime):
     """A runtime with room for the networks of two batches; counts what it makes, and fails when told."""
 

@@ -23,7 +23,7 @@ def told(default):
 
 def test_measuring_keeps_to_the_memory_that_it_is_given(tiny_bundle_path, tmp_path, caplog):
     settings = Settings(bundle=tiny_bundle_path, data=tmp_path, device="cpu", threads=1)
-    each = open_engine(settings).bytes_a_site
+    each = open_engine(settings).engine.result().bytes_a_site
     with running(settings.model_copy(update={"measure_bytes": 5 * each})) as client:
         assert client.get("/model").json()["max_context_sites"] == 5
     assert "lets 5 control sites of a batch be measured" in caplog.text
