@@ -278,8 +278,9 @@ def _latency_bars(service: Service, plate: Plate, bare: Bare) -> list[Bar]:
         client.post("/batches/one/predict", json=plate.references(plate.treated[:1])).raise_for_status()
         for number in range(ONE_WELLS):
             well = (plate.treated[number % len(plate.treated)],)
+            named = plate.references(well)
             begun = time.perf_counter()
-            told = client.post("/batches/one/predict", json=plate.references(well)).raise_for_status()
+            told = client.post("/batches/one/predict", json=named).raise_for_status()
             answered = time.perf_counter()
             inside.append(told.json()["seconds"]["images"])
             bare(plate, well)
