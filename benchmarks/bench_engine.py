@@ -112,7 +112,7 @@ def engine_bars(folder: Path, machine: Machine, rounds: int) -> list[Bar]:
     others = [name for name in ways if name not in ("ours", "folded", "torch_eager")]
     bars = [
         closely.ratio("classify_over_folded", "folded", "ours", at_least=0.9 if machine.device == "cuda" else 0.97),
-        closely.ratio("classify_over_torch_eager", "torch_eager", "ours", at_least=None if machine.device == "cuda" else 2.5),
+        closely.ratio("classify_over_torch_eager", "torch_eager", "ours", at_least=2.5 if machine.device == "cpu" else None),
         *(found.ratio(f"{name}_over_torch_eager", "torch_eager", name) for name in others),
         *(found.rate(f"{name}_images_per_s", name, len(whole), "/s") for name in ways),
         found.ratio("classify_one_well_over_folded", "folded_one_well", "ours_one_well"),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from model.bundle import Bundle, recipe_digest
+from model.bundle import Bundle
 from model.context import require_wells
 from model.errors import ContextError, NoControlsError, NonFiniteImageError, TooFewControlsError
 from model.images import PreparedImage, finish_site, measure_scale
@@ -289,20 +289,16 @@ class Batches:
             same = kept is not None and site.planes.items() <= kept.planes.items()
             if kept is not None and not same and not replace:
                 raise control_conflict(batch.batch_id, kept, site)
-            if not same or kept is None or kept.recipe_digest != self._recipe or (site.files and not kept.files):
+            if not same or kept is None or kept.recipe_digest != self.view.recipe_digest or (site.files and not kept.files):
                 new.append(self._control_site(site, site.files, shard, role))
         return new
-
-    @property
-    def _recipe(self) -> str:
-        return recipe_digest(self.bundle.manifest.recipe)
 
     def _control_site(
         self, site: PreparedSite, files: Mapping[str, KeptFile], shard: str, role: Role
     ) -> tuple[ControlSite, bytes]:
         image = image_bytes(site.image)
         size = len(image) + sum({file.blob: file.size for file in files.values()}.values())
-        return ControlSite(site.key, site.planes, self._recipe, new_blob(image, shard), size, files, role), image
+        return ControlSite(site.key, site.planes, self.view.recipe_digest, new_blob(image, shard), size, files, role), image
 
     def _require_prepared(
         self, store: BatchStore, deed: Deed, batch: BatchRecord, sites: Iterable[SiteKey], watch: Stopwatch
@@ -313,7 +309,7 @@ class Batches:
             RevisionConflictError: they were: the batch keeps them anew. ImageError: one of them is nothing to this bundle.
         """
         kept = [batch.controls[key] for key in sites if key in batch.controls]
-        old = {site.key: site for site in kept if site.recipe_digest != self._recipe}
+        old = {site.key: site for site in kept if site.recipe_digest != self.view.recipe_digest}
         if not old:
             return
         channels = self.bundle.manifest.channels
@@ -342,7 +338,7 @@ class Batches:
                 if now.controls.get(site.key) == was
             ]
             if new:
-                also = deed.alone().done(PREPARED, batch.batch_id, {"recipe": self._recipe, "sites": len(new)})
+                also = deed.alone().done(PREPARED, batch.batch_id, {"recipe": self.view.recipe_digest, "sites": len(new)})
                 store.commit(now, Change(self.now(), controls=new), also)
 
         retold(store, batch.batch_id, story)

@@ -169,10 +169,10 @@ def worker(
     configure_logs(settings.log_format, err)
     from service.engine import open_engine  # noqa: PLC0415 (as above)
 
+    settings = settings.model_copy(update={"workers": max(1, settings.workers)})
     engine = open_engine(settings)  # on another core than what follows
     from service.app import compose  # noqa: PLC0415 (as above)
 
-    settings = settings.model_copy(update={"workers": max(1, settings.workers)})
     composition = compose(settings, engine=engine, listens=False)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -125,7 +125,7 @@ class BundleEngine:
             classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
             self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
             self._classify = classify.result()
-            pool.submit(self._warm, bundle.golden).result()
+            pool.submit(self._warm).result()
             self._measure = measure.result()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
@@ -240,12 +240,21 @@ class BundleEngine:
         logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
         return logits[:sites], embeddings[:sites]
 
-    def _warm(self, golden: Golden) -> None:
-        """Run a pass of each size, the largest first: what a size's first pass takes, no request waits for."""
-        statistics = _golden_statistics(golden)
-        for size in reversed(self._runtime.pass_sizes):
-            with suppress(MemoryShortError):  # it is told to a request that is so large
-                self._classified_or_halved([golden.images[0]] * size, statistics)
+    def _warm(self) -> None:
+        """Run a pass of each size, the largest first: what a size's first pass takes, no request waits for.
+
+        Raises:
+            BundleError: the graph cannot be loaded. What else is wrong, the golden images' replay will say.
+        """
+        try:
+            golden = self.bundle.golden
+            for size in reversed(self._runtime.pass_sizes):
+                with suppress(MemoryShortError):  # it is told to a request that is so large
+                    self._classified_or_halved([golden.images[0]] * size, _golden_statistics(golden))
+        except BundleError:
+            raise
+        except Exception:
+            log.warning("a first pass could not be run", exc_info=True)
 
     def _count(self, graph: str, sites: int, took: float) -> None:
         self.observer.stage("infer", took)

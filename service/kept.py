@@ -6,6 +6,7 @@ Knows nothing of HTTP, onnxruntime or a database.
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from hashlib import sha256
 from typing import TypeVar
 
@@ -80,6 +81,11 @@ class BundleView:
     max_context_sites: int
     """How many sites are measured in one pass."""
 
+    @cached_property
+    def recipe_digest(self) -> str:
+        """Name of the served bundle's recipe."""
+        return recipe_digest(self.bundle.manifest.recipe)
+
     @property
     def measures_panel(self) -> bool:
         """Whether the bundle's network was trained with a panel beside the controls."""
@@ -87,7 +93,7 @@ class BundleView:
 
     def usable(self, batch: BatchRecord) -> dict[SiteKey, ControlSite]:
         """Return the sites to measure that are prepared as the served bundle wants them, or can be, from their files."""
-        recipe, channels = recipe_digest(self.bundle.manifest.recipe), set(self.bundle.manifest.channels)
+        recipe, channels = self.recipe_digest, set(self.bundle.manifest.channels)
         return {
             key: site
             for key, site in self._measurable(batch).items()

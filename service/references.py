@@ -5,11 +5,13 @@ Every address is checked, each one inside a LoadData table too, when the request
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +28,7 @@ from service.multipart import spooled
 
 _CHUNK_BYTES = 1 << 20
 _MAX_URI = 2_000
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f]")
 _TIMEOUT_S = 60.0
 _SIGNED_FOR = timedelta(minutes=5)
 
@@ -67,7 +70,7 @@ class References:
         """
         kind, where, names = _parts(uri)
         for root in self.roots.get(tenant, ()):
-            root_kind, root_where, root_names = _parts(root)
+            root_kind, root_where, root_names = _parts_of_root(root)
             below = names[: len(root_names)] == root_names and len(names) > len(root_names)
             if (kind, where) == (root_kind, root_where) and below:
                 return Place(root, names[len(root_names) :])
@@ -89,7 +92,7 @@ class References:
     def on_disk(self, tenant: str, uri: str) -> Iterator[FileSlice]:
         """Give a file that was checked: one of this machine as it lies, held open; an object as a copy."""
         place, name = self.place(tenant, uri), uri.rpartition("/")[2]
-        if _parts(place.root)[0] == "file":
+        if _parts_of_root(place.root)[0] == "file":
             with self._opened(place, uri) as handle:
                 yield FileSlice(Path(f"/proc/{os.getpid()}/fd/{handle}"), 0, os.fstat(handle).st_size, name)
             return
@@ -109,7 +112,7 @@ class References:
             os.close(handle)
 
     def _copy(self, place: Place, uri: str, target: Any, limit: int) -> int:
-        copy = _copy_file if _parts(place.root)[0] == "file" else self._copy_object
+        copy = _copy_file if _parts_of_root(place.root)[0] == "file" else self._copy_object
         with _told(uri):
             return copy(place, target, limit)
 
@@ -200,7 +203,7 @@ def _told(uri: str) -> Iterator[None]:
 
 def _parts(uri: str) -> tuple[str, str, tuple[str, ...]]:
     """Split an address into its kind, its host or bucket, and names; a plain absolute path is a file's."""
-    if len(uri) > _MAX_URI or any(ord(character) < 0x20 for character in uri):  # noqa: PLR2004 (control characters)
+    if len(uri) > _MAX_URI or _CONTROL_CHARACTER.search(uri):
         raise ReferenceNotAllowedError("an address is at most 2,000 characters, none of them a control character")
     if uri.startswith("/") and not uri.startswith("//"):
         return "file", "", _names(uri)
@@ -209,6 +212,10 @@ def _parts(uri: str) -> tuple[str, str, tuple[str, ...]]:
     if not separator or kind not in ("file", "s3") or (kind == "file") == bool(where):
         raise ReferenceNotAllowedError(f"{uri[:200]!r} is no address that is read: file:///path or s3://bucket/key")
     return kind, where, _names(_unquoted(path) if kind == "file" else path)
+
+
+_parts_of_root = lru_cache(_parts)
+"""Of few, which each of a plate's thousands of addresses is held against."""
 
 
 def _unquoted(path: str) -> str:
@@ -236,7 +243,7 @@ def _copy_file(place: Place, target: BinaryIO, limit: int) -> int:
 
 def _open_file(place: Place) -> int:
     """Open a regular file that is reached from its root by names alone, never by a link."""
-    root = "/" + "/".join(_parts(place.root)[2])
+    root = "/" + "/".join(_parts_of_root(place.root)[2])
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in place.names[:-1]:

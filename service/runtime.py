@@ -19,7 +19,7 @@ class Kept(NamedTuple):
 
     most_bytes: int = 1 << 30
     batches_at_once: int = 9
-    """Of how many batches sites are asked for in turn: with fewer kept, a network would be made anew for each site."""
+    """Of how many sites are asked for in turn."""
 
 
 KEPT = Kept()

@@ -30,6 +30,8 @@ To be chosen anew where one is at hand, by ``benchmarks.bench --parts engine``.
 """
 FOLDED_KEPT = 4
 """Batches whose convolutions a GPU keeps: as much memory as the weights, each; they are made anew in less than a pass."""
+OWN_NETWORKS = 9
+"""Batches have networks of their own where so many fit: of fewer, each site's would be made anew when more are worked on."""
 _BESIDE_WEIGHTS = 2 << 20
 """What a network takes in memory beside its weights."""
 _NO_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
@@ -40,9 +42,9 @@ log = logging.getLogger("anchorwell")
 class OnnxRuntime:
     """A ``Runtime`` of a CPU: each core classifies one site, on a network with its batch's statistics in the convolutions.
 
-    Each batch's is made when it is first asked for, and kept while there is memory for it. Where there is none for as many
-    batches as are worked on at once, all are classified on one network with statistics as inputs: which of the two depends
-    on the bundle and on what was set alone, so that an answer's bits do not depend on what else was asked for.
+    Each batch's is made when it is first asked for, and kept while there is memory for it. Where there is none for a few,
+    all are classified on one network with statistics as inputs: which of the two depends on the bundle and on the memory
+    that is set alone, so that an answer's bits do not depend on what else is asked for.
     """
 
     provider = CPU
@@ -63,13 +65,19 @@ class OnnxRuntime:
         if measures:
             return OnnxSession(self._made(_with_statistics(graph), self._threads), measures=True)
         folded = graph.folded()
-        each, (most_bytes, batches) = _BESIDE_WEIGHTS + folded.bytes_given, self._kept
-        if most_bytes // each >= batches:
-            fold = self._made(folded.fold.loaded())
-            return BatchSessions(fold, folded.classify.loaded(*folded.given), self._made, kept=most_bytes // each)
+        classify = folded.classify.loaded(*folded.given)
+        each = _BESIDE_WEIGHTS + folded.bytes_given + sum(value.nbytes for value in classify.constants.values())
+        fit = self._kept.most_bytes // each
+        if fit >= OWN_NETWORKS:
+            if fit < self._kept.batches_at_once:
+                log.warning(
+                    "ANCHORWELL_CLASSIFY_BYTES keeps networks of %d batches, and %d may be worked on at once, when they are "
+                    "made again and again: set %d", fit, self._kept.batches_at_once, self._kept.batches_at_once * each,
+                )  # fmt: skip
+            return BatchSessions(self._made(folded.fold.loaded()), classify, self._made, kept=fit)
         log.info(
-            "batches share a network that takes their statistics, a little slower than one each: for %d batches at once "
-            "those would take %d bytes, and ANCHORWELL_CLASSIFY_BYTES is %d", batches, batches * each, most_bytes,
+            "batches share a network that takes their statistics, a little slower than one each: %d of those would take %d "
+            "bytes, and ANCHORWELL_CLASSIFY_BYTES is %d", OWN_NETWORKS, OWN_NETWORKS * each, self._kept.most_bytes,
         )  # fmt: skip
         return OnnxSession(self._made(_with_statistics(graph)), measures=False)
 
@@ -215,7 +223,10 @@ class _Latest:
             except BaseException as error:  # noqa: BLE001 (whoever waits is told)
                 self._forget(statistics)
                 made.set_exception(error)
-        return made.result()
+        try:
+            return made.result()
+        finally:
+            del made  # or an error would hold what it was made with, by way of this frame
 
     def _forget(self, *all_or_one: tuple[bytes, bytes]) -> None:
         with self._lock:
@@ -261,7 +272,8 @@ def _session(graph: Loaded, threads: int, members: int, providers: list[Any]) ->
     options.add_external_initializers(list(graph.constants), values)
     try:
         with _memory_errors():
-            return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+            # Without its fallback: it would make the session anew, of values whose memory is free by then.
+            return onnxruntime.InferenceSession(graph.content, options, providers=providers, enable_fallback=0)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (onnxruntime raises classes of its own, without a common base)

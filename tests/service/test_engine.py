@@ -1,5 +1,7 @@
 """The real engine on a real exported bundle."""
 
+import asyncio
+import json
 import shutil
 import sys
 import threading
@@ -13,16 +15,19 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.testing import assert_allclose
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
-from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle
+from model.bundle import CLASSIFY, GOLDEN, MANIFEST, MEASURE, WEIGHTS, Bundle, file_sha256
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics, Prior, blended
-from service.engine import BundleEngine, Classified, _Asked, replay
+from service.app import compose
+from service.engine import BundleEngine, Classified, _Asked, open_engine, replay
 from service.errors import BusyError, MemoryShortError, StartError
 from service.graphs import Graph
 from service.runtime import Kept, open_runtime
 from service.runtime_onnx import CPU, BatchSessions, GpuRuntime, OnnxRuntime, OnnxSession
 from service.runtime_openvino import OpenVinoRuntime
+from service.settings import Settings
 from tests.service.plates import FakeEngine, tiff
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "bundles" / "cs-arm-bn"
@@ -304,8 +309,8 @@ def test_sessions_have_weights_of_their_own(tiny, monkeypatch):
 class Making(OnnxRuntime):
     """A runtime with room for the networks of two batches; counts what it makes, and fails when told."""
 
-    def __init__(self, folded_bytes):
-        super().__init__(1, kept=Kept(2 * (folded_bytes + (2 << 20)), batches_at_once=2))
+    def __init__(self, each):
+        super().__init__(1, kept=Kept(2 * each, batches_at_once=2))
         self.made, self.memory, self.waits = 0, True, threading.Event()
         self.waits.set()
 
@@ -318,10 +323,18 @@ class Making(OnnxRuntime):
         return super()._made(graph, threads)
 
 
+def bytes_of_a_network(graph):
+    """Convolutions that statistics are folded into, what classifies behind them, and what onnxruntime has beside weights."""
+    folded = graph.folded()
+    head = folded.classify.loaded(*folded.given).constants
+    return folded.bytes_given + sum(weight.nbytes for weight in head.values()) + (2 << 20)
+
+
 @pytest.fixture
-def making(tiny):
+def making(tiny, monkeypatch):
+    monkeypatch.setattr("service.runtime_onnx.OWN_NETWORKS", 2)
     graph = Graph.read(tiny.path / CLASSIFY)
-    runtime = Making(graph.folded().bytes_given)
+    runtime = Making(bytes_of_a_network(graph))
     session = runtime.session(graph)
     runtime.fold = session
     return runtime, session
@@ -370,14 +383,74 @@ def test_what_a_cpu_keeps_is_given_up_where_there_is_no_memory_left(making, tiny
     assert runtime.made == 4
 
 
-def test_batches_share_a_network_where_their_own_do_not_fit(tiny, caplog):
-    graph = Graph.read(tiny.path / CLASSIFY)
-    each = graph.folded().bytes_given + (2 << 20)
-    for room, kind in ((3 * each, BatchSessions), (3 * each - 1, OnnxSession)):
-        caplog.clear()
-        with caplog.at_level("INFO", logger="anchorwell"):
-            assert isinstance(OnnxRuntime(1, kept=Kept(room, batches_at_once=3)).session(graph), kind)
-        assert ("ANCHORWELL_CLASSIFY_BYTES" in caplog.text) == (kind is OnnxSession)
+@pytest.mark.parametrize(
+    ("room", "at_once", "kind", "told"),
+    [
+        (9, 9, BatchSessions, None),
+        (9, 10, BatchSessions, "keeps networks of 9 batches, and 10 may be worked on at once"),
+        (8.999, 3, OnnxSession, "batches share a network"),
+        (0, 3, OnnxSession, "batches share a network"),
+    ],
+)
+def test_batches_share_a_network_where_their_own_do_not_fit(room, at_once, kind, told, tiny, tmp_path, caplog):
+    each = bytes_of_a_network(Graph.read(tiny.path / CLASSIFY))
+    settings = Settings(
+        bundle=tiny.path,
+        data=tmp_path,
+        classify_bytes=int(room * each),
+        max_concurrent_requests=at_once - 1,
+        workers=1,
+        threads=1,
+        device="cpu",
+    )
+    with caplog.at_level("INFO", logger="anchorwell"):
+        engine = open_engine(settings).engine.result()
+    assert isinstance(engine._classify, kind)
+    assert (told is None and "CLASSIFY_BYTES" not in caplog.text) or (told in caplog.text)
+
+
+def test_an_engines_proof_is_of_the_golden_images(tiny, tmp_path):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(tiny.path, wrong)
+    with np.load(wrong / GOLDEN) as golden:
+        arrays = dict(golden)
+    np.savez_compressed(wrong / GOLDEN, **{**arrays, "logits": arrays["logits"] + 1})
+    manifest = json.loads((wrong / MANIFEST).read_text())
+    manifest["files"][GOLDEN] = file_sha256(wrong / GOLDEN)
+    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    settings = Settings(bundle=wrong, data=tmp_path / "data", threads=1, device="cpu")
+    opening = open_engine(settings)
+    assert isinstance(opening.engine.result(), BundleEngine)
+    with pytest.raises(BundleError, match=r"disagrees with torch on the golden images: .*logits by 1\.0e"):
+        opening.proof.result()
+    composition = compose(settings, engine=opening)
+    try:
+        asyncio.run(composition.begin())
+        assert "logits by 1.0e" in composition.served.readiness.reason
+    finally:
+        composition.end()
+
+
+def test_a_session_is_not_made_anew_by_onnxruntime_itself(tiny):
+    """As its Python class would when a pass fails on a device, of weights whose memory is free by then."""
+    graph, failed = Graph.read(tiny.path / CLASSIFY), []
+    session = OnnxRuntime(1, kept=Kept(0)).session(graph)
+
+    class Failing:
+        def __init__(self, real):
+            self.real = real
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def run(self, *_):
+            failed.append(True)
+            raise EPFail("the device is lost")
+
+    session._session._sess = Failing(session._session._sess)
+    with pytest.raises(EPFail):
+        session.run(["logits"], given_to_classify(0, tiny))
+    assert len(failed) == 1
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from benchmarks.precision import RoundedHalves
-from model.bundle import CLASSIFY, MEASURE, Bundle
+from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 from service.engine import BundleEngine
@@ -238,6 +238,28 @@ def test_a_graph_that_is_given_its_weights_needs_no_other_file(tiny, given):
     whole = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for one, other in zip(expected, whole.run(None, feeds), strict=True):
         np.testing.assert_array_equal(other, one)
+
+
+def test_weights_are_of_the_bundles_file_and_all_of_them(tiny, tmp_path):
+    for name in (CLASSIFY, WEIGHTS):
+        (tmp_path / name).write_bytes((tiny.path / name).read_bytes())
+    graph = Graph.read(tmp_path / CLASSIFY)
+    loaded = graph.loaded()
+    model = onnx.ModelProto.FromString(graph.content)
+    outside = [tensor for tensor in model.graph.initializer if onnx.external_data_helper.uses_external_data(tensor)]
+    assert len(outside) == len(loaded.constants) > 10
+    for tensor in outside:
+        expected = onnx.numpy_helper.to_array(tensor, base_dir=str(tmp_path))
+        np.testing.assert_array_equal(loaded.constants[tensor.name], expected)
+    for item in outside[0].external_data:
+        if item.key == "location":
+            item.value = "/etc/hostname"
+    with pytest.raises(BundleError, match=r"in /etc/hostname; expected float32 in weights\.bin"):
+        replace(graph, content=model.SerializeToString()).loaded()
+    whole = (tiny.path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BundleError, match=r"weights\.bin ends before what classify\.onnx takes from it"):
+        graph.loaded()
 
 
 def test_what_a_pass_holds_for_each_site_is_followed_through_the_graph(tmp_path):
