@@ -91,7 +91,7 @@ class Receiver:
         watch = Stopwatch()
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON:
             sent = parsed(Sent, await received_body(request, MAX_JSON_BYTES, self.limits.idle_timeout_s))
-            async with self.keyed(request, deed, sent.model_dump(mode="json"), status) as keyed:
+            async with self.keyed(request, deed, sent, status) as keyed:
                 upload = await run_in_threadpool(self.named, sent, deed.tenant, batch_id, role)
                 watch.lap("receive")
                 yield Post(keyed, upload, watch, sent)
@@ -113,7 +113,8 @@ class Receiver:
         if key is None:
             yield deed
             return
-        whole = [request.method, request.url.path, sorted(request.query_params.multi_items()), content]
+        plain = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
+        whole = [request.method, request.url.path, sorted(request.query_params.multi_items()), plain]
         async with self.idempotency.held(deed.tenant, key, whole, status) as held:
             yield replace(deed, beside=(*deed.beside, held))
 

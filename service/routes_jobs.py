@@ -43,7 +43,7 @@ async def create_webhook(request: Request, deed: Administering, served: Serving)
     """Tell events to an address; the answer has the secret that signs them (Standard Webhooks), this once."""
     body = await received_body(request, MAX_WEBHOOK_BYTES, served.receiver.limits.idle_timeout_s)
     wanted = parsed(schemas.WebhookRequest, body)
-    async with served.receiver.keyed(request, deed, wanted.model_dump(mode="json"), 201) as keyed:
+    async with served.receiver.keyed(request, deed, wanted, 201) as keyed:
         return await run_in_threadpool(served.webhooks.create, keyed, wanted.url, wanted.events)
 
 
