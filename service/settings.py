@@ -144,8 +144,8 @@ class Settings(StorageSettings):
     classify_bytes: int = Field(
         1 << 30,
         ge=0,
-        description="memory for networks of single batches, on a CPU, which classify a little faster; where it does not do "
-        "for as many batches as requests are worked on at once, one network takes every batch's statistics",
+        description="memory for networks of single batches, on a CPU, which classify a little faster; where fewer than nine "
+        "fit, one network takes every batch's statistics",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
