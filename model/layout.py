@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 from model.errors import (
     DuplicateImageError,
@@ -53,16 +54,14 @@ class Role(StrEnum):
     PANEL = "panel"
 
 
-@dataclass(frozen=True, order=True)
-class SiteKey:
+class SiteKey(NamedTuple):
     """One field of view of a well."""
 
     well: str
     site: int
 
 
-@dataclass(frozen=True, order=True)
-class PlaneKey:
+class PlaneKey(NamedTuple):
     """One channel of one site."""
 
     well: str

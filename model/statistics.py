@@ -188,7 +188,7 @@ def statistics_id(
         "bundle": bundle_digest,
         "context": context,
         "pixel_size_um": pixel_size_um,
-        "planes": sorted([key.well, key.site, key.channel, digest] for key, digest in planes),
+        "planes": sorted((*key, digest) for key, digest in planes),
         "precision": precision,
         "recipe": dict(recipe),
     }

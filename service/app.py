@@ -69,6 +69,7 @@ class Composition:
     async def begin(self) -> None:
         """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
         await _proved(self.prove, self.served.readiness)
+        gc.enable()
         gc.collect()
         gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         if self.served.readiness.reason is None and self.settings.workers:

@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import errno
+import gc
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from service.telemetry import configure_logs
 from service.watch import UNSETTLED, Form, Watcher
 
 if TYPE_CHECKING:
+    from service.engine import Opening
     from service.routes import Served
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
@@ -133,11 +135,9 @@ def serve(
     else:
         logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
     listening = _listening(settings.host, settings.port)
-    from service.engine import open_engine  # noqa: PLC0415 (the client's commands need no onnxruntime)
-
-    engine = open_engine(settings)  # on another core than what follows
-    from service.app import create_app  # noqa: PLC0415 (as above)
-    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as above)
+    engine = _begun_engine(settings)
+    from service.app import create_app  # noqa: PLC0415 (as the engine)
+    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as the engine)
 
     application = create_app(settings, engine=engine)
     if settings.allow_anonymous and not is_loopback(settings.host):
@@ -167,11 +167,9 @@ def worker(
     given = {"bundle": bundle, "data": data}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     configure_logs(settings.log_format, err)
-    from service.engine import open_engine  # noqa: PLC0415 (as above)
-
     settings = settings.model_copy(update={"workers": max(1, settings.workers)})
-    engine = open_engine(settings)  # on another core than what follows
-    from service.app import compose  # noqa: PLC0415 (as above)
+    engine = _begun_engine(settings)
+    from service.app import compose  # noqa: PLC0415 (as the engine)
 
     composition = compose(settings, engine=engine, listens=False)
     stopped = threading.Event()
@@ -187,6 +185,17 @@ def worker(
     composition.end()
     if reason is not None:
         raise AnchorwellError(f"the worker cannot begin: {reason}")
+
+
+def _begun_engine(settings: Settings) -> "Opening":
+    """Begin to make the engine, on another core than the imports that follow.
+
+    They make what stays: nothing looks for what can go until requests are let in.
+    """
+    gc.disable()
+    from service.engine import open_engine  # noqa: PLC0415 (the client's commands need no onnxruntime)
+
+    return open_engine(settings)
 
 
 def _listening(host: str, port: int) -> list[socket.socket]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, wells_needed
@@ -86,6 +86,10 @@ class BundleView:
         """Name of the served bundle's recipe."""
         return recipe_digest(self.bundle.manifest.recipe)
 
+    @cached_property
+    def _recipe(self) -> dict[str, Any]:
+        return recipe_json(self.bundle.manifest.recipe)
+
     @property
     def measures_panel(self) -> bool:
         """Whether the bundle's network was trained with a panel beside the controls."""
@@ -127,7 +131,7 @@ class BundleView:
         wells = len(context.wells) if blend else None
         name = statistics_id(
             bundle_digest=self.bundle.digest,
-            recipe=recipe_json(self.bundle.manifest.recipe),
+            recipe=self._recipe,
             pixel_size_um=batch.pixel_size_um,
             context=PANEL if panel else CONTROLS,
             precision=self.precision,
@@ -246,7 +250,7 @@ class Kept:
             for channel, digest in site.planes.items()
         )
         staged = tuple(
-            schemas.KeptImage(**vars(plane.key), sha256=plane.sha256, state="staged") for plane in store.staged(batch_id)
+            schemas.KeptImage(**plane.key._asdict(), sha256=plane.sha256, state="staged") for plane in store.staged(batch_id)
         )
         return schemas.ImageList(batch_id=batch_id, images=(*controls, *staged))
 
@@ -261,7 +265,7 @@ class Kept:
             StagedConflictError: another one is kept there. QuotaExceededError: there is no room for it.
         """
         store = self.storage.of(deed.tenant)
-        answer = schemas.KeptImage(**vars(key), sha256=digest, state="staged")
+        answer = schemas.KeptImage(**key._asdict(), sha256=digest, state="staged")
         plane = StagedPlane(key, digest, len(data), new_blob(data, shard_of(batch_id), digest), self.now().isoformat())
 
         def story(batch: BatchRecord) -> tuple[bool, schemas.KeptImage]:

@@ -145,8 +145,10 @@ class Receiver:
     def _referred(self, images: Sequence[Referred], named: Named, tenant: str) -> Upload:
         """Take the planes that a request lists, each at its own address."""
         addresses: dict[PlaneKey, str] = {}
+        wells = {name: parse_well(name) for name in dict.fromkeys(image.well for image in images)}  # few, of many planes
+        channels = {name: match_channel(name, self.channels) for name in dict.fromkeys(image.channel for image in images)}
         for image in images:
-            key = PlaneKey(parse_well(image.well), parse_site(image.site), match_channel(image.channel, self.channels))
+            key = PlaneKey(wells[image.well], parse_site(image.site), channels[image.channel])
             if key in addresses:
                 raise duplicate_plane(key, addresses[key], image.uri)
             addresses[key] = image.uri

@@ -597,7 +597,7 @@ class BatchStore:
     # --- names -------------------------------------------------------------------------------------------------------
 
     def _commit(self, batch: BatchRecord, commit: Commit, also: Commit | None) -> None:
-        expected = {self._head(batch.batch_id): None if batch.revision is None else batch.to_bytes()}
+        expected = {self._head(batch.batch_id): None if batch.revision is None else self._bytes_of(batch)}
         whole = Commit(
             commit.changes,
             {**expected, **commit.expected},
@@ -619,6 +619,12 @@ class BatchStore:
         with self._lock:
             self._known[batch_id] = (data, batch)
         return batch
+
+    def _bytes_of(self, batch: BatchRecord) -> bytes:
+        """The bytes that a batch was read from."""
+        with self._lock:
+            known = self._known.get(batch.batch_id)
+        return known[0] if known is not None and known[1] is batch else batch.to_bytes()
 
     def _parts_of(self, batch_id: str, change: Change) -> Iterable[tuple[str, bytes]]:
         if change.adaptation is not None:
