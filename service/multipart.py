@@ -116,6 +116,11 @@ async def received_body(request: Request, limit: int, idle_timeout_s: float) -> 
     Raises:
         UploadTooLargeError, UploadTimeoutError: as they say.
     """
+    return b"".join(await received_pieces(request, limit, idle_timeout_s))
+
+
+async def received_pieces(request: Request, limit: int, idle_timeout_s: float) -> list[bytes]:
+    """Receive a body as it arrives: to join a large one takes the loop's time; raises as ``received_body`` does."""
     _check_declared_length(request, limit)
     chunks, received = [], 0
     async for chunk in _chunks(request, idle_timeout_s):
@@ -123,7 +128,7 @@ async def received_body(request: Request, limit: int, idle_timeout_s: float) -> 
         if received > limit:
             raise _too_large(limit)
         chunks.append(chunk)
-    return b"".join(chunks)
+    return chunks
 
 
 @contextmanager

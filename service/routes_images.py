@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from model.layout import PlaneKey, match_channel, parse_site, parse_well, read_platemap
 from service import exports, schemas
 from service.digests import require_digest
-from service.multipart import received_body, utf8
+from service.multipart import received_body, received_pieces, utf8
 from service.routes import PROBLEM, BatchId, KeptBatches, Reading, Ready, Serving, Writing
 
 MAX_PLATEMAP_BYTES = 1 << 20
@@ -67,9 +67,10 @@ async def send_image(
     key = PlaneKey(parse_well(well), parse_site(site), match_channel(channel, batches.bundle.manifest.channels))
     declared = request.headers.get("content-length", "")
     with served.staging_bytes.taken(deed.tenant, int(declared) if declared.isdecimal() else served.max_plane_bytes):
-        body = await received_body(request, served.max_plane_bytes, served.receiver.limits.idle_timeout_s)
+        pieces = await received_pieces(request, served.max_plane_bytes, served.receiver.limits.idle_timeout_s)
 
         def stage() -> tuple[bool, schemas.KeptImage]:
+            body = b"".join(pieces)
             digest = require_digest(body, content_digest)
             return served.kept.stage(deed, batch_id, key, body, digest, replace=replace)
 
