@@ -496,7 +496,8 @@ class BatchStore:
         with self._put(new):
             self._commit(batch, commit, also)
         self._know(after, data, change.adaptation)
-        self._blobs.delete(self._path(blob) for blob in _blobs_of(batch) - _blobs_of(after))
+        if change.controls:
+            self._blobs.delete(self._path(blob) for blob in _blobs_of(batch) - _blobs_of(after))
         return after
 
     def put_files(self, files: Mapping[str, bytes]) -> None:
@@ -655,13 +656,13 @@ def _changed(batch: BatchRecord, change: Change) -> BatchRecord:
     adaptation = change.adaptation
     new = frozenset() if adaptation is None else frozenset({(adaptation.bundle_digest, adaptation.statistics_id)})
     scale = {} if adaptation is None or adaptation.scale is None else {adaptation.unscaled_id: adaptation.scale.digest}
-    controls = {**batch.controls, **{site.key: site for site, _ in change.controls}}
+    new_controls = {site.key: site for site, _ in change.controls}
     return BatchRecord(
         batch_id=batch.batch_id,
         revision=f"{batch.incarnation or token_hex(8)}.{token_hex(8)}",
         pixel_size_um=batch.pixel_size_um if change.pixel_size_um is None else change.pixel_size_um,
         plate=batch.plate or change.plate,
-        controls=dict(sorted(controls.items())),
+        controls=dict(sorted({**batch.controls, **new_controls}.items())) if new_controls else batch.controls,
         treated=batch.treated | change.treated,
         planned=batch.planned if change.platemap is None else change.platemap.wells(Role.TREATED),
         adaptations=batch.adaptations | new,
