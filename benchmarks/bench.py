@@ -1,7 +1,7 @@
 """Speed: ratios measured in one run on this machine, every way in turn with its peers; build/bench.json and a table.
 
-Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images,service,peers,plates] [--rounds 9]``; on a
-GPU ``--parts engine --device cuda``, which needs no network. Figures of parts that are not run stay as they were.
+Run where nothing else does: ``python -m benchmarks.bench [--parts engine,images,service,latency,peers,plates]
+[--rounds 9]``; on a GPU ``--parts engine --device cuda``, which needs no network. What is not run keeps its figures.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.bars import conclude, read_bars
 from benchmarks.bench_engine import CLOSELY, Machine, engine_bars
 from benchmarks.bench_images import image_bars
+from benchmarks.bench_latency import latency_bars
 from benchmarks.bench_peers import peer_bars
 from benchmarks.bench_plates import plate_bars
 from benchmarks.bench_service import service_bars
@@ -22,7 +23,7 @@ FOLDER = Path("build/bench")
 def main() -> None:
     """Measure the parts that are asked for, write and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="engine,images,service,peers,plates")
+    parser.add_argument("--parts", default="engine,images,service,latency,peers,plates")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
@@ -30,6 +31,7 @@ def main() -> None:
     parts = {
         "engine": lambda: engine_bars(FOLDER, Machine(arguments.device, arguments.threads), arguments.rounds),
         "images": lambda: image_bars(CLOSELY * arguments.rounds),
+        "latency": lambda: latency_bars(FOLDER, arguments.threads),
         "peers": lambda: peer_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),
         "plates": lambda: plate_bars(FOLDER, arguments.threads),
         "service": lambda: service_bars(FOLDER, arguments.threads, max(2, arguments.rounds // 3)),

@@ -4,11 +4,8 @@ And beside what a lab would write in PyTorch alone (``benchmarks/plain_pytorch.p
 file ends with bytes of its own, so that none is another's duplicate; what is in the pixels costs no time.
 """
 
-import asyncio
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -17,9 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from http.client import HTTPConnection
 from itertools import count, product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +27,7 @@ from benchmarks.bars import Bar
 from benchmarks.bench_images import plane_bytes
 from benchmarks.interleaved import Rounds, interleaved
 from benchmarks.network import Float
-from benchmarks.servers import Service, free_port
+from benchmarks.servers import Service
 from model.bundle import Bundle
 from model.images import ImageLimits, finish_site
 from model.layout import SiteKey
@@ -48,8 +43,9 @@ from service.runtime import open_runtime
 
 SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 4, 20, 12
 COMPRESSIONS = {"lzw": "lzw", "uncompressed": None}
-PING_S = 0.01
-PINGS, ONE_WELLS, CLIENTS, CLIENTS_GIVE_WAY, START_TIMEOUT_S = 2_000, 100, 8, 10, 120
+CLOSELY = 3
+"""How many rounds of the service and the bare process alone there are for one of all ways: they are near each other."""
+START_TIMEOUT_S = 120
 SAME_PROBABILITIES = 1e-2
 
 
@@ -131,6 +127,12 @@ class Bare:
     threads: int
     out: Path
 
+    @classmethod
+    def on_statistics(cls, folder: Path, bundle: Bundle, threads: int) -> Self:
+        """Make one, on statistics of some images."""
+        mean, variance, _ = BundleEngine(bundle, open_runtime("cpu", "fp32", threads)).measure(network.images(16))
+        return cls(bundle, BatchNormStatistics(mean, variance, sites=16, wells=16), threads, folder / "bare.npy")
+
     @cached_property
     def _engine(self) -> BundleEngine:
         return BundleEngine(self.bundle, open_runtime("cpu", "fp32", self.threads))
@@ -173,24 +175,18 @@ def torch_alone(folder: Path, plate: Plate, threads: int) -> float:
 
 
 def service_bars(folder: Path, threads: int, rounds: int) -> list[Bar]:
-    """Measure the service on a small plate of each compression, and one request at a time."""
+    """Measure the service on a small plate of each compression."""
     keep_freed_memory()  # as the service's decoders do
     bundle = network.bundle(folder)
     bars: list[Bar] = []
     with ExitStack() as stack:
-        service, ready = stack.enter_context(served(folder, bundle, threads))
-        bars.append(Bar("ready_after_start", ready, "s", at_most=3.0))
-        services = {"fp32": service}
+        services = {"fp32": stack.enter_context(served(folder, bundle, threads))[0]}
         if bfloat16_is_there():
             services["bf16"] = stack.enter_context(served(folder, bundle, threads, {"PRECISION": "bf16"}))[0]
-        engine = BundleEngine(bundle, open_runtime("cpu", "fp32", threads))
-        mean, variance, _ = engine.measure(network.images(16))
-        bare = Bare(bundle, BatchNormStatistics(mean, variance, sites=16, wells=16), threads, folder / "bare.npy")
-        del engine
+        bare = Bare.on_statistics(folder, bundle, threads)
         for name, compression in COMPRESSIONS.items():
             plate = make_plate(folder / f"plate-{name}", compression, CONTROL_WELLS, TREATED_WELLS)
             bars += _plate_bars(name, folder, services, plate, bare, rounds)
-            bars += _latency_bars(service, plate, bare) if name == "uncompressed" else []
             shutil.rmtree(plate.folder)
     return bars
 
@@ -243,13 +239,17 @@ def _plate_bars(
             },
             rounds,
         )
+        alone = interleaved(
+            {"bare": lambda: bare(plate), "by_reference": lambda: post(service, kept, "predict", plate.treated)},
+            CLOSELY * rounds,
+        )
         told = post(service, kept, "predict", plate.treated)
         _require_alike(told, np.load(folder / "plain.npz")["logits"])
         print(f"{name}: stages {told['seconds']}")
     slower = Rounds({**found.taken, "slower": np.maximum(found.taken["bare"], found.taken["upload"])})
     bound = 2.5 if name == "lzw" else 3.5
     return [
-        found.ratio(f"by_reference_over_bare_{name}", "bare", "by_reference", at_least=0.95),
+        alone.ratio(f"by_reference_over_bare_{name}", "bare", "by_reference", at_least=0.95),
         slower.ratio(f"raw_put_over_slower_{name}", "slower", "raw_put", at_least=0.85),
         *(
             found.ratio(f"{precision}_over_plain_pytorch_{name}", "torch", f"whole_{precision}", at_least=bound)
@@ -267,137 +267,3 @@ def _require_alike(told: dict[str, Any], logits: Float) -> None:
     difference = float(np.abs(found - expected).max())
     if not difference < SAME_PROBABILITIES:
         raise SystemExit(f"the service and torch alone answer otherwise, by {difference:.1e}")
-
-
-def _latency_bars(service: Service, plate: Plate, bare: Bare) -> list[Bar]:
-    """One well at a time on an idle service, beside the same in a bare process, and beside what its own images took there.
-
-    And how long it takes to say that it lives while it is uploaded to.
-    """
-    seconds, computing, inside = [], [], []
-    with Asker(service.port) as asker:
-        asker.ask("POST", "/batches/one/controls", _json(plate.references(plate.controls)))
-        asker.ask("POST", "/batches/one/predict", _json(plate.references(plate.treated[:1])))
-        for number in range(ONE_WELLS):
-            well = (plate.treated[number % len(plate.treated)],)
-            named = _json(plate.references(well))
-            begun = time.perf_counter()
-            told = asker.ask("POST", "/batches/one/predict", named)
-            answered = time.perf_counter()
-            inside.append(json.loads(told)["seconds"]["images"])
-            bare(plate, well)
-            seconds.append(answered - begun)
-            computing.append(time.perf_counter() - answered)
-    slowest, computed = float(np.quantile(seconds, 0.99)), statistics.median(computing)
-    over, beside = np.divide(seconds, inside), np.subtract(seconds, inside)
-    live, idle = _live(service, plate)
-    return [
-        Bar("one_well_p50_over_compute", statistics.median(seconds) / computed, ""),
-        Bar("one_well_p99_over_compute", slowest / computed, "", at_most=1.15),
-        Bar("one_well_p99_over_compute_p99", slowest / float(np.quantile(computing, 0.99)), ""),
-        Bar("one_well_p50_beside_compute", 1_000 * (statistics.median(seconds) - computed), "ms"),
-        Bar("one_well_p99_beside_compute", 1_000 * (slowest - computed), "ms", at_most=15.0),
-        Bar("one_well_over_its_own_compute_p99", float(np.quantile(over, 0.99)), "", at_most=1.15),
-        Bar("one_well_beside_its_own_compute_p50", 1_000 * float(np.median(beside)), "ms"),
-        Bar("one_well_beside_its_own_compute_p99", 1_000 * float(np.quantile(beside, 0.99)), "ms", at_most=15.0),
-        Bar("live_p99_while_8_upload", 1_000 * float(np.quantile(live, 0.99)), "ms", at_most=10.0),
-        Bar("live_p50_while_8_upload", 1_000 * float(np.median(live)), "ms"),
-        Bar("idle_server_p99_while_8_upload", 1_000 * float(np.quantile(idle, 0.99)), "ms"),
-        Bar("idle_server_p50_while_8_upload", 1_000 * float(np.median(idle)), "ms"),
-    ]
-
-
-class Asker:
-    """One connection on loopback, by the client that takes least itself: httpx takes two milliseconds a request."""
-
-    def __init__(self, port: int) -> None:
-        self._connection = HTTPConnection("127.0.0.1", port, timeout=600)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return the body of an answer; end where it is a refusal."""
-        self._connection.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
-        answer = self._connection.getresponse()
-        content = answer.read()
-        if answer.status >= httpx.codes.BAD_REQUEST:
-            raise SystemExit(f"{method} {path} is answered {answer.status}: {content[:500]!r}")
-        return content
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value).encode()
-
-
-def _live(service: Service, plate: Plate) -> tuple[list[float], list[float]]:
-    """How long the service takes to say that it lives, and a server that does nothing else, which is asked in turn.
-
-    The probe goes first, the clients, in processes, give way.
-    """
-    files = [list(plate.of(plate.treated[number::CLIENTS]).values()) for number in range(CLIENTS)]
-    context, idle_port = get_context("spawn"), free_port()
-    clients = [context.Process(target=_send_again, args=(service.url, number, files[number])) for number in range(CLIENTS)]
-    idle = context.Process(target=_say_that_it_lives, args=(idle_port,))
-    for process in (idle, *clients):
-        process.start()
-    try:
-        with httpx.Client(base_url=service.url, timeout=60) as probe:
-            _wait_for_uploads(probe)
-        with Asker(service.port) as live, Asker(idle_port) as beside:
-            pings = _pings(live, beside)
-        if not all(client.is_alive() for client in clients):
-            raise SystemExit("a client of those that upload ended")
-    finally:
-        for process in (idle, *clients):
-            process.kill()
-            process.join()
-    return pings[0::2], pings[1::2]
-
-
-def _pings(*askers: Asker) -> list[float]:
-    """Ask each in turn whether it lives, one every ``PING_S``.
-
-    A server's stall counts for all that it was due to answer meanwhile; that who asks is woken late is not the server's.
-    """
-    begun, answered, pings = time.perf_counter(), [0.0] * len(askers), []
-    for number in range(PINGS * len(askers)):
-        due, asked = begun + number * PING_S, number % len(askers)
-        time.sleep(max(0.0, due - time.perf_counter()))
-        since = due if answered[asked] > due else time.perf_counter()
-        askers[asked].ask("GET", "/health/live")
-        answered[asked] = time.perf_counter()
-        pings.append(answered[asked] - since)
-    return pings
-
-
-def _say_that_it_lives(port: int) -> None:
-    """Serve one answer to whatever is asked, and do nothing else."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(1 << 16):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-
-    async def serve() -> None:
-        await (await asyncio.start_server(answer, "127.0.0.1", port)).serve_forever()
-
-    asyncio.run(serve())
-
-
-def _wait_for_uploads(probe: httpx.Client) -> None:
-    end = time.monotonic() + START_TIMEOUT_S
-    while any(probe.get(f"/batches/live{number}/images").status_code != httpx.codes.OK for number in range(CLIENTS)):
-        if time.monotonic() > end:
-            raise SystemExit("not all clients upload")
-        time.sleep(0.2)
-
-
-def _send_again(url: str, number: int, sites: Sequence[tuple[Path, ...]]) -> None:
-    os.nice(CLIENTS_GIVE_WAY)
-    with AnchorwellClient(url) as sender:
-        while True:
-            sender.stage(f"live{number}", [path for paths in sites for path in paths])
-            sender.delete(f"live{number}")

@@ -3,12 +3,15 @@
 Knows nothing of HTTP, onnxruntime or a database.
 """
 
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sized
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, TypeVar
+
+from cachetools import LRUCache
 
 from model.bundle import Bundle, recipe_digest, recipe_json
 from model.context import Context, choose_context, wells_needed
@@ -37,6 +40,8 @@ DELETED = "batch.deleted"
 MAPPED = "platemap.sent"
 STAGED = "plane.staged"
 COMMIT_ATTEMPTS = 20
+CHOSEN_KEPT = 64
+"""Batches' controls of which it is known what is measured of them."""
 PAGE = 1000
 """Most batches in one listing."""
 
@@ -72,6 +77,25 @@ class Wanted:
     prior: Prior | None = None
 
 
+class _OfControls:
+    """What was chosen of the controls that were asked about last: a batch has the same mapping until others are sent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chosen: LRUCache[tuple[int, Hashable], tuple[Mapping[SiteKey, ControlSite], Wanted]] = LRUCache(CHOSEN_KEPT)
+
+    def found(self, controls: Mapping[SiteKey, ControlSite], way: Hashable, choose: Callable[[], Wanted]) -> Wanted:
+        """Give what was chosen of this very mapping, or choose: to name hundreds of planes takes milliseconds."""
+        key = (id(controls), way)  # no other's while the mapping is kept here
+        with self._lock:
+            kept = self._chosen.get(key)
+        if kept is None or kept[0] is not controls:
+            kept = (controls, choose())
+            with self._lock:
+                self._chosen[key] = kept
+        return kept[1]
+
+
 @dataclass(frozen=True)
 class BundleView:
     """How the served bundle, at the engine's precision, sees what is kept of a batch."""
@@ -80,6 +104,10 @@ class BundleView:
     precision: str
     max_context_sites: int
     """How many sites are measured in one pass."""
+
+    @cached_property
+    def _chosen(self) -> "_OfControls":
+        return _OfControls()
 
     @cached_property
     def recipe_digest(self) -> str:
@@ -125,10 +153,15 @@ class BundleView:
         Raises:
             NoControlsError: there is no site to measure.
         """
+        way = (batch.pixel_size_um, blend)
+        chosen = self._chosen.found(batch.controls, way, lambda: self._choose(batch, usable, blend=blend))
+        prior = self.bundle.training_statistics.prior(len(chosen.context.wells)) if blend else None
+        return replace(chosen, statistics_id=self._named(batch, chosen.name), prior=prior)
+
+    def _choose(self, batch: BatchRecord, usable: Mapping[SiteKey, ControlSite], *, blend: bool) -> Wanted:
         sites = sites_of(usable, Role.CONTROL) if blend else usable
         context = choose_context(sites, self.max_context_sites)
         panel = frozenset(site.well for site in context.used if sites[site].role is Role.PANEL)
-        wells = len(context.wells) if blend else None
         name = statistics_id(
             bundle_digest=self.bundle.digest,
             recipe=self._recipe,
@@ -141,12 +174,10 @@ class BundleView:
                 for channel in self.bundle.manifest.channels
             ],
             panel=panel,
-            blend_wells=wells,
+            blend_wells=len(context.wells) if blend else None,
         )
-        known = self._named(batch, name)
-        if wells is not None:
-            return Wanted(BLENDED, context, panel, name, known, self.bundle.training_statistics.prior(wells))
-        return Wanted(PANEL if panel else CONTROLS, context, panel, name, known)
+        rule = BLENDED if blend else PANEL if panel else CONTROLS
+        return Wanted(rule, context, panel, name, statistics_id=None)
 
     def _named(self, batch: BatchRecord, name: str) -> str | None:
         """Return the id of statistics by their name without a scale; None when their scale is not measured yet."""

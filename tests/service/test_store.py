@@ -12,9 +12,10 @@ import pytest
 from model.images import PreparedImage
 from model.layout import PlaneKey, PlateMap, Role, SiteKey
 from model.scale import BatchScale
-from model.statistics import BatchNormStatistics
+from model.statistics import BatchNormStatistics, statistics_id
 from service.deeds import Deed
 from service.errors import BatchBusyError, BatchNotFoundError, BlobMissingError, QuotaExceededError
+from service.kept import BundleView
 from service.storage import Storage
 from service.store import (
     Adaptation,
@@ -341,3 +342,29 @@ def test_kept_arrays_are_never_pickles():
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         image_from_bytes(buffer.getvalue())
+
+
+def test_statistics_are_named_once_for_the_same_controls_and_anew_for_others(bundle, monkeypatch):
+    view, named = BundleView(bundle, "fp32", max_context_sites=4), []
+    monkeypatch.setattr("service.kept.statistics_id", lambda **given: named.append(given) or statistics_id(**given))
+    site = ControlSite(A01, dict.fromkeys(bundle.manifest.channels, "0" * 64), view.recipe_digest, "0a1/b", 1)
+    batch = BatchRecord("P1", controls={A01: site})
+
+    def name(batch, **how):
+        return view.wanted(batch, view.usable(batch), **how).name
+
+    first = name(batch)
+    assert name(batch) == name(replace(batch, treated=frozenset({"C03"}))) == first
+    assert len(named) == 1
+    other = replace(site, planes=dict.fromkeys(bundle.manifest.channels, "1" * 64))
+    changed = [replace(batch, controls=controls) for controls in ({A01: other}, {B01: site})]
+    assert len({first, name(batch, blend=True), name(replace(batch, pixel_size_um=1.5)), *map(name, changed)}) == 5
+    assert name(replace(batch, controls=dict(batch.controls))) == first
+
+
+def test_a_change_without_controls_leaves_a_batch_those_that_it_had(storage):
+    store = storage.of("default")
+    first = store.commit(NEW, Change(NOW, controls=[control(A01)]))
+    after = store.commit(first, Change(NOW, treated=frozenset({"C03"})))
+    assert after.controls is first.controls
+    assert store.commit(after, Change(NOW, controls=[control(B01)])).controls.keys() == {A01, B01}
