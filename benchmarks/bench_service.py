@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import network
 from benchmarks.bars import Bar
+from benchmarks.bench_engine import CLOSELY
 from benchmarks.bench_images import plane_bytes
 from benchmarks.interleaved import Rounds, interleaved
 from benchmarks.network import Float
@@ -43,8 +44,6 @@ from service.runtime import open_runtime
 
 SITES, CONTROL_WELLS, TREATED_WELLS, DISTINCT = 9, 4, 20, 12
 COMPRESSIONS = {"lzw": "lzw", "uncompressed": None}
-CLOSELY = 3
-"""How many rounds of the service and the bare process alone there are for one of all ways: they are near each other."""
 START_TIMEOUT_S = 120
 SAME_PROBABILITIES = 1e-2
 

@@ -89,7 +89,7 @@ class _OfControls:
         key = (id(controls), way)  # no other's while the mapping is kept here
         with self._lock:
             kept = self._chosen.get(key)
-        if kept is None or kept[0] is not controls:
+        if kept is None:
             kept = (controls, choose())
             with self._lock:
                 self._chosen[key] = kept
@@ -106,7 +106,7 @@ class BundleView:
     """How many sites are measured in one pass."""
 
     @cached_property
-    def _chosen(self) -> "_OfControls":
+    def _chosen(self) -> _OfControls:
         return _OfControls()
 
     @cached_property

@@ -71,6 +71,7 @@ async def send_image(
 
         def stage() -> tuple[bool, schemas.KeptImage]:
             body = b"".join(pieces)
+            pieces.clear()  # or the plane would be held twice
             digest = require_digest(body, content_digest)
             return served.kept.stage(deed, batch_id, key, body, digest, replace=replace)
 

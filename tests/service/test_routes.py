@@ -1,5 +1,6 @@
 """The two stories, through the front door."""
 
+import gc
 import threading
 
 import numpy as np
@@ -444,3 +445,12 @@ def test_a_load_data_table_brings_its_pixel_size_and_its_absence_is_noticed(stor
     assert told["notices"] == []
     assert untold["pixel_size_um"] is None
     assert "pixel size is not known" in untold["notices"][0]
+
+
+def test_garbage_is_looked_for_again_once_requests_are_let_in(settings, storage):
+    gc.disable()  # as the command line does while it imports
+    try:
+        with running(settings, FakeEngine(), storage):
+            assert gc.isenabled()
+    finally:
+        gc.enable()
