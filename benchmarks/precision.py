@@ -120,7 +120,7 @@ def rounded(graph: Graph) -> Session:
     nodes = [*_with_rounding(entering), *(part for node in model.graph.node for part in _with_rounding(node))]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return OnnxSession(_as_it_is(model, graph.folder), measures=False)
+    return OnnxSession(_as_it_is(model, graph.weights.folder), measures=False)
 
 
 class RoundedHalves:
@@ -129,7 +129,7 @@ class RoundedHalves:
     def __init__(self, graph: Graph) -> None:
         folded = graph.folded(half=True)
         fold, model = (onnx.ModelProto.FromString(part.content) for part in (folded.fold, folded.classify))
-        self._fold = _as_it_is(fold, graph.folder)
+        self._fold = _as_it_is(fold, graph.weights.folder)
         halves = {item.name for item in model.graph.input if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
         for item in model.graph.input:
             item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
@@ -146,7 +146,7 @@ class RoundedHalves:
                 nodes.append(node)
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        self._classify = _as_it_is(model, graph.folder)
+        self._classify = _as_it_is(model, graph.weights.folder)
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run it."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from fastapi import Depends, FastAPI
@@ -38,13 +39,15 @@ from service.reports import VERSION
 from service.requests import Admission, Requests
 from service.retention import Retention
 from service.routes import Served, known_query
-from service.screen import Screener
 from service.settings import Settings
 from service.storage import Storage
 from service.telemetry import Metrics, TimedRecords
 from service.tracing import UNTRACED, Tracing, open_tracing
 from service.uploads import Preparer
 from service.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from service.screen import Screener
 
 _HEADER_BYTES = 1 << 20
 _ELSEWHERE_AT_ONCE = 40
@@ -68,10 +71,10 @@ class Composition:
 
     async def begin(self) -> None:
         """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
+        gc.collect()  # now, while the golden images keep other threads waiting for no lock of Python's
+        gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         await _proved(self.prove, self.served.readiness)
         gc.enable()
-        gc.collect()
-        gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         if self.served.readiness.reason is None and self.settings.workers:
             await run_in_threadpool(self.queue.start, self.settings.workers, self.run, self.look_after)
 
@@ -177,6 +180,7 @@ def compose(
     bundle = used_engine.bundle if isinstance(used_engine, BundleEngine) else Bundle.load(settings.bundle)
     most_sites = bundle.manifest.max_context_sites
     if isinstance(used_engine, BundleEngine):
+        used_engine.require_loaded()
         most_sites = _max_context_sites(settings, used_engine)
 
     def prove() -> None:
@@ -221,7 +225,7 @@ def compose(
 
 
 @contextmanager
-def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> Iterator[Screener]:
+def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> Iterator["Screener"]:
     """Compose what answers plates into a directory or below an s3:// URL; its own store lies in the data directory.
 
     A decoder that is given may be on other machines: what lies in object storage is fetched where it is decoded.
@@ -229,6 +233,8 @@ def screening(settings: Settings, out: str, decoder: Decoder | None = None) -> I
     Raises:
         BundleError, StartError: as ``create_app`` does; or the engine does not agree with the golden images.
     """
+    from service.screen import Screener  # noqa: PLC0415 (a service needs none)
+
     assert decoder is None or not settings.keep_control_images  # files that are read elsewhere are not here to be kept
     composition = compose(settings, decoder=decoder)
     try:

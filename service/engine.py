@@ -39,7 +39,7 @@ from model.bundle import (
 from model.errors import BundleError
 from model.statistics import BN_EPSILON, BatchNormStatistics, Prior
 from service.errors import BusyError, MemoryShortError
-from service.graphs import Graph
+from service.graphs import Graph, Weights
 from service.observe import UNOBSERVED, Observer
 from service.passes import Passes
 from service.priority import cpu_count, give_way
@@ -113,20 +113,22 @@ class _Asked:
 
 
 class BundleEngine:
-    """An ``Engine`` of a bundle on a runtime."""
+    """An ``Engine`` of a bundle on a runtime. It classifies before it can measure, which waits until its graph is loaded."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle, self._runtime = bundle, runtime
         self.observer: Observer = UNOBSERVED
         self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
-        self._graphs = {name: Graph.read(self._folder / name) for name in (MEASURE, CLASSIFY)}
-        with ThreadPoolExecutor(2, initializer=give_way) as pool:  # they inherit how nice who makes them is
-            measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
-            classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
-            self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
-            self._classify = classify.result()
-            pool.submit(self._warm).result()
-            self._measure = measure.result()
+        weights = Weights(self._folder)
+        self._graphs = {name: Graph.read(self._folder / name, weights) for name in (MEASURE, CLASSIFY)}
+        pool = ThreadPoolExecutor(2, initializer=give_way)  # they inherit how nice who makes them is
+        self._measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
+        classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
+        pool.shutdown(wait=False)
+        self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
+        self._classify = classify.result()
+        if len(runtime.pass_sizes) > 1:  # where there is one, the golden images run it
+            self._warm()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
         self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
@@ -148,6 +150,14 @@ class BundleEngine:
         """Twice what is classified at once: as many are ready when that is done."""
         return 2 * self._runtime.passes_at_once * self._runtime.pass_sizes[-1]
 
+    def require_loaded(self) -> None:
+        """Wait until both graphs are loaded.
+
+        Raises:
+            BundleError: the one that measures cannot be.
+        """
+        self._measure.result()
+
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
         used, asked = self._plain if prior is None else prior, time.perf_counter()
         if not self._measuring.acquire(timeout=QUEUE_TIMEOUT_S):
@@ -167,7 +177,7 @@ class BundleEngine:
         return found if self.precision == "fp32" else found._replace(embeddings=self._embedded(images, found))
 
     def _measured(self, images: Float, prior: Prior) -> Measured:
-        found = _measured(self._measure, images, prior)
+        found = _measured(self._measure.result(), images, prior)
         centre = self._nearer(found, prior)
         if centre is None:
             return found
@@ -309,12 +319,16 @@ def open_engine(settings: Settings) -> Opening:
 def replay(engine: Engine, bundle: Bundle) -> None:
     """Run the bundle's golden images through the engine and compare with what the training's framework gave.
 
+    They are classified, on a network that is made first, beside being measured.
+
     Raises:
         BundleError: the engine does not agree.
     """
     golden = bundle.golden
-    plain = engine.measure(golden.images)
-    blended = engine.measure(golden.images, bundle.training_statistics.prior(GOLDEN_WELLS))
-    classified = engine.classify(golden.images, _golden_statistics(golden))
+    with ThreadPoolExecutor(1, initializer=give_way) as pool:
+        classifying = pool.submit(engine.classify, golden.images, _golden_statistics(golden))
+        plain = engine.measure(golden.images)
+        blended = engine.measure(golden.images, bundle.training_statistics.prior(GOLDEN_WELLS))
+        classified = classifying.result()
     parity = Parity.of(golden, plain, blended, classified.logits, classified.embeddings)
     parity.require(f"the engine on {engine.provider} in {engine.precision}", Tolerance.of(golden, engine.precision))

@@ -5,6 +5,8 @@ convolutions where statistics are constants; where they are not, as here, they a
 """
 
 import math
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,22 +34,40 @@ Affine = Callable[[str, str, str, int], Iterator[Any]]
 """Makes the nodes that scale and shift ``x`` by ``NAME_scales`` (features, 1, 1, 1) and ``NAME_shift`` (features,)."""
 
 
+class Weights:
+    """The file of weights that the graphs of a folder share; while one holds what it read, another is given the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._held: Callable[[], NDArray[np.uint8] | None] = lambda: None
+
+    def read(self) -> NDArray[np.uint8]:
+        """Read the whole file as one piece of memory."""
+        with self._lock:
+            content = self._held()
+            if content is None:
+                content = np.fromfile(self.folder / WEIGHTS, np.uint8)
+                self._held = weakref.ref(content)
+            return content
+
+
 @dataclass(frozen=True)
 class Graph:
-    """One of a bundle's graphs as it was read once, without the weights, which lie in ``folder``."""
+    """One of a bundle's graphs as it was read once, without the weights, which the bundle's graphs share."""
 
     name: str
-    folder: Path
+    weights: Weights
     content: bytes
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a graph.
+    def read(cls, path: Path, weights: Weights | None = None) -> Self:
+        """Read a graph, of weights that lie beside it.
 
         Raises:
             BundleError: the file is none, or of another network.
         """
-        graph = cls(path.name, path.parent, path.read_bytes())
+        graph = cls(path.name, weights or Weights(path.parent), path.read_bytes())
         model = graph._model().graph
         for what, found, expected in (("takes", model.input, INPUTS), ("gives", model.output, OUTPUTS)):
             names, needed = {item.name for item in found}, expected[path.name]
@@ -140,19 +160,15 @@ class Graph:
         return Loaded(self.name, model.SerializeToString(), weights)
 
     def _taken_out(self, graph: Any) -> dict[str, Float]:
-        """Take those weights out of a graph that lie in the folder; they are read at once, as one piece of memory."""
+        """Take those weights out of a graph that lie in their file."""
         outside = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
         inside = [tensor for tensor in graph.initializer if tensor.name not in outside]
         places = {name: self._place(tensor) for name, tensor in outside.items()}
-        first, end = (
-            min((start for start, _ in places.values()), default=0),
-            max((end for _, end in places.values()), default=0),
-        )
-        content = np.fromfile(self.folder / WEIGHTS, np.uint8, end - first, offset=first) if end else np.empty(0, np.uint8)
-        if content.size < end - first:
+        content = self.weights.read() if places else np.empty(0, np.uint8)
+        if content.size < max((end for _, end in places.values()), default=0):
             raise BundleError(f"{WEIGHTS} ends before what {self.name} takes from it")
         weights = {
-            name: content[start - first : end - first].view(np.float32).reshape(tuple(outside[name].dims))
+            name: content[start:end].view(np.float32).reshape(tuple(outside[name].dims))
             for name, (start, end) in places.items()
         }
         del graph.initializer[:]
@@ -176,7 +192,7 @@ class Graph:
         """
         for tensor in self._model().graph.initializer:
             if tensor.name == CENTRE:
-                found: Float = onnx.numpy_helper.to_array(tensor, base_dir=str(self.folder))
+                found: Float = onnx.numpy_helper.to_array(tensor, base_dir=str(self.weights.folder))
                 return found
         raise BundleError(f"{self.name} has no constant {CENTRE}")
 
@@ -215,13 +231,16 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
         if item.name == INPUT_IMAGES:
             item.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]  # written for any number of sites
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
-    found = {}
-    for item in (*graph.input, *graph.value_info):
-        extents = _extents(item)
-        if len(extents) == _IMAGE_DIMENSIONS:
-            found[item.name] = _FLOAT_BYTES * math.prod(extents)
-    return found
+    extents = _followed(model, values=False)
+    if not all(all(extents.get(name, [0])) for node in model.graph.node for name in node.output if name):
+        extents = _followed(model, values=True)
+    return {name: _FLOAT_BYTES * math.prod(each) for name, each in extents.items() if len(each) == _IMAGE_DIMENSIONS}
+
+
+def _followed(model: Any, *, values: bool) -> dict[str, list[int]]:
+    """Shape of whatever is known of; to follow values that shapes are computed from, too, takes ten times as long."""
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=values).graph
+    return {item.name: _extents(item) for item in (*graph.input, *graph.value_info, *graph.output)}
 
 
 def _extents(item: Any) -> list[int]:

@@ -118,7 +118,6 @@ def get_predictions(
     found, columns = kept.predictions(deed.tenant, batch_id)
     if chosen == exports.JSON:
         return found
-    table = exports.table(found, columns, batches.bundle.manifest.classes)
-    content = exports.csv_bytes(table) if chosen == exports.CSV else exports.parquet_bytes(table)
+    content = exports.file_of(chosen, found, columns, batches.bundle.manifest.classes)
     name = f"{batch_id}.{'csv' if chosen == exports.CSV else 'parquet'}"
     return Response(content, media_type=chosen, headers={"Content-Disposition": f'attachment; filename="{name}"'})

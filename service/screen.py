@@ -183,7 +183,7 @@ class Screener:
                 for part in _parts(self._upload(plate, Role.TREATED, left_out))
             ]
             found, columns = self.kept.predictions(TENANT, batch_id)
-            table = exports.parquet_bytes(exports.table(found, columns, self.batches.bundle.manifest.classes))
+            table = exports.file_of(exports.PARQUET, found, columns, self.batches.bundle.manifest.classes)
             digest = {"answers_sha256": sha256(table).hexdigest()}
             told = [answer for answer in answers if answer is not None]
             return {**self._report(plate, report, told, left_out, watch), **identity, **digest}, table

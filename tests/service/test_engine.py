@@ -431,6 +431,38 @@ def test_an_engines_proof_is_of_the_golden_images(tiny, tmp_path):
         composition.end()
 
 
+def test_an_engine_classifies_while_what_measures_is_loaded(tiny):
+    loaded = threading.Event()
+
+    class Slow(OnnxRuntime):
+        def session(self, graph, *, measures=False):
+            assert not measures or loaded.wait(30)
+            return super().session(graph, measures=measures)
+
+    engine = BundleEngine(tiny, Slow(1))
+    with ThreadPoolExecutor(2) as pool:
+        measured, required = pool.submit(engine.measure, images(4)), pool.submit(engine.require_loaded)
+        assert np.isfinite(engine.classify(images(4), statistics_of(1)(tiny)).logits).all()
+        assert not measured.done()
+        assert not required.done()
+        loaded.set()
+        assert np.isfinite(measured.result(30).mean).all()
+        assert required.result(30) is None
+
+
+def test_a_service_does_not_begin_whose_controls_cannot_be_measured(tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny.path, broken)
+    model = onnx.load(broken / MEASURE, load_external_data=False)
+    model.graph.node[0].op_type = "Nonsense"
+    (broken / MEASURE).write_bytes(model.SerializeToString())
+    manifest = json.loads((broken / MANIFEST).read_text())
+    manifest["files"][MEASURE] = file_sha256(broken / MEASURE)
+    (broken / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"measure\.onnx cannot be"):
+        compose(Settings(bundle=broken, data=tmp_path / "data", threads=1, device="cpu"))
+
+
 def test_a_session_is_not_made_anew_by_onnxruntime_itself(tiny):
     """As its Python class would when a pass fails on a device, of weights whose memory is free by then."""
     graph, failed = Graph.read(tiny.path / CLASSIFY), []

@@ -1,5 +1,6 @@
 """What graphs become computes what they did."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from model.bundle import CLASSIFY, MEASURE, WEIGHTS, Bundle
 from model.errors import BundleError
 from model.statistics import BatchNormStatistics
 from service.engine import BundleEngine
-from service.graphs import Graph, as_convolution, as_products, identity
+from service.graphs import Graph, Weights, as_convolution, as_products, identity
 from service.runtime_onnx import OnnxRuntime
 
 
@@ -183,7 +184,7 @@ def test_a_convolutions_own_bias_is_folded_and_one_that_is_needed_as_it_is_stays
         "bn_mean": rng.normal(size=4).astype(np.float32),
         "bn_var": rng.uniform(0.5, 2, 4).astype(np.float32),
     }
-    folded = Graph(CLASSIFY, tmp_path, content).folded()
+    folded = Graph(CLASSIFY, Weights(tmp_path), content).folded()
     assert kinds(folded.classify.content).count("Conv") == 1 + used_twice
     found, _ = run_folded(folded, feeds, tiny)
     for one, other in zip(session(content, tiny).run(None, feeds), found, strict=True):
@@ -259,7 +260,22 @@ def test_weights_are_of_the_bundles_file_and_all_of_them(tiny, tmp_path):
     whole = (tiny.path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BundleError, match=r"weights\.bin ends before what classify\.onnx takes from it"):
-        graph.loaded()
+        Graph.read(tmp_path / CLASSIFY).loaded()
+
+
+def test_weights_are_read_once_by_graphs_that_are_loaded_side_by_side(tiny, tmp_path):
+    shutil.copytree(tiny.path, tmp_path, dirs_exist_ok=True)
+    weights = Weights(tmp_path)
+    measure, classify = (Graph.read(tmp_path / name, weights) for name in (MEASURE, CLASSIFY))
+    loaded = [measure.loaded(), classify.loaded(), classify.folded().fold.loaded()]
+    ends = [next(iter(each.constants.values())).base for each in loaded]
+    assert ends[0] is ends[1] is ends[2]
+    name, before = next((name, value.copy()) for name, value in loaded[1].constants.items())
+    content = np.fromfile(tmp_path / WEIGHTS, np.float32) + 1
+    content.tofile(tmp_path / WEIGHTS)
+    np.testing.assert_array_equal(classify.loaded().constants[name], before)
+    del loaded, ends
+    np.testing.assert_array_equal(classify.loaded().constants[name], before + 1)
 
 
 def test_what_a_pass_holds_for_each_site_is_followed_through_the_graph(tmp_path):
@@ -277,7 +293,23 @@ def test_what_a_pass_holds_for_each_site_is_followed_through_the_graph(tmp_path)
     images = value("images", "sites", 3, 8, 8)
     graph = make.make_graph(nodes, "small", [images], [value("logits", "sites", 3, 4, 4)])
     content = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]).SerializeToString()
-    assert Graph("small", tmp_path, content).bytes_a_site() == 4 * 3 * (64 + 64), "a while images are still there"
+    assert Graph("small", Weights(tmp_path), content).bytes_a_site() == 4 * 3 * (64 + 64), "a while images are still there"
+
+
+def test_shapes_that_a_graph_computes_are_followed_too(tmp_path):
+    make, number = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        make.make_node("Shape", ["images"], ["shape"]),
+        make.make_node("Reshape", ["images", "shape"], ["a"]),
+        make.make_node("Concat", ["a", "a", "a"], ["b"], axis=1),
+        make.make_node("GlobalAveragePool", ["b"], ["logits"]),
+    ]
+    values = [
+        make.make_tensor_value_info(*each) for each in (("images", number, ["sites", 3, 8, 8]), ("logits", number, None))
+    ]
+    graph = make.make_graph(nodes, "small", values[:1], values[1:])
+    content = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]).SerializeToString()
+    assert Graph("small", Weights(tmp_path), content).bytes_a_site() == 4 * 64 * (3 + 9), "a and b"
 
 
 def test_a_graph_of_another_network_says_what_it_takes(tiny, tmp_path):

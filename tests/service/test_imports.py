@@ -51,6 +51,7 @@ def test_the_model_imports_neither_of_its_users(package):
         ("sqlite3", SERVICE, {"records_sqlite.py"}),
         ("ray", SERVICE, {"screen_ray.py"}),
         ("pebble", SERVICE, {"decoding.py"}),
+        ("pyarrow", SERVICE, {"arrow.py", "index.py"}),
         ("huey", SERVICE, {"queue.py"}),
         ("httpx", SERVICE, {"client.py", "references.py", "webhooks.py"}),
         ("typer", SERVICE, {"cli.py", "cli_operate.py", "cli_screen.py"}),
@@ -85,6 +86,14 @@ def test_the_service_imports_where_torch_and_training_cannot_be():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_service_loads_arrow_when_a_table_is_there():
+    program = "import sys, service.app, service.engine; from service.tables import table_of_any_kind as table; table(b'a\\n1')"
+    for line, loaded in (("", "False"), ("; from service.arrow import parquet_table", "True")):
+        command = [sys.executable, "-c", f"{program}{line}; print('pyarrow' in sys.modules)"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == loaded
 
 
 def kept_at_home(program, home):
