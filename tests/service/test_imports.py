@@ -89,7 +89,7 @@ def test_the_service_imports_where_torch_and_training_cannot_be():
 
 
 def test_a_service_loads_arrow_when_a_table_is_there():
-    program = "import sys, service.app, service.engine; from service.tables import table_of_any_kind as table; table(b'a\\n1')"
+    program = "import sys, service.app; from service.tables import table_of_any_kind; table_of_any_kind(b'a\\n1')"
     for line, loaded in (("", "False"), ("; from service.arrow import parquet_table", "True")):
         command = [sys.executable, "-c", f"{program}{line}; print('pyarrow' in sys.modules)"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
