@@ -24,8 +24,11 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
+# What trains, and the documentation's pages, use one core for most of their time: two of them run at once.
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/training --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/test_docs.py --numprocesses 2
+	$(BIN)/python -m pytest --ignore tests/training --ignore tests/test_docs.py
 
 # Programs that some tests run: their own Redis, a trace of system calls, the documentation's curl, the proxy. Without them they skip.
 machine:

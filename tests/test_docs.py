@@ -21,20 +21,7 @@ from training.methods import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLD = {
-    "guide.md": (
-        "12 simulated plates",
-        "null: intensity",
-        "ONNX against torch",
-        "adapted SIM02B03P01",
-        "context controls",
-        "context blended",
-    ),
     "training.md": ("12 plates", "12 plates written", "null: majority", "report: ", "ONNX against torch"),
-    "screens.md": (
-        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers",
-        "1 plates answered, 0 were there already, 0 refused; 8 wells: answers-in-parts",
-        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers-by-ray",
-    ),
     "lims.md": (
         "cs-arm-bn",
         '"state":"staged"',
@@ -43,8 +30,21 @@ TOLD = {
         "batch.classified second True",
         "answered on",
     ),
+    "guide.md": (
+        "12 simulated plates",
+        "null: intensity",
+        "ONNX against torch",
+        "adapted SIM02B03P01",
+        "context controls",
+        "context blended",
+    ),
+    "screens.md": (
+        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers",
+        "1 plates answered, 0 were there already, 0 refused; 8 wells: answers-in-parts",
+        "2 plates answered, 0 were there already, 0 refused; 16 wells: answers-by-ray",
+    ),
 }
-"""Pages whose commands are run, and what these say."""
+"""Pages whose commands are run, and what these say; of two processes the one takes the first two, the other the rest."""
 ANSWERS = {"guide.md": 8 * 2 + 2, "lims.md": 8 * 2}
 """Wells answered on a page."""
 START_TIMEOUT_S = 60
