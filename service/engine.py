@@ -127,8 +127,7 @@ class BundleEngine:
         pool.shutdown(wait=False)
         self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
         self._classify = classify.result()
-        if len(runtime.pass_sizes) > 1:  # where there is one, the golden images run it
-            self._warm()
+        self._warm()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
         self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
@@ -151,7 +150,7 @@ class BundleEngine:
         return 2 * self._runtime.passes_at_once * self._runtime.pass_sizes[-1]
 
     def require_loaded(self) -> None:
-        """Wait until both graphs are loaded.
+        """Wait until the graph that measures is loaded, too.
 
         Raises:
             BundleError: the one that measures cannot be.
@@ -319,7 +318,7 @@ def open_engine(settings: Settings) -> Opening:
 def replay(engine: Engine, bundle: Bundle) -> None:
     """Run the bundle's golden images through the engine and compare with what the training's framework gave.
 
-    They are classified, on a network that is made first, beside being measured.
+    They are classified beside being measured, which may wait until its graph is loaded.
 
     Raises:
         BundleError: the engine does not agree.

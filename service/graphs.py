@@ -232,15 +232,21 @@ def _bytes_of_one_site(model: Any) -> dict[str, int]:
             item.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]  # written for any number of sites
     extents = _followed(model, values=False)
-    if not all(all(extents.get(name, [0])) for node in model.graph.node for name in node.output if name):
+    if not all(_is_known(extents.get(name)) for node in model.graph.node for name in node.output if name):
         extents = _followed(model, values=True)
     return {name: _FLOAT_BYTES * math.prod(each) for name, each in extents.items() if len(each) == _IMAGE_DIMENSIONS}
 
 
 def _followed(model: Any, *, values: bool) -> dict[str, list[int]]:
-    """Shape of whatever is known of; to follow values that shapes are computed from, too, takes ten times as long."""
+    """Shape of whatever has one; to follow values that shapes are computed from, too, can take ten times as long."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=values).graph
-    return {item.name: _extents(item) for item in (*graph.input, *graph.value_info, *graph.output)}
+    items = (*graph.input, *graph.value_info, *graph.output)
+    return {item.name: _extents(item) for item in items if item.type.tensor_type.HasField("shape")}
+
+
+def _is_known(extents: list[int] | None) -> bool:
+    """Whether it is known of something that it is not image-like, or how large it is."""
+    return extents is not None and (len(extents) != _IMAGE_DIMENSIONS or all(extents))
 
 
 def _extents(item: Any) -> list[int]:

@@ -83,6 +83,8 @@ def test_weights_are_found_whatever_the_folders_name_and_kept_whatever_becomes_o
     monkeypatch.chdir(tmp_path)
     engines = [BundleEngine(Bundle.load(Path(served.name)), make()) for make in RUNTIMES.values()]
     monkeypatch.chdir("/")
+    for engine in engines:
+        engine.require_loaded()
     (served / WEIGHTS).write_bytes(bytes((served / WEIGHTS).stat().st_size))
     for engine in engines:
         replay(engine, tiny)
@@ -450,16 +452,17 @@ def test_an_engine_classifies_while_what_measures_is_loaded(tiny):
         assert required.result(30) is None
 
 
-def test_a_service_does_not_begin_whose_controls_cannot_be_measured(tiny, tmp_path):
+@pytest.mark.parametrize("name", [MEASURE, CLASSIFY])
+def test_a_service_does_not_begin_with_a_graph_that_cannot_be_run(name, tiny, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny.path, broken)
-    model = onnx.load(broken / MEASURE, load_external_data=False)
-    model.graph.node[0].op_type = "Nonsense"
-    (broken / MEASURE).write_bytes(model.SerializeToString())
+    model = onnx.load(broken / name, load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Nonsense"
+    (broken / name).write_bytes(model.SerializeToString())
     manifest = json.loads((broken / MANIFEST).read_text())
-    manifest["files"][MEASURE] = file_sha256(broken / MEASURE)
+    manifest["files"][name] = file_sha256(broken / name)
     (broken / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"measure\.onnx cannot be"):
+    with pytest.raises(BundleError, match=f"{name} cannot be loaded"):
         compose(Settings(bundle=broken, data=tmp_path / "data", threads=1, device="cpu"))
 
 
@@ -612,15 +615,17 @@ def test_who_waits_too_long_for_passes_is_told_to_come_back_and_is_not_waited_fo
     monkeypatch.setattr("service.engine.QUEUE_TIMEOUT_S", 0.05)
     gpu, statistics = Gpu(pass_sizes=(1, 3)), statistics_of(1)(tiny)
     engine = BundleEngine(tiny, gpu)
+    engine.require_loaded()
     gpu.asked.clear()
     with gpu.busy:
         for _ in range(2):
             with pytest.raises(BusyError, match=r"passes took longer than 0\.05 s"):
                 engine.classify(images(3), statistics)
+        with engine._measuring, pytest.raises(BusyError, match=r"passes took longer"):
+            engine.measure(images(1))
+    monkeypatch.undo()
     assert engine.classify(images(1), statistics).logits.shape == (1, 1, 3)
     assert sum(gpu.asked) <= 1 + 3 + 1, "what nobody waits for is not classified"
-    with engine._measuring, pytest.raises(BusyError, match=r"passes took longer"):
-        engine.measure(images(1))
     engine.measure(images(1))
 
 

@@ -296,20 +296,36 @@ def test_what_a_pass_holds_for_each_site_is_followed_through_the_graph(tmp_path)
     assert Graph("small", Weights(tmp_path), content).bytes_a_site() == 4 * 3 * (64 + 64), "a while images are still there"
 
 
-def test_shapes_that_a_graph_computes_are_followed_too(tmp_path):
+@pytest.mark.parametrize("rank", ["known", "computed"])
+def test_shapes_that_a_graph_computes_are_followed_too(rank, tmp_path):
     make, number = onnx.helper, onnx.TensorProto.FLOAT
+    whole = [make.make_node("Shape", ["images"], ["shape"])]
+    part = [
+        make.make_node("Shape", ["images"], ["all"]),
+        make.make_node("Shape", ["all"], ["rank"]),
+        make.make_node("Constant", [], ["first"], value_ints=[0]),
+        make.make_node("Slice", ["all", "first", "rank"], ["shape"]),
+    ]
     nodes = [
-        make.make_node("Shape", ["images"], ["shape"]),
+        *(whole if rank == "known" else part),
         make.make_node("Reshape", ["images", "shape"], ["a"]),
         make.make_node("Concat", ["a", "a", "a"], ["b"], axis=1),
         make.make_node("GlobalAveragePool", ["b"], ["logits"]),
     ]
-    values = [
-        make.make_tensor_value_info(*each) for each in (("images", number, ["sites", 3, 8, 8]), ("logits", number, None))
-    ]
-    graph = make.make_graph(nodes, "small", values[:1], values[1:])
+    images, logits = ("images", number, ["sites", 3, 8, 8]), ("logits", number, None)
+    graph = make.make_graph(nodes, "small", *([make.make_tensor_value_info(*value)] for value in (images, logits)))
     content = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)]).SerializeToString()
     assert Graph("small", Weights(tmp_path), content).bytes_a_site() == 4 * 64 * (3 + 9), "a and b"
+
+
+def test_a_bundles_pass_is_as_large_whichever_way_it_is_followed(tiny, demo_bundles, monkeypatch):
+    for folder in (tiny.path, demo_bundles / "cs-arm-bn"):
+        graph = Graph.read(folder / MEASURE)
+        found = graph.bytes_a_site()
+        for known in (True, False):
+            monkeypatch.setattr("service.graphs._is_known", lambda _, known=known: known)
+            assert graph.bytes_a_site() == found
+        monkeypatch.undo()
 
 
 def test_a_graph_of_another_network_says_what_it_takes(tiny, tmp_path):
