@@ -411,15 +411,20 @@ def test_batches_share_a_network_where_their_own_do_not_fit(room, at_once, kind,
     assert (told is None and "CLASSIFY_BYTES" not in caplog.text) or (told in caplog.text)
 
 
+def say_anew(folder, name):
+    """Have a bundle's manifest say of a file what it is now."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][name] = file_sha256(folder / name)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def test_an_engines_proof_is_of_the_golden_images(tiny, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(tiny.path, wrong)
     with np.load(wrong / GOLDEN) as golden:
         arrays = dict(golden)
     np.savez_compressed(wrong / GOLDEN, **{**arrays, "logits": arrays["logits"] + 1})
-    manifest = json.loads((wrong / MANIFEST).read_text())
-    manifest["files"][GOLDEN] = file_sha256(wrong / GOLDEN)
-    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    say_anew(wrong, GOLDEN)
     settings = Settings(bundle=wrong, data=tmp_path / "data", threads=1, device="cpu")
     opening = open_engine(settings)
     assert isinstance(opening.engine.result(), BundleEngine)
@@ -459,9 +464,7 @@ def test_a_service_does_not_begin_with_a_graph_that_cannot_be_run(name, tiny, tm
     model = onnx.load(broken / name, load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Nonsense"
     (broken / name).write_bytes(model.SerializeToString())
-    manifest = json.loads((broken / MANIFEST).read_text())
-    manifest["files"][name] = file_sha256(broken / name)
-    (broken / MANIFEST).write_text(json.dumps(manifest))
+    say_anew(broken, name)
     with pytest.raises(BundleError, match=f"{name} cannot be loaded"):
         compose(Settings(bundle=broken, data=tmp_path / "data", threads=1, device="cpu"))
 
