@@ -148,6 +148,9 @@ class RoundedHalves:
         model.graph.node.extend(nodes)
         self._classify = _as_it_is(model, graph.weights.folder)
 
+    def prepare(self, _: BatchNormStatistics) -> None:
+        """Nothing: statistics are folded in for each pass."""
+
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run it."""
         names = [output.name for output in self._fold.get_outputs()]

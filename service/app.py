@@ -71,7 +71,6 @@ class Composition:
 
     async def begin(self) -> None:
         """Let requests in, and background work begin, once the engine agrees with the bundle's golden images."""
-        gc.collect()  # now, while the golden images are computed, which needs no lock of Python's
         gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         await _proved(self.prove, self.served.readiness)
         gc.enable()

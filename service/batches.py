@@ -26,7 +26,7 @@ from model.scale import BatchScale
 from model.statistics import BatchNormStatistics, with_scale
 from service import schemas
 from service.deeds import Deed
-from service.engine import Engine
+from service.engine import Engine, sum_or_none
 from service.errors import PanelNotMeasuredError, RecipeChangedError, StoreLostError, StoreUnavailableError
 from service.keeping import ControlFile, kept_files
 from service.kept import BundleView, Wanted, retold
@@ -126,11 +126,15 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class ClassifiedSite(SeenSite):
-    """What the network said of a site: logits (members, classes), embedding (dim,), and how long it took."""
+    """What the network said of a site: logits (members, classes), embedding (dim,), and how long it took.
+
+    And how long it took to make the batch's own network for it, as ``Classified`` tells.
+    """
 
     logits: Float
     embedding: Float
     seconds: float
+    network_seconds: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +240,9 @@ class Batches:
                 seen += sites
                 deed.progress(len(wells), len(upload.wells))
         watch.add("classify", sum(site.seconds for site in seen))
+        network_seconds = sum_or_none(site.network_seconds for site in seen)
+        if network_seconds is not None:
+            watch.add("network", network_seconds)
         told = self._prediction(batch, frame, pixel_size_um, wells, upload, seen, watch)
         answers = kept_answers(told, embeddings) if frame.adaptation is not None else []
 
@@ -487,11 +494,11 @@ class Batches:
     def _classified(self, site: PreparedSite, frame: Frame) -> ClassifiedSite:
         """Classify one site, whatever else is sent."""
         images = self._finished([site.key], [site.image], frame.scale)
-        logits, embeddings, seconds = self.engine.classify(images, frame.statistics)
+        logits, embeddings, seconds, network_seconds = self.engine.classify(images, frame.statistics)
         if not (np.isfinite(logits).all() and np.isfinite(embeddings).all()):
             error = NonFiniteImageError("the network's answer is not finite: an image is out of scale")
             raise error.about(well=site.key.well, site=site.key.site)
-        return ClassifiedSite(site.key, site.planes, site.saturation, logits[0], embeddings[0], seconds)
+        return ClassifiedSite(site.key, site.planes, site.saturation, logits[0], embeddings[0], seconds, network_seconds)
 
     def _answer(self, well: str, sites: Sequence[ClassifiedSite], adaptation: Adaptation | None) -> tuple[WellAnswer, Float]:
         manifest = self.bundle.manifest

@@ -1,33 +1,24 @@
 """The command line: ``anchorwell serve`` runs the service, the other commands drive one through the client."""
 
-import asyncio
 import csv
-import errno
-import gc
 import json
-import logging
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-import uvicorn
-from pydantic import BaseModel, ValidationError
-from pydantic_settings import SettingsError
-from rich.console import Console
+from pydantic import BaseModel
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from model.errors import AnchorwellError
 from model.layout import Role, parse_layout, parse_platemap, parse_well
-from service import cli_operate, cli_screen, schemas
+from service import cli_operate, cli_screen, cli_serve, schemas
 from service.client import (
     AnchorwellClient,
     Context,
@@ -36,27 +27,14 @@ from service.client import (
     StatisticsChangedError,
     well_of,
 )
-from service.errors import StartError
-from service.settings import Settings, is_loopback
-from service.telemetry import configure_logs
+from service.terminal import err, in_flags, out, run
 from service.watch import UNSETTLED, Form, Watcher
-
-if TYPE_CHECKING:
-    from service.engine import Opening
-    from service.routes import Served
 
 IMAGE_SUFFIXES = (".tif", ".tiff")
 NOT_ADAPTED = 3
 """Exit code of ``adapt`` when the controls are kept but too few."""
 WIDE = 100
 """Columns of a terminal from which every number of an answer is shown."""
-_FLAGS = {
-    "?replace=true": "--replace",
-    "?context=": "--context ",
-    "POST …/controls?role=panel": "adapt --panel",
-    "send channels": "give --channels",
-    "send pixel_size_um": "give --pixel-size-um",
-}
 
 app = typer.Typer(
     name="anchorwell",
@@ -65,12 +43,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(cli_serve.serve)
+app.command()(cli_serve.worker)
 app.add_typer(cli_operate.keys)
 app.add_typer(cli_operate.audits)
 app.command("restore")(cli_operate.restore)
 app.command("screen")(cli_screen.screen)
-out = Console()
-err = Console(stderr=True)
 
 _Files = Annotated[list[Path], typer.Argument(help="images, or directories of them", exists=True)]
 _Batch = Annotated[str, typer.Argument(help="the batch's id, normally the plate's barcode")]
@@ -90,162 +68,8 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
-    """Run the command line; what is wrong with input is one line and exit code 1."""
-    try:
-        app()
-    except SettingsError as error:
-        err.print(f"[bold red]error[/]  {_escaped(str(error))}: it is not JSON", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except (AnchorwellError, ProblemError, ServiceUnreachableError, StatisticsChangedError, OSError) as error:
-        err.print(f"[bold red]error[/]  {_escaped(_in_flags(str(error)))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except ValidationError as error:
-        places = (".".join(map(str, item["loc"])) for item in error.errors())
-        faults = zip(places, error.errors(), strict=True)
-        reasons = "; ".join(_setting_fault(place, item["type"], item["msg"]) for place, item in faults)
-        err.print(f"[bold red]error[/]  {_escaped(reasons)}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-
-
-def _setting_fault(name: str, kind: str, reason: str) -> str:
-    if kind == "missing":
-        return f"no {name} is given: say --{name}, or set ANCHORWELL_{name.upper()}"
-    return f"setting {name}: {reason}"
-
-
-# --- serve -----------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def serve(
-    bundle: Annotated[Path | None, typer.Option(help="the bundle to serve (ANCHORWELL_BUNDLE)")] = None,
-    data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (ANCHORWELL_DEVICE)")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32; on a CPU bf16, on CUDA fp16 (ANCHORWELL_PRECISION)")] = None,
-    host: Annotated[str | None, typer.Option(help="address to listen on (ANCHORWELL_HOST)")] = None,
-    port: Annotated[int | None, typer.Option(help="port to listen on (ANCHORWELL_PORT)")] = None,
-) -> None:
-    """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
-    given = {"bundle": bundle, "data": data, "device": device, "precision": precision, "host": host, "port": port}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    configure_logs(settings.log_format, err)
-    if settings.log_format == "text":
-        for line in settings.lines():
-            err.print(f"  {_escaped(line)}", highlight=False, soft_wrap=True)
-    else:
-        logging.getLogger("anchorwell").info("settings", extra={"settings": settings.lines()})
-    listening = _listening(settings.host, settings.port)
-    engine = _begun_engine(settings)
-    from service.app import create_app  # noqa: PLC0415 (as the engine)
-    from service.protocol import BoundedHttpProtocol  # noqa: PLC0415 (as the engine)
-
-    application = create_app(settings, engine=engine)
-    if settings.allow_anonymous and not is_loopback(settings.host):
-        err.print(
-            f"[bold yellow]WARNING[/]  anyone who reaches {settings.host}:{settings.port} can read, change and delete "
-            "every batch without an API key: ANCHORWELL_ALLOW_ANONYMOUS is set",
-            soft_wrap=True,
-        )
-    config = uvicorn.Config(
-        application,
-        http=BoundedHttpProtocol,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=settings.drain_timeout_s,
-    )
-    _AnnouncingServer(config, application.state.served).run(sockets=listening)
-
-
-@app.command()
-def worker(
-    bundle: Annotated[Path | None, typer.Option(help="the bundle to work with (ANCHORWELL_BUNDLE)")] = None,
-    data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
-) -> None:
-    """Run jobs and webhook deliveries, without HTTP; a service with ANCHORWELL_WORKERS=0 leaves them to this one."""
-    given = {"bundle": bundle, "data": data}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    configure_logs(settings.log_format, err)
-    settings = settings.model_copy(update={"workers": max(1, settings.workers)})
-    engine = _begun_engine(settings)
-    from service.app import compose  # noqa: PLC0415 (as the engine)
-
-    composition = compose(settings, engine=engine, listens=False)
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    asyncio.run(composition.begin())
-    reason = composition.served.readiness.reason
-    stop_metrics = composition.serve_metrics()  # which tells others that it works
-    if reason is None:
-        out.print("Anchorwell works in the background", highlight=False)
-        stopped.wait()
-    stop_metrics()
-    composition.end()
-    if reason is not None:
-        raise AnchorwellError(f"the worker cannot begin: {reason}")
-
-
-def _begun_engine(settings: Settings) -> "Opening":
-    """Begin to make the engine, on another core than the imports that follow.
-
-    They make what stays: nothing looks for what can go until requests are let in.
-    """
-    gc.disable()
-    from service.engine import open_engine  # noqa: PLC0415 (the client's commands need no onnxruntime)
-
-    return open_engine(settings)
-
-
-def _listening(host: str, port: int) -> list[socket.socket]:
-    """Take the address, of a name all that it has, before anything else is begun.
-
-    Raises:
-        StartError: it cannot be had.
-    """
-    found: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            taken = socket.socket(family, kind, protocol)
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            taken.bind((address[0], found[0].getsockname()[1] if found else port, *address[2:]))
-            found.append(taken)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} of {host} is in use: give another with --port, 0 takes a free one") from None
-        if not found:
-            raise StartError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
-    return found
-
-
-class _AnnouncingServer(uvicorn.Server):
-    """Prints one line with the URL once requests are taken, and logs what the network runs on."""
-
-    def __init__(self, config: uvicorn.Config, served: "Served") -> None:
-        super().__init__(config)
-        self._served = served
-        self._announcement: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._announcement = asyncio.create_task(self._announce())
-
-    async def shutdown(self, sockets: Any = None) -> None:
-        if self._announcement is not None:
-            self._announcement.cancel()
-        await super().shutdown(sockets)
-
-    async def _announce(self) -> None:
-        if await self._served.readiness.decided():
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            engine = self._served.batches.engine
-            logging.getLogger("anchorwell").info("the network runs on %s, in %s", engine.provider, engine.precision)
-            out.print(f"Anchorwell is ready at http://{shown}:{port}", highlight=False, markup=False)
+    """Run the command line."""
+    run(app, ProblemError, ServiceUnreachableError, StatisticsChangedError)
 
 
 # --- adapt and predict -----------------------------------------------------------------------------------------------
@@ -367,7 +191,7 @@ def watch(
         while True:
             for outcome in watcher.look():
                 style = "green" if outcome.done else "red"
-                out.print(f"[{style}]{outcome.batch_id}[/]  {_escaped(outcome.told)}", highlight=False, soft_wrap=True)
+                out.print(f"[{style}]{outcome.batch_id}[/]  {escape(outcome.told)}", highlight=False, soft_wrap=True)
             for batch_id, reason in watcher.waiting.items():
                 if reason not in (UNSETTLED, told.get(batch_id)):
                     _note(f"{batch_id} waits: {reason}")
@@ -488,7 +312,7 @@ def write_csv(prediction: schemas.Prediction, path: Path) -> None:
 
 
 def _note(text: str) -> None:
-    err.print(f"[yellow]note[/] {_escaped(text)}", soft_wrap=True, highlight=False)
+    err.print(f"[yellow]note[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -521,7 +345,7 @@ def _report_table(report: schemas.ControlsReport) -> Iterator[Table | str]:
         return
     panel = f" and {len(report.context_panel)} of the panel" if report.context_panel else ""
     yield (
-        f"[green]adapted[/] {_escaped(report.batch_id)} on {report.context_sites} sites of "
+        f"[green]adapted[/] {escape(report.batch_id)} on {report.context_sites} sites of "
         f"{len(report.context_wells)} control wells{panel} ({report.provider}, {report.precision})"
     )
     yield f"statistics {report.statistics_id}"
@@ -530,7 +354,7 @@ def _report_table(report: schemas.ControlsReport) -> Iterator[Table | str]:
 
 
 def _prediction_table(prediction: schemas.Prediction) -> Iterator[Table | str]:
-    table = Table(title=f"{_escaped(prediction.batch_id)}: {len(prediction.wells)} wells, context {prediction.context}")
+    table = Table(title=f"{escape(prediction.batch_id)}: {len(prediction.wells)} wells, context {prediction.context}")
     table.add_column("well")
     table.add_column("class", min_width=max(len(well.label) for well in prediction.wells))
     wide = out.width >= WIDE
@@ -546,7 +370,7 @@ def _prediction_table(prediction: schemas.Prediction) -> Iterator[Table | str]:
             "spread": f"{well.spread:.3f}",
             "to controls": "" if well.distance_to_controls is None else f"{well.distance_to_controls:.2f}",
         }
-        table.add_row(well.well, _escaped(well.label), *(values[name] for name in numbers), ", ".join(_remarks(well)))
+        table.add_row(well.well, escape(well.label), *(values[name] for name in numbers), ", ".join(_remarks(well)))
     yield table
     yield from _warnings(prediction.notices, prediction.saturation)
 
@@ -564,10 +388,10 @@ def _remarks(well: schemas.WellPrediction) -> Iterator[str]:
 
 def _warnings(notices: Iterable[str], saturation: Iterable[schemas.Saturation]) -> Iterator[str]:
     for notice in notices:
-        yield f"[yellow]note[/] {_escaped(_in_flags(notice))}"
+        yield f"[yellow]note[/] {escape(in_flags(notice))}"
     for item in saturation:
         yield (
-            f"[yellow]note[/] {item.planes} {_escaped(item.channel)} images are saturated, at worst "
+            f"[yellow]note[/] {item.planes} {escape(item.channel)} images are saturated, at worst "
             f"{item.worst_share:.1%} of the pixels (well {item.worst_well} site {item.worst_site})"
         )
 
@@ -589,14 +413,3 @@ def _batches_table(kept: schemas.BatchList) -> Iterator[Table | str]:
     yield table
     of = "" if kept.max_bytes is None else f" of {kept.max_bytes / 1e9:,.1f}"
     yield f"images take {kept.kept_bytes / 1e9:,.1f}{of} GB"
-
-
-def _in_flags(text: str) -> str:
-    """Name this command line's flags where the service names its own fields."""
-    for field, flag in _FLAGS.items():
-        text = text.replace(field, flag)
-    return text
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from service import audit
@@ -16,14 +15,13 @@ from service.deeds import DEFAULT_TENANT
 from service.errors import StartError
 from service.settings import StorageSettings
 from service.storage import RECORDS_FILE, Storage, rebuild_records
+from service.terminal import err, out
 
 BROKEN_CHAIN = 4
 """Exit code of ``audit verify`` when the chain does not hold."""
 
 keys = typer.Typer(name="keys", help="API keys: made, listed, revoked.", no_args_is_help=True)
 audits = typer.Typer(name="audit", help="The audit log of every write.", no_args_is_help=True)
-out = Console()
-err = Console(stderr=True)
 
 _Data = Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")]
 

@@ -8,14 +8,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.blobs import open_blobs
 from service.errors import InvalidRequestError, StartError
+from service.logs import configure_logs
 from service.settings import Settings
-from service.telemetry import configure_logs
+from service.terminal import err, out
 
 if TYPE_CHECKING:  # all other commands start sooner without
     from service.index import IndexedPlate, ScreenIndex
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # all other commands start sooner without
 
 SOME_REFUSED = 3
 """Exit code of a screen that is done, but for plates that could not be answered."""
-out = Console()
-err = Console(stderr=True)
 
 
 def screen(

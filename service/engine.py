@@ -8,11 +8,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -58,11 +58,15 @@ log = logging.getLogger("anchorwell")
 
 
 class Classified(NamedTuple):
-    """Logits (sites, members, classes) and embeddings (sites, dim); how long the passes took, one after the other."""
+    """Logits (sites, members, classes) and embeddings (sites, dim); how long the passes took, one after the other.
+
+    And how long it took to make the batch's own network: 0 where it was there, None where batches share one.
+    """
 
     logits: Float
     embeddings: Float
     seconds: float = 0.0
+    network_seconds: float | None = None
 
 
 class Engine(Protocol):
@@ -112,22 +116,78 @@ class _Asked:
     since: float = field(default_factory=time.perf_counter)
 
 
+class _Classifier:
+    """The graph that classifies, in passes of the runtime's sizes."""
+
+    def __init__(self, session: Session, sizes: Sequence[int]) -> None:
+        self._session, self._sizes = session, sizes
+
+    def prepare(self, statistics: BatchNormStatistics) -> float | None:
+        """Make the network of statistics that have one of their own; how long that took."""
+        try:
+            return self._session.prepare(statistics)
+        except MemoryError:  # the pass will try again, in what was given up
+            return 0.0
+
+    def run(self, images: Sequence[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        """Logits and embeddings in one pass, or in two where there is not the memory.
+
+        Raises:
+            MemoryShortError: there is not the memory for half of them.
+        """
+        try:
+            return self._pass(images, statistics)
+        except MemoryError:
+            log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
+        half = (len(images) + 1) // 2
+        try:
+            parts = [self._pass(part, statistics) for part in (images[:half], images[half:]) if part]
+        except MemoryError:
+            raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
+        logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
+        return logits, embeddings
+
+    def _pass(self, images: Sequence[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
+        sites = len(images)
+        size = next(size for size in self._sizes if size >= sites)
+        filled = images[0][np.newaxis] if size == 1 else np.stack([*images, *[images[-1]] * (size - sites)])
+        given = {INPUT_IMAGES: filled, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
+        logits, embeddings = self._session.run(OUTPUTS[CLASSIFY], given)
+        return logits[:sites], embeddings[:sites]
+
+    def warm(self, golden: Golden) -> None:
+        """Do what is done once: make a network, and run a pass of each size, the largest first, so that no request waits.
+
+        Of one size the first passes are the golden images'.
+
+        Raises:
+            BundleError: the graph cannot be loaded. What else is wrong, the golden images' replay will say.
+        """
+        try:
+            self.prepare(_golden_statistics(golden))
+            for size in reversed(self._sizes[1:] and self._sizes):
+                with suppress(MemoryShortError):  # it is told to a request that is so large
+                    self.run([golden.images[0]] * size, _golden_statistics(golden))
+        except BundleError:
+            raise
+        except Exception:
+            log.warning("a first pass could not be run", exc_info=True)
+
+
 class BundleEngine:
-    """An ``Engine`` of a bundle on a runtime. It classifies before it can measure, which waits until its graph is loaded."""
+    """An ``Engine`` of a bundle on a runtime. What it is asked for waits until the graph for that is loaded."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        self.bundle, self._runtime = bundle, runtime
+        folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
+        self.bundle, self._runtime = replace(bundle, path=folder), runtime
         self.observer: Observer = UNOBSERVED
-        self._folder = bundle.path.resolve()  # a link to it may be turned to another bundle while this one is served
-        weights = Weights(self._folder)
-        self._graphs = {name: Graph.read(self._folder / name, weights) for name in (MEASURE, CLASSIFY)}
+        weights = Weights(folder)
+        self._graphs = {name: Graph.read(folder / name, weights) for name in (MEASURE, CLASSIFY)}
         pool = ThreadPoolExecutor(2, initializer=give_way)  # they inherit how nice who makes them is
         self._measure = pool.submit(runtime.session, self._graphs[MEASURE], measures=True)
-        classify = pool.submit(runtime.session, self._graphs[CLASSIFY])
+        self._classify = pool.submit(self._warm_classifier)
         pool.shutdown(wait=False)
         self.bytes_a_site = math.ceil(_BUFFERS * self._graphs[MEASURE].bytes_a_site())
-        self._classify = classify.result()
-        self._warm()
         self._centre = self._graphs[MEASURE].centre
         self._plain = Prior.none(bundle.manifest.features)
         self._measuring = threading.Lock()  # a pass uses every core, and its memory grows with its sites
@@ -150,12 +210,13 @@ class BundleEngine:
         return 2 * self._runtime.passes_at_once * self._runtime.pass_sizes[-1]
 
     def require_loaded(self) -> None:
-        """Wait until the graph that measures is loaded, too.
+        """Wait until both graphs are loaded.
 
         Raises:
-            BundleError: the one that measures cannot be.
+            BundleError: one of them cannot be.
         """
         self._measure.result()
+        self._classify.result()
 
     def measure(self, images: Float, prior: Prior | None = None) -> Measured:
         used, asked = self._plain if prior is None else prior, time.perf_counter()
@@ -174,6 +235,11 @@ class BundleEngine:
         self.observer.stage("queue", begun - asked)
         self._count("measure", len(images), time.perf_counter() - begun)
         return found if self.precision == "fp32" else found._replace(embeddings=self._embedded(images, found))
+
+    def _warm_classifier(self) -> _Classifier:
+        classifier = _Classifier(self._runtime.session(self._graphs[CLASSIFY]), self._runtime.pass_sizes)
+        classifier.warm(self.bundle.golden)
+        return classifier
 
     def _measured(self, images: Float, prior: Prior) -> Measured:
         found = _measured(self._measure.result(), images, prior)
@@ -194,7 +260,7 @@ class BundleEngine:
         Raises:
             BundleError: others lie there now.
         """
-        if file_sha256(self._folder / WEIGHTS) != self.bundle.manifest.files.get(WEIGHTS):
+        if file_sha256(self.bundle.path / WEIGHTS) != self.bundle.manifest.files.get(WEIGHTS):
             raise BundleError(f"{WEIGHTS} is no longer what was there when the bundle was loaded: start the service again")
         return self._runtime.session(self._graphs[MEASURE].with_centre(centre), measures=True)
 
@@ -215,55 +281,22 @@ class BundleEngine:
         finally:
             for future in waiting:
                 future.cancel()
-        logits, embeddings, seconds = zip(*found, strict=True)
-        return Classified(np.stack(logits), np.stack(embeddings), sum(seconds))
+        logits, embeddings, seconds, networks = zip(*found, strict=True)
+        return Classified(np.stack(logits), np.stack(embeddings), sum(seconds), sum_or_none(networks))
 
     def _pass(self, asked: Sequence[_Asked]) -> list[Classified]:
         """Classify sites that have their statistics in common; an answer each."""
         begun, first = time.perf_counter(), asked[0]
-        found = self._classified_or_halved([site.image for site in asked], first.statistics)
-        took = time.perf_counter() - begun
+        classifier = self._classify.result()
+        network = classifier.prepare(first.statistics)
+        prepared = time.perf_counter()
+        found = classifier.run([site.image for site in asked], first.statistics)
+        ended = time.perf_counter()
         for site in asked:
             site.context.run(self.observer.stage, "queue", begun - site.since)
-        first.context.run(self._count, "classify", len(asked), took)
-        return [Classified(*both, took / len(asked)) for both in zip(*found, strict=True)]
-
-    def _classified_or_halved(self, images: list[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        try:
-            return self._classified(images, statistics)
-        except MemoryError:
-            log.warning("there is not the memory to classify %d sites at once: half as many are", len(images))
-        half = (len(images) + 1) // 2
-        try:
-            parts = [self._classified(part, statistics) for part in (images[:half], images[half:]) if part]
-        except MemoryError:
-            raise MemoryShortError(f"there is not the memory to classify {half} sites: send the request again") from None
-        logits, embeddings = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return logits, embeddings
-
-    def _classified(self, images: list[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
-        sites = len(images)
-        size = next(size for size in self._runtime.pass_sizes if size >= sites)
-        filled = images[0][np.newaxis] if size == 1 else np.stack([*images, *images[-1:] * (size - sites)])
-        given = {INPUT_IMAGES: filled, INPUT_MEAN: statistics.mean, INPUT_VARIANCE: statistics.variance}
-        logits, embeddings = self._classify.run(OUTPUTS[CLASSIFY], given)
-        return logits[:sites], embeddings[:sites]
-
-    def _warm(self) -> None:
-        """Run a pass of each size, the largest first: what a size's first pass takes, no request waits for.
-
-        Raises:
-            BundleError: the graph cannot be loaded. What else is wrong, the golden images' replay will say.
-        """
-        try:
-            golden = self.bundle.golden
-            for size in reversed(self._runtime.pass_sizes):
-                with suppress(MemoryShortError):  # it is told to a request that is so large
-                    self._classified_or_halved([golden.images[0]] * size, _golden_statistics(golden))
-        except BundleError:
-            raise
-        except Exception:
-            log.warning("a first pass could not be run", exc_info=True)
+        first.context.run(self._count, "classify", len(asked), ended - begun)
+        each, shares = (ended - prepared) / len(asked), None if network is None else network / len(asked)
+        return [Classified(*both, each, shares) for both in zip(*found, strict=True)]
 
     def _count(self, graph: str, sites: int, took: float) -> None:
         self.observer.stage("infer", took)
@@ -272,6 +305,12 @@ class BundleEngine:
 
 def _golden_statistics(golden: Golden) -> BatchNormStatistics:
     return BatchNormStatistics(golden.bn_mean, golden.bn_var, sites=len(golden.images), wells=1)
+
+
+def sum_or_none(seconds: Iterable[float | None]) -> float | None:
+    """Sum of what is known; None of nothing."""
+    known = [value for value in seconds if value is not None]
+    return sum(known) if known else None
 
 
 def _busy() -> BusyError:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.bundle import Precision
+from model.statistics import BatchNormStatistics
 from service.errors import StartError
 from service.graphs import Graph
 
@@ -27,6 +28,16 @@ KEPT = Kept()
 
 class Session(Protocol):
     """A graph that is ready to run: one that measures, in one pass at a time, the other in as many as its runtime says."""
+
+    def prepare(self, statistics: BatchNormStatistics) -> float | None:
+        """Make what runs with these statistics have of their own: the seconds it took, 0 where it is there.
+
+        None where nothing is made for statistics.
+
+        Raises:
+            BundleError: it cannot be made. MemoryError: there is not enough.
+        """
+        ...
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run it.

@@ -3,12 +3,13 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from model.bundle import INPUT_IMAGES, INPUT_MEAN, INPUT_VARIANCE, Precision
 from model.errors import BundleError
 from model.memory import give_back_freed_memory
+from model.statistics import BatchNormStatistics
 from service.errors import StartError
 from service.graphs import Graph, Loaded, as_convolution, identity
 from service.runtime import KEPT, Kept
@@ -133,6 +135,9 @@ class OnnxSession:
         devices = "cpu:0" if session.get_providers() == [CPU] else "cpu:0;gpu:0"
         self._options = _gives_back(devices if measures else "")
 
+    def prepare(self, _: BatchNormStatistics) -> None:
+        """Nothing: statistics are inputs."""
+
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph."""
         with _memory_errors():
@@ -149,10 +154,15 @@ class BatchSessions:
         self._latest = _Latest(self._made, kept)
         self._options = _gives_back("cpu:0")
 
+    def prepare(self, statistics: BatchNormStatistics) -> float:
+        """Make the network of the batch, where it is not there."""
+        with self._latest.given_up_without_memory(), _memory_errors():
+            return self._latest.of(statistics.mean, statistics.variance).seconds
+
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph on the network of the batch, which is there or is made first."""
         with self._latest.given_up_without_memory(), _memory_errors():
-            session = self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE])
+            session = self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE]).made
             found: list[Float] = session.run(list(outputs), {INPUT_IMAGES: given[INPUT_IMAGES]})
         return found
 
@@ -174,12 +184,17 @@ class FoldingSession:
         self._latest = _Latest(self._made, kept)
         self._options = _gives_back("gpu:0" if device == "cuda" else "")  # what batches that are kept no more have left
 
+    def prepare(self, statistics: BatchNormStatistics) -> float:
+        """Make the convolutions of the batch, where they are not there."""
+        with self._latest.given_up_without_memory(), _memory_errors():
+            return self._latest.of(statistics.mean, statistics.variance).seconds
+
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph, on convolutions that are there or are made first."""
         with self._latest.given_up_without_memory(), _memory_errors():
             binding = self._classify.io_binding()
             binding.bind_cpu_input(INPUT_IMAGES, given[INPUT_IMAGES])
-            for name, value in self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE]).items():
+            for name, value in self._latest.of(given[INPUT_MEAN], given[INPUT_VARIANCE]).made.items():
                 binding.bind_ortvalue_input(name, value)
             for name in outputs:
                 binding.bind_output(name)
@@ -199,6 +214,13 @@ class FoldingSession:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
 
+class _Found(NamedTuple):
+    """What is made of a batch's statistics, and how long it was in the making, 0 where it was there or another made it."""
+
+    made: Any
+    seconds: float
+
+
 class _Latest:
     """What is made of batches' statistics, of those asked for last. Each is made once, by who asks first; others wait."""
 
@@ -207,7 +229,7 @@ class _Latest:
         self._lock = threading.Lock()
         self._kept: dict[tuple[bytes, bytes], Future[Any]] = {}
 
-    def of(self, mean: Float, variance: Float) -> Any:
+    def of(self, mean: Float, variance: Float) -> _Found:
         """Find what is made of these, or make it: the room is there before it is needed."""
         statistics = (mean.tobytes(), variance.tobytes())
         with self._lock:
@@ -217,14 +239,16 @@ class _Latest:
                 del self._kept[next(iter(self._kept))]
             if self._most:
                 self._kept[statistics] = made
+        begun = time.perf_counter()
         if found is None:
             try:
                 made.set_result(self._make(mean, variance))
             except BaseException as error:  # noqa: BLE001 (whoever waits is told)
                 self._forget(statistics)
                 made.set_exception(error)
+        took = time.perf_counter() - begun if found is None else 0.0
         try:
-            return made.result()
+            return _Found(made.result(), took)
         finally:
             del made  # or an error would hold what it was made with, by way of this frame
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from model.bundle import Precision
 from model.errors import BundleError
+from model.statistics import BatchNormStatistics
 from service.errors import StartError
 from service.graphs import Graph, as_products
 from service.runtime import Runtime, Session
@@ -85,6 +86,9 @@ class OpenVinoSession:
         self._idle: SimpleQueue[Any] = SimpleQueue()
         for _ in range(at_once):
             self._idle.put(compiled.create_infer_request())
+
+    def prepare(self, _: BatchNormStatistics) -> None:
+        """Nothing: statistics are inputs."""
 
     def run(self, outputs: Sequence[str], given: Mapping[str, Float]) -> list[Float]:
         """Run the graph."""

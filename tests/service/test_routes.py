@@ -72,6 +72,14 @@ def test_a_well_is_answered_with_all_that_the_interface_promises(client):
     assert 0 < prediction["seconds"]["images"] <= prediction["seconds"]["total"]
 
 
+def test_an_answer_tells_what_making_its_batchs_own_network_took_where_it_has_one(client, engine):
+    adapted(client)
+    assert "network" not in predicted(client, ["E05"])["seconds"]
+    classify, took = engine.classify, [0.25, 0.0, 0.0, 0.0]
+    engine.classify = lambda *given: classify(*given)._replace(network_seconds=took.pop(0))
+    assert [predicted(client, ["E05"])["seconds"]["network"] for _ in range(2)] == [0.25, 0]
+
+
 def test_a_wells_answer_does_not_depend_on_company_order_or_chunking(client):
     adapted(client)
     wells = ["E05", "F05", "G05", "H05"]

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from service.access import Keys, Scope
-from service.telemetry import STAGES, configure_logs
+from service.logs import configure_logs
+from service.telemetry import STAGES
 from tests.service.conftest import free_port, running
 from tests.service.plates import FakeEngine, well_files
 from tests.service.test_routes import adapted, predicted

@@ -131,7 +131,7 @@ def test_two_runs_are_one_pair_of_graphs_and_each_answers_as_it_would_alone(
     images = np.random.default_rng(3).normal(size=(6, 5, 64, 64)).astype(np.float32) * 2 + 1
     engine = BundleEngine(pair, open_runtime("cpu", "fp32", 1))
     mean, variance, _ = engine.measure(images)
-    logits, embeddings, _ = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
+    logits, embeddings, *_ = engine.classify(images, BatchNormStatistics(mean, variance, sites=6, wells=6))
     assert logits.shape == (6, 2, len(run.classes))
     features, dim = bundle.manifest.features, bundle.manifest.embedding_dim
     assert (pair.manifest.members, pair.manifest.features, pair.manifest.embedding_dim) == (2, 2 * features, 2 * dim)
