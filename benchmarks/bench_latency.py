@@ -24,7 +24,7 @@ from model.memory import keep_freed_memory
 from service.client import AnchorwellClient
 
 PING_S = 0.01
-PINGS, ONE_WELLS, CLIENTS, CLIENTS_GIVE_WAY, STARTS = 2_000, 100, 8, 10, 5
+PINGS, ONE_WELLS, CLIENTS, CLIENTS_GIVE_WAY, STARTS = 2_000, 100, 8, 10, 9
 
 
 def latency_bars(folder: Path, threads: int) -> list[Bar]:

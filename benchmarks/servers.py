@@ -54,6 +54,7 @@ class Service:
         log = (self.data.parent / f"{self.data.name}.log").open("ab")
         command = [str(Path(sys.executable).with_name("anchorwell")), "serve"]
         environment = {**os.environ, **given, **self.environment}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is installed, nothing is compiled at each start
         self.process = subprocess.Popen(  # noqa: S603 (our own program)
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )

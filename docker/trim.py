@@ -41,7 +41,7 @@ UNUSED = (
     "**/tests",
 )
 TRIED = """
-import imagecodecs, onnx, service.app, service.arrow, service.cli, service.screen
+import imagecodecs, onnx, service.app, service.arrow, service.cli, service.screen, service.server
 for codec in ("lzw", "zlib", "deflate", "zstd"):
     encoded = getattr(imagecodecs, codec + "_encode")(b"anchorwell" * 9)
     assert getattr(imagecodecs, codec + "_decode")(encoded, out=90)[:90] == b"anchorwell" * 9, codec

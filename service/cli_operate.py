@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from service import audit
@@ -64,8 +65,7 @@ def list_keys(data: _Data = None) -> None:
     for key in Keys(storage.records).all():
         times = (key.created_at, key.expires_at, key.revoked_at)
         limits = ("" if limit is None else f"{limit:,}" for limit in (key.requests_per_minute, key.bytes_per_day))
-        note = key.note.replace("[", "\\[")
-        table.add_row(key.key_id, key.tenant, " ".join(sorted(key.scopes)), *map(_day, times), *limits, note)
+        table.add_row(key.key_id, key.tenant, " ".join(sorted(key.scopes)), *map(_day, times), *limits, escape(key.note))
     storage.close()
     out.print(table, highlight=False)
 

@@ -60,7 +60,8 @@ log = logging.getLogger("anchorwell")
 class Classified(NamedTuple):
     """Logits (sites, members, classes) and embeddings (sites, dim); how long the passes took, one after the other.
 
-    And how long it took to make the batch's own network: 0 where it was there, None where batches share one.
+    And how long it took to make the batch's own network: 0 where it was there, or others made it meanwhile, None where
+    batches share one.
     """
 
     logits: Float
@@ -124,10 +125,11 @@ class _Classifier:
 
     def prepare(self, statistics: BatchNormStatistics) -> float | None:
         """Make the network of statistics that have one of their own; how long that took."""
+        begun = time.perf_counter()
         try:
             return self._session.prepare(statistics)
         except MemoryError:  # the pass will try again, in what was given up
-            return 0.0
+            return time.perf_counter() - begun
 
     def run(self, images: Sequence[Float], statistics: BatchNormStatistics) -> tuple[Float, Float]:
         """Logits and embeddings in one pass, or in two where there is not the memory.
@@ -155,15 +157,16 @@ class _Classifier:
         logits, embeddings = self._session.run(OUTPUTS[CLASSIFY], given)
         return logits[:sites], embeddings[:sites]
 
-    def warm(self, golden: Golden) -> None:
+    def warm(self, bundle: Bundle) -> None:
         """Do what is done once: make a network, and run a pass of each size, the largest first, so that no request waits.
 
         Of one size the first passes are the golden images'.
 
         Raises:
-            BundleError: the graph cannot be loaded. What else is wrong, the golden images' replay will say.
+            BundleError: no network can be made. What else is wrong, the golden images' replay will say.
         """
         try:
+            golden = bundle.golden
             self.prepare(_golden_statistics(golden))
             for size in reversed(self._sizes[1:] and self._sizes):
                 with suppress(MemoryShortError):  # it is told to a request that is so large
@@ -238,7 +241,7 @@ class BundleEngine:
 
     def _warm_classifier(self) -> _Classifier:
         classifier = _Classifier(self._runtime.session(self._graphs[CLASSIFY]), self._runtime.pass_sizes)
-        classifier.warm(self.bundle.golden)
+        classifier.warm(self.bundle)
         return classifier
 
     def _measured(self, images: Float, prior: Prior) -> Measured:
@@ -272,6 +275,7 @@ class BundleEngine:
         return measured.astype(np.float32) if far.max() > FAR else None
 
     def classify(self, images: Float, statistics: BatchNormStatistics) -> Classified:
+        self._classify.result()  # until it is loaded, nobody is queued
         end = time.monotonic() + QUEUE_TIMEOUT_S
         waiting = [self._passes.put(_Asked(image, statistics)) for image in images]
         try:
@@ -334,7 +338,7 @@ def open_engine(settings: Settings) -> Opening:
     """Begin to make the engine that the settings ask for, on a thread that gives way, as the engine's own threads will.
 
     What is made raises ``BundleError`` when the bundle is not what its manifest says, and ``StartError`` when the settings
-    cannot be met; its proof, as ``replay`` does.
+    cannot be met; whether its graphs can be loaded ``require_loaded`` says; its proof raises as ``replay`` does.
     """
 
     def make() -> BundleEngine:
@@ -342,7 +346,10 @@ def open_engine(settings: Settings) -> Opening:
         threads, members = cpu_count(settings.threads), bundle.manifest.members
         kept = Kept(settings.classify_bytes, settings.max_concurrent_requests + settings.workers)
         runtime = open_runtime(settings.device, settings.precision, threads, members=members, kept=kept)
-        return BundleEngine(bundle, runtime)
+        made = BundleEngine(bundle, runtime)
+        if len(runtime.pass_sizes) > 1:
+            made.require_loaded()  # what a GPU's first passes look for is timed: nothing runs beside them
+        return made
 
     def prove() -> None:
         replay(engine.result(), engine.result().bundle)
@@ -357,7 +364,7 @@ def open_engine(settings: Settings) -> Opening:
 def replay(engine: Engine, bundle: Bundle) -> None:
     """Run the bundle's golden images through the engine and compare with what the training's framework gave.
 
-    They are classified beside being measured, which may wait until its graph is loaded.
+    They are classified beside being measured; each waits until its graph is loaded.
 
     Raises:
         BundleError: the engine does not agree.

@@ -30,9 +30,9 @@ class Session(Protocol):
     """A graph that is ready to run: one that measures, in one pass at a time, the other in as many as its runtime says."""
 
     def prepare(self, statistics: BatchNormStatistics) -> float | None:
-        """Make what runs with these statistics have of their own: the seconds it took, 0 where it is there.
+        """Make what runs with these statistics have of their own: the seconds it took, None where that is nothing.
 
-        None where nothing is made for statistics.
+        They are 0 where it is there, or others made it meanwhile.
 
         Raises:
             BundleError: it cannot be made. MemoryError: there is not enough.

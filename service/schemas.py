@@ -107,8 +107,8 @@ class Measured(Provenance):
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
     seconds: Mapping[str, float] = Field(
         description="seconds by stage: `images` from the first file to the last answer, `classify` the sum of passes in it, "
-        "which run side by side, `network` the making of the batch's own network, 0 where it was there: without that, "
-        "batches share one"
+        "which run side by side, `network` the making of the batch's own network, 0 where it was there or others "
+        "made it meanwhile; without that, batches share one"
     )
 
 

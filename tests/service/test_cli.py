@@ -94,6 +94,14 @@ def of_wells(plate, wells):
     return [path for path in plate.glob("*.tif") if path.name[:3] in wells]
 
 
+def test_the_command_line_tells_its_commands_and_each_its_usage():
+    told = run("--help").stdout
+    names = ("serve", "worker", "restore", "screen", "adapt", "predict", "batches", "watch", "keys", "audit")
+    assert [name for name in names if f"│ {name} " in told] == list(names)
+    for name in names:
+        assert f"Usage: anchorwell {name} " in run(name, "--help").stdout
+
+
 def test_the_client_adapts_predicts_and_forgets(url, plate):
     seen = []
     with AnchorwellClient(url) as client:

@@ -466,6 +466,52 @@ def test_an_engine_classifies_while_what_measures_is_loaded(tiny):
         assert required.result(30) is None
 
 
+def test_a_graph_may_take_longer_to_load_than_anybody_waits_for_passes(tiny, monkeypatch):
+    class Slow(OnnxRuntime):
+        def session(self, graph, *, measures=False):
+            time.sleep(0.0 if measures else 0.5)
+            return super().session(graph, measures=measures)
+
+    monkeypatch.setattr("service.engine.QUEUE_TIMEOUT_S", 0.4)
+    replay(BundleEngine(tiny, Slow(1)), tiny)
+
+
+def test_golden_images_that_cannot_be_read_are_the_replays_to_tell(tiny, tmp_path, caplog):
+    other = tmp_path / "other"
+    shutil.copytree(tiny.path, other)
+    np.savez_compressed(other / GOLDEN, images=tiny.golden.images)
+    say_anew(other, GOLDEN)
+    engine = BundleEngine(Bundle.load(other), OnnxRuntime(1))
+    engine.require_loaded()
+    assert "a first pass could not be run" in caplog.text
+    with pytest.raises(KeyError):
+        replay(engine, engine.bundle)
+
+
+def test_a_network_for_which_there_was_no_memory_is_made_by_the_pass(tiny):
+    statistics, refused = statistics_of(1)(tiny), []
+
+    class Short(OnnxRuntime):
+        def session(self, graph, *, measures=False):
+            session = super().session(graph, measures=measures)
+            really = session.prepare
+
+            def prepare(asked):
+                if asked is statistics and not refused:
+                    refused.append(asked)
+                    raise MemoryError
+                return really(asked)
+
+            session.prepare = prepare
+            return session
+
+    engine = BundleEngine(tiny, Short(1))
+    found, again = (engine.classify(images(2), statistics) for _ in range(2))
+    assert refused
+    assert found.logits.tobytes() == again.logits.tobytes()
+    assert (found.network_seconds > 0, again.network_seconds) == (True, 0)
+
+
 @pytest.mark.parametrize("name", [MEASURE, CLASSIFY])
 def test_a_service_does_not_begin_with_a_graph_that_cannot_be_run(name, tiny, tmp_path):
     broken = tmp_path / "broken"

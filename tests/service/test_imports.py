@@ -55,6 +55,7 @@ def test_the_model_imports_neither_of_its_users(package):
         ("pyarrow", SERVICE, {"arrow.py", "index.py"}),
         ("huey", SERVICE, {"queue.py"}),
         ("httpx", SERVICE, {"client.py", "references.py", "webhooks.py"}),
+        ("uvicorn", SERVICE, {"protocol.py", "server.py"}),
         ("typer", SERVICE, COMMANDS),
         ("rich", SERVICE, {*COMMANDS, "logs.py"}),
         ("prometheus_client", SERVICE, {"telemetry.py"}),
@@ -95,6 +96,12 @@ def test_a_service_loads_arrow_when_a_table_is_there():
         command = [sys.executable, "-c", f"{program}{line}; print('pyarrow' in sys.modules)"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == loaded
+
+
+def test_an_engine_is_begun_before_what_only_clients_and_servers_import():
+    program = "import sys, service.cli_serve; print({'uvicorn', 'fastapi', 'onnxruntime', 'httpx'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def kept_at_home(program, home):
