@@ -31,9 +31,9 @@ def latency_bars(folder: Path, threads: int) -> list[Bar]:
     """Start the service a few times, and measure it on an uncompressed plate."""
     keep_freed_memory()  # as the service's decoders do
     bundle = network.bundle(folder)
+    bars = [_ready_bar(folder, bundle, threads)]
     plate = make_plate(folder / "plate-latency", None, CONTROL_WELLS, TREATED_WELLS)
     os.sync()  # or what is written here would wait for the plate
-    bars = [_ready_bar(folder, bundle, threads)]
     with served(folder, bundle, threads) as (service, _):
         bars += _one_well_bars(service, plate, Bare.on_statistics(folder, bundle, threads))
         bars += _live_bars(service, plate)
