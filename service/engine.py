@@ -168,7 +168,7 @@ class _Classifier:
         try:
             golden = bundle.golden
             self.prepare(_golden_statistics(golden))
-            for size in reversed(self._sizes[1:] and self._sizes):
+            for size in reversed(self._sizes) if len(self._sizes) > 1 else ():
                 with suppress(MemoryShortError):  # it is told to a request that is so large
                     self.run([golden.images[0]] * size, _golden_statistics(golden))
         except BundleError:
