@@ -74,7 +74,11 @@ class Composition:
         gc.freeze()  # what is there now stays: a look through all of it would hold every request up for tens of milliseconds
         await _proved(self.prove, self.served.readiness)
         gc.enable()
-        if self.served.readiness.reason is None and self.settings.workers:
+        if self.served.readiness.reason is not None:
+            return
+        if self.own_decoder is not None:
+            await run_in_threadpool(self.own_decoder.begin)
+        if self.settings.workers:
             await run_in_threadpool(self.queue.start, self.settings.workers, self.run, self.look_after)
 
     def serve_metrics(self) -> Callable[[], None]:

@@ -42,7 +42,7 @@ def serve(
     """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
     given = {"bundle": bundle, "data": data, "device": device, "precision": precision, "host": host, "port": port}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    configure_logs(settings.log_format, err)
+    end_logs = configure_logs(settings.log_format, err)
     if settings.log_format == "text":
         for line in settings.lines():
             err.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
@@ -60,7 +60,7 @@ def serve(
             "every batch without an API key: ANCHORWELL_ALLOW_ANONYMOUS is set",
             soft_wrap=True,
         )
-    run_server(application, settings, listening, _announced)
+    run_server(application, settings, listening, _announced, end_logs)
 
 
 @app.command()

@@ -194,6 +194,10 @@ class WorkerDecoder:
         self._observer.stage("decode", site.decode_s)
         self._observer.stage("preprocess", site.preprocess_s)
 
+    def begin(self) -> None:
+        """Start the workers, or the first image waits for them."""
+        self._pool.schedule(int).result()
+
     def close(self) -> None:
         """End the workers."""
         self._pool.stop()  # type: ignore[no-untyped-call]

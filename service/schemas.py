@@ -106,9 +106,11 @@ class Measured(Provenance):
     saturation: tuple[Saturation, ...] = Field(description="channels whose images are noticeably saturated")
     skipped: tuple[SkippedFile, ...] = Field(description="files that carried nothing to measure")
     seconds: Mapping[str, float] = Field(
-        description="seconds by stage: `images` from the first file to the last answer, `classify` the sum of passes in it, "
-        "which run side by side, `network` the making of the batch's own network, 0 where it was there or others "
-        "made it meanwhile; without that, batches share one"
+        description="seconds by stage, those that there were; they overlap and do not add up. `total`: of all. `receive`: "
+        "reading the request. `prepare`, `measure`: control images and their statistics. `images`: wells, from reading the "
+        "first file to the last one's answer; in it `classify`, the sum of the network's passes, which run side by side, "
+        "and `network`, the making of a network of the batch's own: 0 where that was kept or another request made it, "
+        "absent where none is made (ANCHORWELL_CLASSIFY_BYTES)"
     )
 
 

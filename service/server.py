@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -14,8 +15,14 @@ from service.routes import Served
 from service.settings import Settings
 
 
-def run_server(app: FastAPI, settings: Settings, listening: list[socket.socket], announce: Callable[[str], None]) -> None:
-    """Serve until a signal ends it; announces the URL, once requests are taken."""
+def run_server(
+    app: FastAPI,
+    settings: Settings,
+    listening: list[socket.socket],
+    announce: Callable[[str], None],
+    ended: Callable[[], None],
+) -> None:
+    """Serve until a signal ends it; announces the URL, once requests are taken, and says when all is done."""
     config = uvicorn.Config(
         app,
         http=BoundedHttpProtocol,
@@ -25,16 +32,24 @@ def run_server(app: FastAPI, settings: Settings, listening: list[socket.socket],
         access_log=False,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    _AnnouncingServer(config, app.state.served, announce).run(sockets=listening)
+    _AnnouncingServer(config, app.state.served, announce, ended).run(sockets=listening)
 
 
 class _AnnouncingServer(uvicorn.Server):
     """Announces the URL once requests are taken, and logs what the network runs on."""
 
-    def __init__(self, config: uvicorn.Config, served: Served, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, served: Served, announce: Callable[[str], None], ended: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._served, self._tell = served, announce
+        self._served, self._tell, self._ended = served, announce, ended
         self._announcement: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._ended()  # the signal that ended it is raised once more, and ends the process there
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)

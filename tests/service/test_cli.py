@@ -102,6 +102,13 @@ def test_the_command_line_tells_its_commands_and_each_its_usage():
         assert f"Usage: anchorwell {name} " in run(name, "--help").stdout
 
 
+def test_the_log_is_whole_when_a_signal_ends_a_service(tiny_bundle_path, tmp_path):
+    with serving(tiny_bundle_path, tmp_path) as (process, _):
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+    assert "Finished server process" in (tmp_path / "serve.log").read_text(encoding="utf-8")
+
+
 def test_the_client_adapts_predicts_and_forgets(url, plate):
     seen = []
     with AnchorwellClient(url) as client:

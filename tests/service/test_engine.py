@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -510,6 +511,18 @@ def test_a_network_for_which_there_was_no_memory_is_made_by_the_pass(tiny):
     assert refused
     assert found.logits.tobytes() == again.logits.tobytes()
     assert (found.network_seconds > 0, again.network_seconds) == (True, 0)
+
+
+def test_a_service_that_is_ready_starts_its_decoders_before_anybody_asks(tiny, tmp_path):
+    before = {*active_children()}
+    composition = compose(Settings(bundle=tiny.path, data=tmp_path, threads=2, device="cpu"))
+    try:
+        assert {*active_children()} == before
+        asyncio.run(composition.begin())
+        assert len({*active_children()} - before) == 2
+    finally:
+        composition.end()
+    assert {*active_children()} == before
 
 
 @pytest.mark.parametrize("name", [MEASURE, CLASSIFY])
