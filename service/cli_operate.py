@@ -105,15 +105,11 @@ def show_audit(data: _Data = None) -> None:
 
 def restore(data: _Data = None) -> None:
     """Rebuild the records of a Redis that was flushed, from the journal in the object storage; running services go on."""
-    settings = _settings(data)
+    settings = StorageSettings.given(data=data)
     if settings.redis is None:
         raise StartError("records are kept in a file, not in Redis: put records.db back from a backup instead")
     count = rebuild_records(settings.data, settings.redis, settings.objects)
     out.print(f"restored {count} records", highlight=False)
-
-
-def _settings(data: Path | None) -> StorageSettings:
-    return StorageSettings() if data is None else StorageSettings(data=data)
 
 
 def _open(data: Path | None, *, new: bool = False) -> Storage:
@@ -122,7 +118,7 @@ def _open(data: Path | None, *, new: bool = False) -> Storage:
     Raises:
         StartError: there is none.
     """
-    settings = _settings(data)
+    settings = StorageSettings.given(data=data)
     if not (new or settings.redis or (settings.data / RECORDS_FILE).is_file()):
         raise StartError(f"there is no lab in {settings.data}: say --data, or set ANCHORWELL_DATA")
     return settings.open_storage()

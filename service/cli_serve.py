@@ -40,8 +40,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="port to listen on (ANCHORWELL_PORT)")] = None,
 ) -> None:
     """Serve a bundle over HTTP; docs/settings.md lists every ANCHORWELL_ variable."""
-    given = {"bundle": bundle, "data": data, "device": device, "precision": precision, "host": host, "port": port}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    settings = Settings.given(bundle=bundle, data=data, device=device, precision=precision, host=host, port=port)
     end_logs = configure_logs(settings.log_format, err)
     if settings.log_format == "text":
         for line in settings.lines():
@@ -69,8 +68,7 @@ def worker(
     data: Annotated[Path | None, typer.Option(help="directory of everything kept (ANCHORWELL_DATA)")] = None,
 ) -> None:
     """Run jobs and webhook deliveries, without HTTP; a service with ANCHORWELL_WORKERS=0 leaves them to this one."""
-    given = {"bundle": bundle, "data": data}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    settings = Settings.given(bundle=bundle, data=data)
     configure_logs(settings.log_format, err)
     settings = settings.model_copy(update={"workers": max(1, settings.workers)})
     engine = _begun_engine(settings)

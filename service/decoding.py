@@ -195,8 +195,8 @@ class WorkerDecoder:
         self._observer.stage("preprocess", site.preprocess_s)
 
     def begin(self) -> None:
-        """Start the workers, or the first image waits for them."""
-        self._pool.schedule(int).result()
+        """Start the workers, or the first image waits for them; one that does not start is the first image's to tell."""
+        self._pool.schedule(int)
 
     def close(self) -> None:
         """End the workers."""

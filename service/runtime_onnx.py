@@ -239,14 +239,15 @@ class _Latest:
                 del self._kept[next(iter(self._kept))]
             if self._most:
                 self._kept[statistics] = made
-        begun = time.perf_counter()
+        took = 0.0
         if found is None:
+            begun = time.perf_counter()
             try:
                 made.set_result(self._make(mean, variance))
             except BaseException as error:  # noqa: BLE001 (whoever waits is told)
                 self._forget(statistics)
                 made.set_exception(error)
-        took = time.perf_counter() - begun if found is None else 0.0
+            took = time.perf_counter() - begun
         try:
             return _Found(made.result(), took)
         finally:

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,6 +91,11 @@ class StorageSettings(BaseSettings):
         known = [f"ANCHORWELL_{name.upper()}" for name in cls.model_fields]
         near = {name: get_close_matches(name, known, 1, _NEARLY) for name in os.environ if name not in known}
         return [f"the variable {name} is no setting: is {like[0]} meant?" for name, like in near.items() if like]
+
+    @classmethod
+    def given(cls, **options: Any) -> Self:
+        """Make settings of a command's options: those that are None were not given, and are read as ever."""
+        return cls(**{name: value for name, value in options.items() if value is not None})
 
     def open_storage(self) -> Storage:
         """Open what is kept.

@@ -23,15 +23,14 @@ err = Console(stderr=True)
 
 def run(app: typer.Typer, *refusals: type[Exception]) -> None:
     """Run a command line; errors of these further types are told as the project's own are."""
+    ours: tuple[type[Exception], ...] = (AnchorwellError, OSError, *refusals)
     try:
         app()
     except SettingsError as error:
         _end(f"{error}: it is not JSON")
     except ValidationError as error:
         _end("; ".join(_setting_fault(item["loc"], item["type"], item["msg"]) for item in error.errors()))
-    except Exception as error:
-        if not isinstance(error, (AnchorwellError, OSError, *refusals)):
-            raise
+    except ours as error:
         _end(in_flags(str(error)))
 
 
